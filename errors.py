@@ -1,0 +1,32 @@
+"""The one exception a user of this package can cause.
+
+Everything a user can get wrong (a path, a setting, a damaged file) raises :class:`DpoCacheError`, which the
+command line prints without a traceback and turns into exit code 1. ``assert`` is left for what only a
+programmer can cause.
+"""
+
+from __future__ import annotations
+
+
+class DpoCacheError(Exception):
+    """A fault with an explanation: what was found, what was expected, and the next command to type.
+
+    Args:
+        found: One sentence: what is wrong, naming the file, field or option and its value.
+        expected: What would have been right, where that is not plain from ``found``.
+        next_step: What to do now, a command where there is one.
+    """
+
+    def __init__(self, found: str, *, expected: str | None = None, next_step: str | None = None) -> None:
+        self.found = found
+        self.expected = expected
+        self.next_step = next_step
+        super().__init__(found)
+
+    def __str__(self) -> str:
+        lines = [self.found]
+        if self.expected is not None:
+            lines.append(f"  expected: {self.expected}")
+        if self.next_step is not None:
+            lines.append(f"  next: {self.next_step}")
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What the field knows: data, cache, scoring, training. Imports run training -> scoring -> cache -> data."""

@@ -1,0 +1,1 @@
+"""Preference rows to token ids: sources and mixing, formats, chat templates, masks."""

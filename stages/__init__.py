@@ -1,0 +1,1 @@
+"""One job a file. Only these set up processes, devices and folders."""
