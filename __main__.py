@@ -1,0 +1,8 @@
+"""``python -m dpo_cache build|info|…|train``: how the stages start their own processes."""
+
+from .cli import dpo_cache, dpo_train
+from .stages.child_processes import die_with_parent
+
+die_with_parent()
+dpo_cache.add_command(dpo_train, "train")
+dpo_cache(prog_name="dpo-cache")

@@ -1,0 +1,82 @@
+"""A stage's settings as click options, and a YAML file of the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .stages.setting import Setting, settings_of
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def config_options(config_class: type[Any]) -> Callable[[Command], Command]:
+    """Every setting of a stage as an option, and ``--config`` for a YAML file of the same names."""
+
+    def decorate(command: Command) -> Command:
+        for declared in reversed(list(settings_of(config_class))):
+            command = _option_of(declared)(command)
+        return click.option(
+            "--config",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            is_eager=True,
+            expose_value=False,
+            callback=_read_config_file,
+            help="YAML file with these options as keys; flags override it.",
+        )(command)
+
+    return decorate
+
+
+def _option_of(declared: Setting) -> Callable[[Command], Command]:
+    description = declared.description
+    required = declared.default is MISSING
+    if declared.value_type is bool:
+        # Both forms, so that the command line can overrule the file either way.
+        flags = f"{declared.flag}/--no-{declared.flag.removeprefix('--')}"
+        return click.option(flags, declared.name, default=declared.default, help=description.help)
+    attributes: dict[str, Any] = {}
+    if description.flag_value is not None:
+        attributes = {"is_flag": False, "flag_value": description.flag_value}
+    return click.option(
+        declared.flag,
+        declared.name,
+        type=_click_type(declared),
+        default=None if required else declared.default,
+        required=required,
+        multiple=declared.repeats,
+        show_default=not required and declared.default not in (None, ()),
+        help=description.help,
+        metavar=description.metavar,
+        **attributes,
+    )
+
+
+def _click_type(declared: Setting) -> Any:
+    if declared.description.choices is not None:
+        return click.Choice(declared.description.choices)
+    return click.Path(path_type=Path) if declared.value_type is Path else declared.value_type
+
+
+def _read_config_file(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
+    """Make the file's values the defaults of this command; a key that no option has is an error."""
+    if path is None:
+        return
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+        raise click.BadParameter(f"{path} is not YAML: {fault}") from fault
+    if not isinstance(values, dict):
+        raise click.BadParameter(f"{path} does not hold option names with values")
+    names = {parameter.name for parameter in context.command.params if parameter.name != "as_json"}
+    given = {str(key).replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(set(given) - names)
+    if unknown:
+        raise click.BadParameter(f"{path} has keys that are no options here: {', '.join(unknown)}")
+    context.default_map = given

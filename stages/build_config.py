@@ -1,0 +1,71 @@
+"""The settings of ``dpo-cache build``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .setting import check_settings, setting
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildConfig:
+    """What to score, with which reference, into which cache."""
+
+    model: str = setting(
+        help="The reference: a folder with safetensors weights, or a Hub id.", metavar="PATH_OR_ID"
+    )
+    dataset: tuple[str, ...] = setting(
+        help="Preference pairs: PATH_OR_ID[,split=…][,config=…][,revision=…][,amount=…]; may be repeated. "
+        "AMOUNT is a fraction with a dot or a count; beyond the dataset's size it repeats rows.",
+        metavar="SPEC",
+    )
+    cache: Path = setting(help="Folder of the cache; created if there is none.")
+    mixture: str = setting("train", help="Name under which training finds these pairs in the cache.")
+    replace: bool = setting(False, help="Let the mixture of this name now mean this dataset.")
+    extend: bool = setting(False, help="Add these pairs to the mixture of this name.")
+
+    model_revision: str | None = setting(None, help="Revision of a model on the Hub.")
+    tokenizer: str | None = setting(None, help="Tokenizer folder or Hub id [default: the model's].")
+    chat_template: str | None = setting(
+        None, help="Template file, or a pinned name [default: the tokenizer's own].", metavar="FILE_OR_NAME"
+    )
+    max_seq_length: int = setting(2048, help="Longest prompt plus answer, in tokens.", minimum=2)
+    truncation: str = setting(
+        "drop",
+        help="What happens to a pair that is longer.",
+        choices=("drop", "truncate-prompt-left", "truncate-response-right"),
+    )
+    mask: str = setting(
+        "last-turn", help="Which assistant turns are scored.", choices=("last-turn", "all-turns")
+    )
+    max_unusable_share: float = setting(
+        0.1,
+        help="The build fails if more than this share of the rows cannot be used.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+
+    dtype: str | None = setting(
+        None,
+        help="Precision of weights and forward passes [default: bfloat16 on a GPU, float32 on a CPU].",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    attn_implementation: str | None = setting(
+        None,
+        help="Attention kernel [default: sdpa, or eager where the architecture has no other].",
+        choices=("sdpa", "eager", "flex_attention", "flash_attention_2"),
+    )
+    trust_remote_code: bool = setting(False, help="Run Python code that comes with the model.")
+
+    num_workers: int | None = setting(
+        None, help="Scoring processes [default: one a GPU, one on a CPU].", minimum=1
+    )
+    tokens_per_batch: int = setting(
+        8192, help="Token budget of one forward pass; a longer pair is scored alone.", minimum=1
+    )
+    dry_run: bool = setting(False, help="Say what would be scored and what reused; load and write nothing.")
+    verbose: bool = setting(False, help="List the row number of every row that cannot be used.")
+
+    def __post_init__(self) -> None:
+        check_settings(self)

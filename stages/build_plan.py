@@ -1,0 +1,108 @@
+"""What a build has to do: every training pair with its key, and the work units of those not yet scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+UNITS_PER_WORKER = 16
+MIN_UNIT_TOKENS = 16_384
+MAX_UNIT_TOKENS = 1_048_576
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """Pairs that one worker scores and writes as one shard; the grain of durability and of resuming.
+
+    Attributes:
+        start: First place in :attr:`ScoringPlan.order`.
+        stop: One past the last.
+    """
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringPlan:
+    """All that a scoring process is told; JSON beside the spool.
+
+    Attributes:
+        cache: The cache folder.
+        model_folder: The reference's files.
+        dtype: Precision of weights and forward passes.
+        attention: The attention kernel.
+        trust_remote_code: Whether the model's own Python code may run.
+        tokens_per_batch: Token budget of one forward pass.
+        spool: The file with the pairs' tokens.
+        order: Spool indices in the order the units cut through.
+        longest: Spool index of the longest pair: it is tried first.
+        units: The work units.
+    """
+
+    cache: str
+    model_folder: str
+    dtype: str
+    attention: str
+    trust_remote_code: bool
+    tokens_per_batch: int
+    spool: str
+    order: list[int]
+    longest: int
+    units: list[Unit]
+
+    def write(self, path: Path) -> None:
+        """Write the plan for the workers of this build."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> ScoringPlan:
+        """Read a plan that :meth:`write` wrote."""
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields["units"] = [Unit(**unit) for unit in fields["units"]]
+        return cls(**fields)
+
+
+def cut_units(
+    prompt_hashes: npt.NDArray[np.bytes_], lengths: npt.NDArray[np.int64], *, num_workers: int
+) -> tuple[list[int], list[Unit]]:
+    """Order pairs by prompt hash and cut the order into units of alike cost.
+
+    Pairs of one prompt stay in one unit, so that the prompt, and an answer standing in several pairs, is scored
+    once. Hash order mixes sources and lengths, which makes units alike and leaves the shards shuffled. Units
+    shrink with the job, so that small builds share out evenly too, and are bounded, so that a kill costs little.
+
+    Args:
+        prompt_hashes: Hash of each pair's prompt, shape (pairs,).
+        lengths: Tokens each pair costs when prefixes are shared, shape (pairs,).
+        num_workers: How many will share the units.
+
+    Returns:
+        The pairs' indices in order, and the units as ranges of it.
+    """
+    order = np.argsort(prompt_hashes, kind="stable")
+    if len(order) == 0:
+        return [], []
+    ordered_hashes, ordered_lengths = prompt_hashes[order], lengths[order]
+    unit_tokens = int(ordered_lengths.sum()) // (num_workers * UNITS_PER_WORKER)
+    unit_tokens = min(max(unit_tokens, MIN_UNIT_TOKENS), MAX_UNIT_TOKENS)
+    units: list[Unit] = []
+    start, tokens = 0, 0
+    for place in range(len(order)):
+        same_prompt = place > 0 and ordered_hashes[place] == ordered_hashes[place - 1]
+        if tokens >= unit_tokens and not same_prompt:
+            units.append(Unit(start=start, stop=place))
+            start, tokens = place, 0
+        tokens += int(ordered_lengths[place])
+    units.append(Unit(start=start, stop=len(order)))
+    return order.tolist(), units
+
+
+def folder_name_of(parts: list[str]) -> str:
+    """A short name for a build's scratch folder, the same for the same inputs."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,163 @@
+"""Start the processes of a stage on this machine, and never leave one behind.
+
+A child dies with its parent, whatever killed the parent (the kernel sees to it), is asked to stop when the
+parent is, and takes its siblings with it when it fails: a rank whose peers are gone would wait for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from ..errors import DpoCacheError
+
+PR_SET_PDEATHSIG = 1
+POLL_S = 0.1
+GRACE_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Child:
+    """A started process, and where it leaves the message of a fault."""
+
+    process: subprocess.Popen[bytes]
+    fault_file: Path
+
+
+def run_children(
+    commands: Sequence[Sequence[str]],
+    environments: Sequence[Mapping[str, str]],
+    *,
+    while_waiting: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the commands side by side until all have ended well.
+
+    Args:
+        commands: One command a child.
+        environments: Variables to set for each child, beside those of this process.
+        while_waiting: Called several times a second: progress.
+
+    Raises:
+        DpoCacheError: A child failed: its message, or its exit code where it left none. All are stopped.
+        KeyboardInterrupt: This process was asked to stop (Ctrl-C or SIGTERM) and the children have stopped.
+    """
+    with tempfile.TemporaryDirectory(prefix="dpo-cache-") as folder, _stop_requests() as stop_requested:
+        children = [
+            _start(command, environment, Path(folder) / f"fault-{number}")
+            for number, (command, environment) in enumerate(zip(commands, environments, strict=True))
+        ]
+        try:
+            while any(child.process.poll() is None for child in children):
+                if stop_requested() or any(child.process.poll() for child in children):
+                    break
+                while_waiting()
+                time.sleep(POLL_S)
+        finally:
+            _stop_all(children)
+        while_waiting()
+        _raise_first_fault(children, interrupted=stop_requested())
+
+
+def python_command(*arguments: str) -> list[str]:
+    """This interpreter running this package's command line."""
+    return [sys.executable, "-m", __package__.rpartition(".")[0], *arguments]
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def threads_for(num_processes: int) -> dict[str, str]:
+    """Share the cores among CPU processes: without this each would take them all."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    cores = len(os.sched_getaffinity(0))
+    return {"OMP_NUM_THREADS": str(max(1, cores // num_processes))}
+
+
+def die_with_parent() -> None:
+    """Called first thing in a child: ask the kernel for SIGKILL when the process that started it is gone."""
+    parent = os.environ.pop("DPO_CACHE_PARENT", None)
+    if parent is None:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it died before the line above took effect
+        os._exit(1)
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], fault_file: Path) -> Child:
+    ours = {"DPO_CACHE_FAULT_FILE": str(fault_file), "DPO_CACHE_PARENT": str(os.getpid())}
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **environment, **ours},
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,  # stdout belongs to the parent's report
+        start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on once
+    )
+    return Child(process=process, fault_file=fault_file)
+
+
+def _stop_all(children: Sequence[Child]) -> None:
+    """Ask, wait, insist."""
+    for child in children:
+        if child.process.poll() is None:
+            child.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    for child in children:
+        try:
+            child.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            child.process.wait()
+
+
+def _raise_first_fault(children: Sequence[Child], *, interrupted: bool) -> None:
+    explained = [child.fault_file.read_text("utf-8") for child in children if child.fault_file.exists()]
+    if explained:
+        raise DpoCacheError("\n".join(dict.fromkeys(text.removeprefix("Error: ") for text in explained)))
+    if interrupted:
+        raise KeyboardInterrupt
+    failed = [child.process.returncode for child in children if child.process.returncode != 0]
+    if failed:
+        raise DpoCacheError(
+            f"a process of this job ended with {_how(failed[0])}",
+            expected="exit code 0; its own output is above",
+            next_step="the same command goes on from what is finished",
+        )
+
+
+def _how(return_code: int) -> str:
+    return f"exit code {return_code}" if return_code > 0 else signal.Signals(-return_code).name
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a question one can ask; a second one takes effect at once."""
+    requested: list[int] = []
+
+    def remember(signum: int, _frame: FrameType | None) -> None:
+        if requested:
+            raise KeyboardInterrupt
+        requested.append(signum)
+
+    previous = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(requested)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

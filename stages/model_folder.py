@@ -1,0 +1,57 @@
+"""From a path or a Hub id to a folder with the files of one commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ..errors import DpoCacheError
+
+WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFolder:
+    """Where the files of a model lie, and what the user called it.
+
+    Attributes:
+        folder: A local folder.
+        name: The path or Hub id as given.
+        commit: The Hub commit the files belong to; None for a local folder.
+    """
+
+    folder: Path
+    name: str
+    commit: str | None
+
+
+def find_model_folder(path_or_id: str, revision: str | None) -> ModelFolder:
+    """The local folder of a model, downloaded from the Hub where it is an id.
+
+    Raises:
+        DpoCacheError: No such folder, and no such model on the Hub or in its local copy.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise DpoCacheError(
+                f"--model-revision {revision} has no meaning for the folder {folder}",
+                expected="a Hub id with a revision, or a folder without one",
+            )
+        return ModelFolder(folder=folder.resolve(), name=path_or_id, commit=None)
+    try:
+        snapshot = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=WANTED_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as missing:
+        raise DpoCacheError(
+            f"there is no folder {path_or_id}, and the Hub has no such model for you: {_first_line(missing)}",
+            expected="a folder with config.json and safetensors weights, or a Hub id",
+            next_step="check the spelling; for a gated model run `hf auth login` first",
+        ) from missing
+    return ModelFolder(folder=snapshot, name=path_or_id, commit=snapshot.name)
+
+
+def _first_line(fault: Exception) -> str:
+    return (str(fault).strip() or type(fault).__name__).splitlines()[0]

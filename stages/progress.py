@@ -1,0 +1,53 @@
+"""Progress of long work on stderr: a bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from tqdm import tqdm
+
+LOG_INTERVAL_S = 30.0
+
+
+class Progress:
+    """Rate, ETA and whatever else is worth a glance.
+
+    Args:
+        total: How much there is to do, in ``unit``; None where nobody knows.
+        unit: What is counted.
+        title: What is being done.
+        shown: Whether this process shows it.
+    """
+
+    def __init__(self, total: int | None, *, unit: str, title: str, shown: bool = True) -> None:
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            unit=unit,
+            unit_scale=unit == "tok",
+            desc=title,
+            file=sys.stderr,
+            disable=not shown,
+            mininterval=0.2 if terminal else LOG_INTERVAL_S,
+            dynamic_ncols=terminal,
+        )
+
+    def reach(self, done: int, **notes: object) -> None:
+        """Set how much is done by now, and the notes beside the bar."""
+        if notes:
+            self._bar.set_postfix(notes, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def say(self, message: str) -> None:
+        """Print a line without tearing the bar."""
+        if not self._bar.disable:
+            self._bar.write(message, file=sys.stderr)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.close()

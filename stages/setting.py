@@ -1,0 +1,150 @@
+"""One declaration for a setting: its default, its help text and its limits.
+
+The dataclass of a stage is the single source of its options: the command line, the YAML file and the child
+processes are all derived from it, so none can drift from the others.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import DpoCacheError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettingDescription:
+    """What the command line says and checks about one setting.
+
+    Attributes:
+        help: One line for ``--help``, with the unit.
+        choices: The only values accepted, where there is such a list.
+        minimum: Smallest value accepted.
+        above: The value must be larger than this.
+        maximum: Largest value accepted.
+        flag_value: What the bare flag means, where the value may be left out (``--resume``).
+        metavar: How the value is called in ``--help``.
+    """
+
+    help: str
+    choices: tuple[str, ...] | None = None
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    flag_value: str | None = None
+    metavar: str | None = None
+
+
+def setting(default: Any = MISSING, *, help: str, **limits: Any) -> Any:
+    """Declare a dataclass field that is also an option.
+
+    Args:
+        default: The default; without one the option is required.
+        help: One line for ``--help``.
+        **limits: The other attributes of :class:`SettingDescription`.
+    """
+    metadata = {"setting": SettingDescription(help=help, **limits)}
+    if default is MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One setting of a stage, as read from its dataclass.
+
+    Attributes:
+        name: The field's name, ``max_seq_length``.
+        value_type: ``str``, ``int``, ``float``, ``bool`` or ``Path``; of the elements, where it repeats.
+        repeats: The option may be given several times; the value is a tuple.
+        default: The default, or ``dataclasses.MISSING`` where it is required.
+        description: Help and limits.
+    """
+
+    name: str
+    value_type: type
+    repeats: bool
+    default: Any
+    description: SettingDescription
+
+    @property
+    def flag(self) -> str:
+        """The option on the command line, ``--max-seq-length``."""
+        return "--" + self.name.replace("_", "-")
+
+
+def settings_of(config_class: type[Any]) -> Iterator[Setting]:
+    """The settings of a stage's config class, in the order they are declared."""
+    hints = typing.get_type_hints(config_class)
+    for config_field in fields(config_class):
+        value_type, repeats = _element_type(hints[config_field.name])
+        yield Setting(
+            name=config_field.name,
+            value_type=value_type,
+            repeats=repeats,
+            default=_default_of(config_field),
+            description=config_field.metadata["setting"],
+        )
+
+
+def check_settings(config: Any) -> None:
+    """Check every value of ``config`` against its declared choices and limits.
+
+    Raises:
+        DpoCacheError: Naming the flag, the value found and what is accepted.
+    """
+    for declared in settings_of(type(config)):
+        value = getattr(config, declared.name)
+        for element in value if declared.repeats else (value,):
+            _check_value(declared, element)
+
+
+def command_line_of(config: Any) -> list[str]:
+    """The arguments that give ``config`` back: how a stage tells its child processes what to do."""
+    arguments: list[str] = []
+    for declared in settings_of(type(config)):
+        value = getattr(config, declared.name)
+        if value == declared.default or value is None:
+            continue
+        if declared.value_type is bool:
+            arguments.append(declared.flag if value else "--no-" + declared.flag.removeprefix("--"))
+            continue
+        for element in value if declared.repeats else (value,):
+            arguments.append(f"{declared.flag}={element}")
+    return arguments
+
+
+def _default_of(config_field: Field[Any]) -> Any:
+    return config_field.default
+
+
+def _element_type(hint: Any) -> tuple[type, bool]:
+    """``int | None`` is an optional int; ``tuple[str, ...]`` a repeated str."""
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
+    assert hint in (str, int, float, bool, Path), f"no command-line form for {hint}"
+    return hint, False
+
+
+def _check_value(declared: Setting, value: Any) -> None:
+    if value is None:
+        return
+    limits = declared.description
+    if limits.choices is not None and value not in limits.choices:
+        raise DpoCacheError(f"{declared.flag} is {value!r}", expected=_one_of(limits.choices))
+    if limits.minimum is not None and not value >= limits.minimum:
+        raise DpoCacheError(f"{declared.flag} is {value}", expected=f"{limits.minimum} or more")
+    if limits.above is not None and not value > limits.above:
+        raise DpoCacheError(f"{declared.flag} is {value}", expected=f"more than {limits.above}")
+    if limits.maximum is not None and not value <= limits.maximum:
+        raise DpoCacheError(f"{declared.flag} is {value}", expected=f"{limits.maximum} or less")
+
+
+def _one_of(choices: Sequence[str]) -> str:
+    return "one of " + ", ".join(choices)

@@ -1,0 +1,133 @@
+"""The settings of ``dpo-train``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import DpoCacheError
+from .setting import check_settings, setting
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """What to train from which cache, and how."""
+
+    cache: Path = setting(help="Folder of the cache that `dpo-cache build` wrote.")
+    output: Path = setting(help="Folder of this run: config, metrics, checkpoints, the trained model.")
+    mixture: str = setting("train", help="Pairs to train on, by the name they have in the cache.")
+    eval_mixture: str | None = setting(None, help="Held-out pairs, by the name they have in the cache.")
+    eval_steps: int | None = setting(
+        None, help="Evaluate every N steps [default: before the first and after the last].", minimum=1
+    )
+
+    model: str | None = setting(
+        None, help="Where the policy starts [default: the cache's reference].", metavar="PATH_OR_ID"
+    )
+    model_revision: str | None = setting(None, help="Revision of a model on the Hub.")
+    allow_other_policy: bool = setting(False, help="Let the policy start elsewhere than at the reference.")
+    allow_numerics_mismatch: bool = setting(
+        False, help="Train in another dtype or with another attention kernel than the cache was scored in."
+    )
+    trust_remote_code: bool = setting(False, help="Run Python code that comes with the model.")
+    dtype: str | None = setting(
+        None, help="Precision of the forward pass [default: the cache's].", choices=("float32", "bfloat16")
+    )
+    attn_implementation: str | None = setting(
+        None,
+        help="Attention kernel [default: the cache's].",
+        choices=("sdpa", "eager", "flex_attention", "flash_attention_2"),
+    )
+    gradient_checkpointing: bool = setting(False, help="Recompute activations in the backward pass.")
+
+    loss: str = setting(
+        "dpo_norm",
+        help="The preference loss.",
+        choices=("dpo", "dpo_norm", "ipo", "ipo_sum", "hinge", "robust", "simpo", "wpo"),
+    )
+    beta: float | None = setting(
+        None, help="Strength of the pull to the reference [default: the loss's].", above=0
+    )
+    label_smoothing: float = setting(
+        0.0, help="Share of labels taken to be flipped.", minimum=0.0, maximum=0.5
+    )
+    gamma_beta_ratio: float | None = setting(
+        None, help="SimPO's target margin over beta [default: 0.3].", minimum=0
+    )
+
+    global_batch_size: int | None = setting(
+        None, help="Pairs in one update, on all GPUs together [default: 128].", minimum=1
+    )
+    per_device_train_batch_size: int | None = setting(
+        None,
+        help="Pairs a GPU in one micro-step; with accumulation and ranks it gives the global batch.",
+        minimum=1,
+    )
+    gradient_accumulation_steps: int | None = setting(None, help="Micro-steps in one update.", minimum=1)
+    tokens_per_microbatch: int | None = setting(
+        None, help="Token budget of one forward and backward pass [default: the longest pair].", minimum=1
+    )
+    num_train_epochs: float = setting(1.0, help="Passes over the mixture.", above=0)
+    max_steps: int | None = setting(
+        None, help="Updates; overrides the epochs and sets the schedule.", minimum=1
+    )
+    learning_rate: float = setting(5e-7, help="Peak learning rate.", minimum=0)
+    lr_scheduler_type: str = setting(
+        "linear", help="Shape of the learning rate after warm-up.", choices=("linear", "cosine", "constant")
+    )
+    warmup_ratio: float = setting(
+        0.1, help="Share of the updates spent warming up.", minimum=0.0, maximum=1.0
+    )
+    weight_decay: float = setting(0.0, help="AdamW's decoupled weight decay.", minimum=0.0)
+    max_grad_norm: float = setting(
+        1.0, help="Gradients are clipped to this norm; 0 turns it off.", minimum=0.0
+    )
+    seed: int = setting(42, help="Decides the order of the pairs.", minimum=0)
+
+    num_gpus: int | None = setting(
+        None, help="Processes, one a GPU [default: all GPUs; one process on a CPU].", minimum=1
+    )
+    zero_stage: int = setting(3, help="What DeepSpeed partitions across the ranks.", minimum=0, maximum=3)
+
+    checkpointing_steps: int | None = setting(
+        500, help="Save a checkpoint every N updates; one is saved at the end too.", minimum=1
+    )
+    keep_last_n_checkpoints: int = setting(3, help="Older checkpoints are deleted; -1 keeps all.", minimum=-1)
+    resume: str | None = setting(
+        None,
+        help="Go on from the newest complete checkpoint, or from the one named.",
+        flag_value="latest",
+        metavar="[latest|PATH]",
+    )
+    logging_steps: int = setting(1, help="Write a line of metrics every N updates.", minimum=1)
+    with_tracking: bool = setting(False, help="Log to Weights & Biases too.")
+    wandb_project: str = setting("dpo-cache", help="Weights & Biases project.")
+    wandb_entity: str | None = setting(None, help="Weights & Biases entity.")
+    run_name: str | None = setting(None, help="Name of the run in trackers [default: the output folder's].")
+    dry_run: bool = setting(
+        False,
+        help="Run the longest global batch forward and backward, report memory and time; train nothing.",
+    )
+    plan: bool = setting(False, help="Resolve everything and print it; load no weights.")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        per_device = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        if self.global_batch_size is not None and per_device != (None, None):
+            raise DpoCacheError(
+                "--global-batch-size is given together with --per-device-train-batch-size or "
+                "--gradient-accumulation-steps",
+                expected="one way to say how many pairs an update has",
+            )
+        if self.eval_steps is not None and self.eval_mixture is None:
+            raise DpoCacheError("--eval-steps without --eval-mixture has nothing to evaluate on")
+        if self.keep_last_n_checkpoints == 0:
+            raise DpoCacheError("--keep-last-n-checkpoints is 0", expected="1 or more, or -1 to keep all")
+
+    def resolved_global_batch_size(self, num_ranks: int) -> int:
+        """Pairs in one update on ``num_ranks`` ranks."""
+        if self.global_batch_size is not None:
+            return self.global_batch_size
+        if self.per_device_train_batch_size is None and self.gradient_accumulation_steps is None:
+            return 128
+        return (self.per_device_train_batch_size or 1) * (self.gradient_accumulation_steps or 1) * num_ranks

@@ -1,0 +1,150 @@
+"""Who scores which unit: claims with a heartbeat in the launcher's key-value store.
+
+Workers draw unit numbers from a shared counter, so a slow one holds nobody up, and no collective is needed. When
+the counter runs out, an idle worker takes over units whose owner's heart has stopped. Should that owner have been
+slow rather than dead, both write the same rows and readers keep one: a race costs time, never a row.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+from torch.distributed import DistError, Store, TCPStore
+
+from ..errors import DpoCacheError
+
+HEARTBEAT_S = 1.0
+STALE_AFTER_S = 15.0
+IDLE_POLL_S = 0.25
+STORE_TIMEOUT = timedelta(seconds=60)
+PLANNING_TIMEOUT = timedelta(days=7)  # others wait in the store while the coordinator tokenises
+
+
+class UnitQueue:
+    """The units of one build, seen by one of its processes.
+
+    Args:
+        store: The store of this job; only this process uses this connection.
+        num_units: How many units the build has.
+    """
+
+    def __init__(self, store: Store, num_units: int) -> None:
+        self.num_units = num_units
+        self._store = store
+        self._owner = f"{socket.gethostname()}-{os.getpid()}"
+
+    def units(self) -> Iterator[int]:
+        """Yield the units this process is to score, until all units of the build are done.
+
+        Yields:
+            A unit's number; it is marked done by :meth:`finish`.
+        """
+        while (unit := self._store.add("units/drawn", 1) - 1) < self.num_units:
+            self._store.set(f"units/{unit}/owner", self._owner)
+            yield unit
+        yield from self._abandoned_units()
+
+    def finish(self, unit: int) -> None:
+        """Mark a unit done: its shard is durable."""
+        if self._store.add(f"units/{unit}/done", 1) == 1:
+            self._store.add("units/done", 1)
+
+    @property
+    def num_finished(self) -> int:
+        """Units done by all processes together."""
+        return self._store.add("units/done", 0)
+
+    def add(self, counter: str, amount: int) -> int:
+        """Add to a counter of the build that all processes share; the new value."""
+        return self._store.add(f"counters/{counter}", amount)
+
+    def report_nonfinite(self, keys: list[bytes]) -> None:
+        """Name pairs whose log-probability is not a finite negative number."""
+        for key in keys:
+            self._store.set(f"nonfinite/{self.add('nonfinite', 1) - 1}", key.hex())
+
+    def nonfinite_keys(self) -> list[bytes]:
+        """All pairs that :meth:`report_nonfinite` named, in any process."""
+        count = self.add("nonfinite", 0)
+        return sorted({bytes.fromhex(self._store.get(f"nonfinite/{n}").decode()) for n in range(count)})
+
+    def _abandoned_units(self) -> Iterator[int]:
+        """Wait until every unit is done, taking over those whose owner's heart has stopped.
+
+        A heart is judged by this process's clock alone: how long the owner's counter has stood still.
+        """
+        seen: dict[str, tuple[int, float]] = {}
+        while self.num_finished < self.num_units:
+            for unit in range(self.num_units):
+                if self._store.add(f"units/{unit}/done", 0):
+                    continue
+                owner = self._owner_of(unit)
+                beats, since = seen.get(owner, (-1, 0.0))
+                now = self._store.add(f"heartbeats/{owner}", 0)
+                if now != beats:
+                    seen[owner] = (now, time.monotonic())
+                elif time.monotonic() - since > STALE_AFTER_S and self._take_over(unit, owner):
+                    yield unit
+            time.sleep(IDLE_POLL_S)
+
+    def _owner_of(self, unit: int) -> str:
+        """The last process that claimed the unit; one that died between drawing and claiming has no name."""
+        if not self._store.check([f"units/{unit}/owner"]):
+            return f"nobody-yet-{unit}"
+        return self._store.get(f"units/{unit}/owner").decode()
+
+    def _take_over(self, unit: int, dead_owner: str) -> bool:
+        if self._store.add(f"units/{unit}/taken-from/{dead_owner}", 1) != 1:
+            return False  # another idle worker was quicker
+        self._store.set(f"units/{unit}/owner", self._owner)
+        return True
+
+
+class Heartbeat:
+    """Beat in the store from a thread of its own: a long forward pass must not look like death."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._key = f"heartbeats/{socket.gethostname()}-{os.getpid()}"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            try:
+                self._store.add(self._key, 1)
+            except DistError:
+                return  # the store is gone; the main thread will notice and say so
+
+
+def host_store(port: int) -> TCPStore:
+    """Host the store of a build on this machine."""
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+
+
+def connect_to_store(host: str, port: int) -> TCPStore:
+    """Connect to the store that the coordinator of this build hosts.
+
+    Raises:
+        DpoCacheError: Nothing answers there.
+    """
+    try:
+        return TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
+    except DistError as lost:
+        raise DpoCacheError(
+            f"no store of this build answers on {host}:{port}",
+            next_step="run the same command again: what is finished stays",
+        ) from lost
