@@ -1,0 +1,304 @@
+"""Where preference rows come from: local files, folders and Hub datasets, and how many rows of each are taken."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+from datasets import Dataset, load_dataset_builder
+
+from ...errors import DpoCacheError
+
+_FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_OPTIONS = ("split", "config", "revision", "amount")
+_SPEC = "PATH_OR_ID[,split=…][,config=…][,revision=…][,amount=…]"
+_READ_ROWS = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSpec:
+    """Which rows a person asked for.
+
+    Attributes:
+        path: A ``.jsonl``, ``.json`` or ``.parquet`` file (also ``.gz``, ``.zst``), a folder of those, or a Hub id.
+        split: Split, slices such as ``train[:10%]`` included; None for ``train``, or for the only one there is.
+        config: Configuration of a Hub dataset.
+        revision: Branch, tag or commit of a Hub dataset.
+        amount: A share of the rows where it has a dot, a count where it has none; more than there are repeats rows.
+    """
+
+    path: str
+    split: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    amount: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise DpoCacheError(f"--dataset {self} names no dataset", expected=_SPEC)
+        if self.amount is not None and not re.fullmatch(r"\d+\.?\d*|\.\d+", self.amount):
+            raise DpoCacheError(
+                f"--dataset {self}: {self.amount} is no amount",
+                expected="a share with a dot (0.5, 2.0) or a count without (1000)",
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``PATH_OR_ID[,split=…][,config=…][,revision=…][,amount=…]``.
+
+        Raises:
+            DpoCacheError: An unknown or repeated key, an amount that is none, or no path.
+        """
+        path, *parts = text.split(",")
+        options: dict[str, str] = {}
+        for part in parts:
+            key, _, value = part.partition("=")
+            if key not in _OPTIONS or key in options or not value:
+                raise DpoCacheError(f"--dataset {text}: {part!r} is not understood", expected=_SPEC)
+            options[key] = value
+        return cls(path=path, **options)
+
+    def __str__(self) -> str:
+        options = [f",{key}={getattr(self, key)}" for key in _OPTIONS if getattr(self, key) is not None]
+        return self.path + "".join(options)
+
+    def num_picked(self, num_rows: int) -> int:
+        """How many rows the amount means, of a dataset with this many."""
+        if self.amount is None:
+            return num_rows
+        return int(float(self.amount) * num_rows) if "." in self.amount else int(self.amount)
+
+
+class DatasetSource:
+    """An open dataset: its rows by number, and which of them were asked for.
+
+    Local files are read through a temporary folder of Arrow files that goes with this object; memory does not grow
+    with the dataset. A copy sent to another process reads the same files and removes nothing.
+
+    Attributes:
+        spec: What was asked for.
+        num_rows: Rows there are, before the amount.
+        picked_rows: Row numbers in order, repeats included, shape (rows picked,).
+    """
+
+    def __init__(self, spec: DatasetSpec, dataset: Dataset, provenance: dict[str, Any]) -> None:
+        self.spec = spec
+        self.num_rows: int = dataset.num_rows
+        self.picked_rows = _pick_rows(spec, self.num_rows)
+        self._dataset = dataset
+        self._provenance = provenance
+
+    @property
+    def column_names(self) -> list[str]:
+        """The dataset's columns."""
+        return list(self._dataset.column_names)
+
+    @property
+    def distinct_rows(self) -> npt.NDArray[np.int64]:
+        """The picked rows without their repeats, in the order in which they first come."""
+        rows, first_places = np.unique(self.picked_rows, return_index=True)
+        return rows[np.argsort(first_places)]
+
+    def rows(
+        self, row_numbers: npt.NDArray[np.int64], *, columns: Sequence[str] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Rows by number, in the order given, read a thousand at a time.
+
+        Args:
+            row_numbers: Row numbers, shape (rows wanted,).
+            columns: Read only these; None for all. Names that the dataset lacks are left out.
+        """
+        names = [name for name in self.column_names if columns is None or name in columns]
+        dataset = self._dataset.select_columns(names)
+        for start in range(0, len(row_numbers), _READ_ROWS):
+            batch = dataset[row_numbers[start : start + _READ_ROWS].tolist()]
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
+
+    def provenance(self) -> dict[str, Any]:
+        """What a mixture records of this source: spec, commit or digests of its files, counts of rows."""
+        return {**self._provenance, "num_rows": self.num_rows, "picked_rows": len(self.picked_rows)}
+
+
+def open_dataset(spec: DatasetSpec) -> DatasetSource:
+    """Open a dataset.
+
+    Raises:
+        DpoCacheError: It does not exist, cannot be read, has no such split, or has no rows.
+    """
+    path = Path(spec.path)
+    if path.exists():
+        return _open_local(spec, path)
+    if any(suffix in _FILE_TYPES for suffix in path.suffixes):
+        raise DpoCacheError(f"--dataset {spec}: no such file", next_step=f"ls {path.parent}")
+    return _open_hub(spec)
+
+
+def _open_local(spec: DatasetSpec, path: Path) -> DatasetSource:
+    if spec.revision is not None:
+        raise DpoCacheError(f"--dataset {spec}: a local dataset has no revision", next_step="leave revision= out")
+    # `datasets` keys its cache by path and age of a file: a folder of our own is never stale.
+    folder = Path(tempfile.mkdtemp(prefix="dpo-cache-dataset-"))
+    try:
+        builder = _local_builder(spec, path, folder)
+        split = _choose_split(spec, builder)
+        files = _split_files(builder, split) if path.is_dir() else [path]
+        before = [_age(file) for file in files]
+        dataset = _prepare(spec, builder, split)
+        records = [_file_record(file, relative_to=path) for file in files]
+        if before != [_age(file) for file in files]:
+            raise DpoCacheError(f"--dataset {spec}: its files changed while they were read")
+        source = DatasetSource(spec, dataset, {**_spec_record(spec, split), "files": records})
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(source, _remove_folder, folder, os.getpid())
+    return source
+
+
+def _open_hub(spec: DatasetSpec) -> DatasetSource:
+    builder = _builder(spec, spec.path, name=spec.config, revision=spec.revision)
+    split = _choose_split(spec, builder)
+    dataset = _prepare(spec, builder, split)
+    # A Hub dataset's builder goes by the commit that its files are taken from.
+    return DatasetSource(spec, dataset, {**_spec_record(spec, split), "commit": builder.hash})
+
+
+# ---- through the datasets library ----
+
+
+def _local_builder(spec: DatasetSpec, path: Path, folder: Path) -> Any:
+    if path.is_dir():
+        return _builder(spec, str(path.resolve()), name=spec.config, cache_dir=str(folder))
+    if spec.config is not None:
+        raise DpoCacheError(f"--dataset {spec}: a single file has no config", next_step="leave config= out")
+    file_type = next((_FILE_TYPES[suffix] for suffix in path.suffixes if suffix in _FILE_TYPES), None)
+    if file_type is None or path.suffix not in (*_FILE_TYPES, ".gz", ".zst"):
+        raise DpoCacheError(
+            f"--dataset {spec}: files ending in {path.suffix or 'nothing'} are not read",
+            expected=f"{', '.join(_FILE_TYPES)}, or one of these with .gz or .zst",
+        )
+    if file_type == "parquet" and path.suffix != ".parquet":
+        path = _decompressed(path, folder)
+    return _builder(spec, file_type, data_files={"train": [str(path.resolve())]}, cache_dir=str(folder))
+
+
+def _decompressed(path: Path, folder: Path) -> Path:
+    """Parquet is read from its end, so a compressed one has to be written out; JSON lines are read as a stream."""
+    target = folder / "decompressed.parquet"
+    open_compressed = gzip.open if path.suffix == ".gz" else zstandard.open
+    with open_compressed(path, "rb") as compressed, target.open("wb") as plain:
+        shutil.copyfileobj(compressed, plain)
+    return target
+
+
+def _builder(spec: DatasetSpec, *arguments: Any, **keywords: Any) -> Any:
+    try:
+        return load_dataset_builder(*arguments, **keywords)
+    except Exception as error:
+        raise _unreadable(spec, error) from error
+
+
+def _prepare(spec: DatasetSpec, builder: Any, split: str) -> Dataset:
+    try:
+        builder.download_and_prepare()
+        dataset: Dataset = builder.as_dataset(split=split)
+    except Exception as error:
+        raise _unreadable(spec, error) from error
+    if dataset.num_rows == 0:
+        raise DpoCacheError(f"--dataset {spec}: it has no rows")
+    return dataset
+
+
+def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
+    """What `datasets` raises is of many classes; the innermost cause says most."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    return DpoCacheError(
+        f"--dataset {spec} cannot be read: {first_line}",
+        expected=f"a file ({', '.join(_FILE_TYPES)}, also .gz, .zst), a folder of those, or a Hub dataset",
+    )
+
+
+def _choose_split(spec: DatasetSpec, builder: Any) -> str:
+    splits = [str(split) for split in builder.config.data_files or builder.info.splits or ()]
+    if spec.split is not None:
+        if _base_split(spec.split) not in splits:
+            raise DpoCacheError(
+                f"--dataset {spec}: there is no split {spec.split}", expected=f"one of {', '.join(splits)}"
+            )
+        return spec.split
+    if "train" in splits or len(splits) == 1:
+        return "train" if "train" in splits else splits[0]
+    raise DpoCacheError(
+        f"--dataset {spec} has no split `train`",
+        expected=f"one of {', '.join(splits)}",
+        next_step=f"--dataset {spec},split={splits[0] if splits else 'NAME'}",
+    )
+
+
+def _base_split(split: str) -> str:
+    return split.partition("[")[0]
+
+
+def _split_files(builder: Any, split: str) -> list[Path]:
+    return [Path(file) for file in builder.config.data_files[_base_split(split)]]
+
+
+# ---- what was read, and how much of it ----
+
+
+def _pick_rows(spec: DatasetSpec, num_rows: int) -> npt.NDArray[np.int64]:
+    """Whole repeats in order, then the remainder drawn without replacement by a fixed seed, as open-instruct does.
+
+    Fewer rows than there are is a remainder alone, hence a draw, not the first rows.
+    """
+    num_picked = spec.num_picked(num_rows)
+    if num_picked == 0:
+        raise DpoCacheError(f"--dataset {spec}: an amount of {spec.amount} picks none of {num_rows} rows")
+    repeats, remainder = divmod(num_picked, num_rows)
+    whole = np.tile(np.arange(num_rows, dtype=np.int64), repeats)
+    drawn = np.random.RandomState(42).choice(num_rows, size=remainder, replace=False)
+    return np.concatenate([whole, drawn.astype(np.int64)])
+
+
+def _spec_record(spec: DatasetSpec, split: str) -> dict[str, Any]:
+    return {
+        "path": spec.path,
+        "split": split,
+        "config": spec.config,
+        "revision": spec.revision,
+        "amount": spec.amount,
+    }
+
+
+def _file_record(file: Path, *, relative_to: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    name = str(file.relative_to(relative_to.resolve())) if relative_to.is_dir() else file.name
+    return {"name": name, "sha256": digest, "num_bytes": file.stat().st_size}
+
+
+def _age(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _remove_folder(folder: Path, owner: int) -> None:
+    """A forked child has a copy of the source, and must not take the files from its parent."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,210 @@
+"""A whole dataset through the tokenizer, in one process or in many, always in the same order.
+
+Chunk number i belongs to worker i modulo the number of workers. Each worker walks its own chunks and sends each result
+down its own pipe; the parent takes from the pipes in turn. So the order needs no sorting, nobody hands out work, and a
+full pipe is all the back-pressure there is.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import DpoCacheError
+from .dataset_source import DatasetSource
+from .pair_tokenizer import PairTokenizer, TokenizationSettings
+from .preference import Preference, PreferenceFormat, UnusableRow, detect_format, read_preference, unused_columns
+from .token_pair import TokenPair
+
+_ROWS_TO_RECOGNISE = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizedChunk:
+    """Consecutive rows of a source, tokenized.
+
+    Attributes:
+        source_rows: Row numbers in the source, shape (rows of the chunk,).
+        results: For each row its pair, or why it has none.
+        truncated: Rows whose ``chosen`` and whose ``rejected`` side was longer than the limit.
+    """
+
+    source_rows: npt.NDArray[np.int64]
+    results: list[TokenPair | UnusableRow]
+    truncated: Counter[str]
+
+
+def source_format(source: DatasetSource) -> PreferenceFormat:
+    """Recognise a source's format from its columns and its first picked rows.
+
+    Raises:
+        DpoCacheError: No format fits.
+    """
+    first_rows = source.rows(source.distinct_rows[:_ROWS_TO_RECOGNISE])
+    return detect_format(source.column_names, first_rows)
+
+
+def tokenize_rows(
+    source: DatasetSource, settings: TokenizationSettings, *, num_processes: int, chunk_rows: int
+) -> Iterator[TokenizedChunk]:
+    """Tokenize each distinct picked row of a source once, in the order in which they are picked.
+
+    The chunks are the same for any number of processes. Workers end with the generator, and with their parent.
+
+    Args:
+        source: Open dataset.
+        settings: How to make tokens.
+        num_processes: Workers; with 1, the calling process does it itself.
+        chunk_rows: Rows of a chunk.
+
+    Raises:
+        DpoCacheError: No format fits the columns, the tokenizer cannot be used, or a worker died.
+    """
+    work = _Work(
+        source=source,
+        settings=settings,
+        preference_format=source_format(source),
+        rows=source.distinct_rows,
+        chunk_rows=chunk_rows,
+    )
+    num_workers = min(num_processes, work.num_chunks)
+    if num_workers <= 1:
+        yield from work.chunks(first=0, step=1)
+        return
+    with _Workers(work, num_workers) as workers:
+        for number in range(work.num_chunks):
+            yield workers.next_chunk(number % num_workers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Work:
+    """Everything a worker needs, picklable."""
+
+    source: DatasetSource
+    settings: TokenizationSettings
+    preference_format: PreferenceFormat
+    rows: npt.NDArray[np.int64]
+    chunk_rows: int
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-len(self.rows) // self.chunk_rows)
+
+    def chunks(self, *, first: int, step: int) -> Iterator[TokenizedChunk]:
+        tokenizer = PairTokenizer(self.settings)
+        unused = unused_columns(self.source.column_names, self.preference_format)
+        columns = [name for name in self.source.column_names if name not in unused]
+        for number in range(first, self.num_chunks, step):
+            rows = self.rows[number * self.chunk_rows : (number + 1) * self.chunk_rows]
+            preferences = [_read(row, self.preference_format) for row in self.source.rows(rows, columns=columns)]
+            truncated_before = Counter(tokenizer.truncated)
+            yield TokenizedChunk(
+                source_rows=rows,
+                results=_tokenize(tokenizer, preferences),
+                truncated=tokenizer.truncated - truncated_before,
+            )
+
+
+def _read(row: dict[str, Any], preference_format: PreferenceFormat) -> Preference | UnusableRow:
+    try:
+        return read_preference(row, preference_format)
+    except UnusableRow as unusable:
+        return unusable
+
+
+def _tokenize(tokenizer: PairTokenizer, preferences: list[Preference | UnusableRow]) -> list[TokenPair | UnusableRow]:
+    readable = [preference for preference in preferences if isinstance(preference, Preference)]
+    pairs = iter(tokenizer.tokenize_batch(readable))
+    return [next(pairs) if isinstance(item, Preference) else item for item in preferences]
+
+
+# ---- processes ----
+
+
+class _Workers:
+    """Worker processes and the pipes their chunks come through."""
+
+    def __init__(self, work: _Work, num_workers: int) -> None:
+        context = multiprocessing.get_context("spawn")  # forking a process with threads in Rust can deadlock
+        self._processes: list[SpawnProcess] = []
+        self._connections: list[Connection] = []
+        try:
+            for first in range(num_workers):
+                receiving, sending = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_run_worker,
+                    args=(work, first, num_workers, sending),
+                    name=f"tokenizer-{first}",
+                    daemon=True,
+                )
+                process.start()
+                sending.close()  # the worker's end lives in the worker alone, so its death ends the pipe
+                self._processes.append(process)
+                self._connections.append(receiving)
+        except BaseException:
+            self.close()
+            raise
+
+    def next_chunk(self, worker: int) -> TokenizedChunk:
+        try:
+            message = self._connections[worker].recv()
+        except EOFError:
+            process = self._processes[worker]
+            process.join()
+            raise DpoCacheError(
+                f"a tokenizing process ended with exit code {process.exitcode}",
+                expected="a chunk of tokens; -9 is mostly the system running out of memory",
+                next_step="run the same command again with fewer processes",
+            ) from None
+        if isinstance(message, BaseException):
+            raise message
+        assert isinstance(message, TokenizedChunk)
+        return message
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process, connection in zip(self._processes, self._connections, strict=False):
+            process.join()
+            connection.close()
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _run_worker(work: _Work, first: int, step: int, connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        for chunk in work.chunks(first=first, step=step):
+            connection.send(chunk)
+    except BrokenPipeError:
+        return  # nobody is listening any more
+    except DpoCacheError as error:
+        connection.send(error)
+    except Exception as error:
+        error.add_note(f"in a tokenizing process:\n{traceback.format_exc()}")
+        connection.send(error)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
