@@ -1,0 +1,322 @@
+"""The cache as a folder: ``cache.json``, ``shards/``, ``mixtures/`` and ``tmp/``, of one reference."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import DpoCacheError
+from .canonical_json import JsonObject, read_sealed_json, take, write_sealed_json
+from .durable_file import make_folder_durably, remove_durably, write_durably
+from .folder_lock import building_lock, creation_lock, maintenance_lock
+from .key_index import KeyIndex, build_key_index
+from .mixture import Mixture, MixtureRows, check_name, read_mixture, write_mixture, write_pointer
+from .parquet_file import reading
+from .reference_identity import ReferenceIdentity, differences
+from .shard_file import FORMAT_VERSION, SHARD_NAME, ScoredPair, ShardReader, ShardRef, verify_shard, write_shard
+
+MAX_CACHE_JSON_BYTES = 4 << 20
+_SUBFOLDERS = ("shards", "mixtures", "tmp")
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnusableShard:
+    """A file in ``shards/`` that this cache cannot use, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardSurvey:
+    """What a look at every byte of ``shards/`` found."""
+
+    usable: list[ShardRef]
+    unusable: list[UnusableShard]
+
+
+class ReferenceCache:
+    """An existing cache folder. Made by :meth:`create` or :meth:`open`; reading needs no lock and no write.
+
+    Attributes:
+        path: The folder.
+        identity: Which reference, under which numerics, its values are of.
+        reference_id: The identity's digest, which every shard and mixture repeats.
+        vocabulary_sha256: The vocabulary of the first build's tokenizer.
+        recorded: What stood beside the identity when the cache was made: names, revisions, versions.
+    """
+
+    def __init__(
+        self, path: Path, *, identity: ReferenceIdentity, vocabulary_sha256: str, recorded: JsonObject
+    ) -> None:
+        self.path = path
+        self.identity = identity
+        self.reference_id = identity.digest
+        self.vocabulary_sha256 = vocabulary_sha256
+        self.recorded = recorded
+
+    @classmethod
+    def create(
+        cls, path: Path, *, identity: ReferenceIdentity, recorded: JsonObject, vocabulary_sha256: str
+    ) -> ReferenceCache:
+        """Make a cache, or open the one that stands there if it is of the same reference.
+
+        Raises:
+            DpoCacheError: The folder holds something else, or a cache of another reference (naming every field
+                that differs), or cannot be written.
+        """
+        _refuse_other_content(path)
+        for name in _SUBFOLDERS:
+            _refuse_link(path / name)
+            make_folder_durably(path / name)
+        with creation_lock(path / "tmp"):
+            if not (path / "cache.json").exists():
+                write_sealed_json(
+                    path / "cache.json",
+                    {
+                        "format_version": FORMAT_VERSION,
+                        "reference_id": identity.digest,
+                        "identity": identity.to_json(),
+                        "vocabulary_sha256": vocabulary_sha256,
+                        "recorded": recorded,
+                    },
+                    temporary_folder=path / "tmp",
+                )
+        cache = cls.open(path)
+        cache.require_reference(identity)
+        return cache
+
+    @classmethod
+    def open(cls, path: Path) -> ReferenceCache:
+        """Open a cache; nothing is written.
+
+        Raises:
+            DpoCacheError: There is none, its ``cache.json`` is damaged, or its format version is unknown.
+        """
+        source = path / "cache.json"
+        if not source.exists():
+            raise DpoCacheError(
+                f"there is no cache in {path}: cache.json is missing",
+                next_step=f"make one with: dpo-cache build --cache {path} --model … --dataset …",
+            )
+        for name in _SUBFOLDERS:
+            _refuse_link(path / name)
+        described = read_sealed_json(source, max_bytes=MAX_CACHE_JSON_BYTES)
+        if described.get("format_version") != FORMAT_VERSION:
+            raise DpoCacheError(
+                f"{source} has format version {str(described.get('format_version'))[:20]}",
+                expected=f"version {FORMAT_VERSION}",
+                next_step="use the dpo-cache that wrote it, or build again in another folder",
+            )
+        identity = ReferenceIdentity.from_json(take(described, "identity", dict, source=source), source=source)
+        if described.get("reference_id") != identity.digest:
+            raise DpoCacheError(f"{source}: 'reference_id' is not the digest of 'identity'")
+        return cls(
+            path,
+            identity=identity,
+            vocabulary_sha256=take(described, "vocabulary_sha256", str, source=source),
+            recorded=take(described, "recorded", dict, source=source),
+        )
+
+    def require_reference(self, identity: ReferenceIdentity) -> None:
+        """Refuse another reference, naming each field that differs with both its values."""
+        found = differences(self.identity, identity)
+        if found:
+            fields = "; ".join(f"{name}: cached {ours!r}, asked for {theirs!r}" for name, ours, theirs in found)
+            raise DpoCacheError(
+                f"{self.path} holds the values of another reference ({fields})",
+                next_step="use another --cache folder for this reference, or the model it was built with",
+            )
+
+    def shard_paths(self) -> list[Path]:
+        """The shards by ascending digest, which is the order in which duplicate keys resolve."""
+        return [path for path in self._shard_entries() if SHARD_NAME.fullmatch(path.name)]
+
+    def write_shard(self, rows: Sequence[ScoredPair], *, recorded: Mapping[str, Any] | None = None) -> ShardRef:
+        """Write one finished unit; see :func:`~.shard_file.write_shard`."""
+        return write_shard(
+            self.path / "shards",
+            rows,
+            reference_id=self.reference_id,
+            scoring_version=self.identity.scoring_version,
+            recorded=recorded or {},
+            temporary_folder=self.path / "tmp",
+        )
+
+    def import_shard(self, source: Path) -> ShardRef:
+        """Copy another folder's shard of the same reference, verifying its digest on the way.
+
+        Raises:
+            DpoCacheError: It is damaged, of another reference or format, or its name is no digest.
+        """
+        shard = self._shard_ref(source)
+        destination = self.path / "shards" / source.name
+        if source.resolve() != destination.resolve():
+            write_durably(destination, _verified_chunks(source), temporary_folder=self.path / "tmp")
+        return shard
+
+    def key_index(self, shards: Sequence[ShardRef] | None = None) -> KeyIndex:
+        """Where each key stands, of all shards or of those given. Only footers and keys are read.
+
+        Raises:
+            DpoCacheError: A shard cannot be read or belongs to another reference; :meth:`usable_shards` finds
+                those that can.
+        """
+        names = {shard.file_name for shard in shards} if shards is not None else None
+        indexed = []
+        for path in self.shard_paths():
+            if names is None or path.name in names:
+                with self.open_shard(path) as shard:
+                    indexed.append((_ref_of(shard), shard.keys()))
+        return build_key_index(indexed)
+
+    def open_shard(self, path: Path) -> ShardReader:
+        """Open a shard, refusing one of another reference."""
+        shard = ShardReader(path)
+        if shard.reference_id != self.reference_id:
+            shard.close()
+            raise DpoCacheError(
+                f"{path} belongs to the reference {shard.reference_id[:16]}…",
+                expected=f"{self.reference_id[:16]}…, the reference of {self.path}",
+            )
+        return shard
+
+    def usable_shards(self) -> ShardSurvey:
+        """Hash every shard and open it: which ones can be relied on, and what is wrong with the others."""
+        usable, unusable = [], []
+        for path in self._shard_entries():
+            try:
+                verify_shard(path)
+                usable.append(self._shard_ref(path))
+            except DpoCacheError as error:
+                unusable.append(UnusableShard(path=path, reason=error.found))
+        return ShardSurvey(usable=usable, unusable=unusable)
+
+    def mixture_names(self) -> list[str]:
+        """Names of the mixtures that have a pointer, sorted."""
+        folder = self.path / "mixtures"
+        with reading(folder):
+            return sorted(path.stem for path in folder.glob("*.json")) if folder.exists() else []
+
+    def read_mixture(self, name: str) -> Mixture:
+        """Read a mixture's pointer; see :func:`~.mixture.read_mixture`.
+
+        Raises:
+            DpoCacheError: There is none of that name (naming those there are), or it is not to be trusted.
+        """
+        check_name(name)
+        if not (self.path / "mixtures" / f"{name}.json").exists():
+            there_are = ", ".join(self.mixture_names()) or "none"
+            raise DpoCacheError(
+                f"{self.path} has no mixture {name!r}",
+                expected=f"one of: {there_are}",
+                next_step=f"build it with: dpo-cache build --cache {self.path} --mixture {name} …",
+            )
+        mixture = read_mixture(self.path, name)
+        if mixture.reference_id != self.reference_id:
+            raise DpoCacheError(f"mixture {name} of {self.path} belongs to another reference")
+        return mixture
+
+    def write_mixture(
+        self,
+        name: str,
+        rows: MixtureRows,
+        *,
+        key_index: KeyIndex,
+        tokenization: JsonObject,
+        sources: list[JsonObject],
+        dropped: JsonObject,
+    ) -> Mixture:
+        """Write a mixture, pointer last; see :func:`~.mixture.write_mixture`."""
+        return write_mixture(
+            self.path,
+            name,
+            rows,
+            reference_id=self.reference_id,
+            key_index=key_index,
+            tokenization=tokenization,
+            sources=sources,
+            dropped=dropped,
+        )
+
+    def import_mixture(self, mixture: Mixture) -> None:
+        """Copy a mixture of another folder of this reference whose shards have all been imported.
+
+        Raises:
+            DpoCacheError: It is of another reference, its table is damaged, or a shard of it is not here.
+        """
+        if mixture.reference_id != self.reference_id:
+            raise DpoCacheError(f"mixture {mixture.name} belongs to another reference")
+        here = {path.name for path in self.shard_paths()}
+        missing = [shard.sha256 for shard in mixture.shards if shard.file_name not in here]
+        if missing:
+            raise DpoCacheError(f"{len(missing)} shards of mixture {mixture.name} are missing: {missing[0]}, …")
+        mixture.table.verify()
+        destination = self.path / "mixtures" / mixture.table.path.name
+        write_durably(destination, _verified_chunks(mixture.table.path), temporary_folder=self.path / "tmp")
+        write_pointer(self.path, mixture)
+
+    def retire_mixture(self, name: str) -> None:
+        """Remove a mixture's pointer, so that nothing trains from it until it is built again."""
+        check_name(name)
+        remove_durably(self.path / "mixtures" / f"{name}.json")
+
+    def building(self, mixture_name: str) -> AbstractContextManager[None]:
+        """The lock of a builder; see :func:`~.folder_lock.building_lock`."""
+        check_name(mixture_name)
+        return building_lock(self.path / "tmp", mixture_name)
+
+    def maintaining(self, work: str) -> AbstractContextManager[None]:
+        """The lock of what deletes; see :func:`~.folder_lock.maintenance_lock`."""
+        return maintenance_lock(self.path / "tmp", work)
+
+    def _shard_ref(self, path: Path) -> ShardRef:
+        with self.open_shard(path) as shard:
+            return _ref_of(shard)
+
+    def _shard_entries(self) -> list[Path]:
+        folder = self.path / "shards"
+        with reading(folder):
+            return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def _ref_of(shard: ShardReader) -> ShardRef:
+    return ShardRef(sha256=shard.path.stem, num_rows=shard.num_rows, num_bytes=shard.num_bytes)
+
+
+def _verified_chunks(source: Path) -> Iterator[bytes]:
+    """The bytes of a file named by its digest; raises at the end if they were not those."""
+    digest = hashlib.sha256()
+    with reading(source), source.open("rb") as stream:
+        while chunk := stream.read(_COPY_BYTES):
+            digest.update(chunk)
+            yield chunk
+    if digest.hexdigest() != source.stem:
+        raise DpoCacheError(f"{source} is damaged: its bytes have the SHA-256 {digest.hexdigest()}")
+
+
+def _refuse_other_content(path: Path) -> None:
+    """A folder that is neither empty nor a cache was named by mistake."""
+    if not path.exists() or (path / "cache.json").exists():
+        return
+    try:
+        strange = sorted(set(os.listdir(path)) - set(_SUBFOLDERS))
+    except OSError as error:
+        raise DpoCacheError(f"{path} cannot be a cache: {error.strerror}", expected="a folder") from error
+    if strange:
+        raise DpoCacheError(
+            f"{path} is not a cache and not empty: it holds {', '.join(strange[:5])}",
+            expected="a cache, an empty folder, or a folder that does not exist yet",
+        )
+
+
+def _refuse_link(path: Path) -> None:
+    """A link in the place of a subfolder would let a cache from elsewhere write outside itself."""
+    if path.is_symlink():
+        raise DpoCacheError(f"{path} is a symbolic link", expected="a folder; link the whole cache instead")

@@ -1,0 +1,116 @@
+"""The one way a file of a cache comes to be: temporary name, write, fsync, rename, fsync of the folder.
+
+A file is either absent or whole, whatever is killed or loses power meanwhile, and nobody ever sees it grow.
+Every call to the operating system goes through :data:`operations`, so that a recorder, a full disk or a
+power cut can stand in its place.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from ...errors import DpoCacheError
+
+Bytes = bytes | bytearray | memoryview
+
+
+class FileOperations:
+    """The operating system's calls a durable change is made of, and nothing else."""
+
+    def make_folder(self, path: Path) -> None:
+        path.mkdir()
+
+    def create(self, path: Path) -> int:
+        """Open a new file for writing; an existing one is an error, a link is not followed."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+
+    def write(self, file: int, data: Bytes) -> None:
+        rest = memoryview(data).cast("B")
+        while len(rest):
+            rest = rest[os.write(file, rest) :]
+
+    def sync(self, file: int) -> None:
+        os.fsync(file)
+
+    def close(self, file: int) -> None:
+        os.close(file)
+
+    def rename(self, source: Path, destination: Path) -> None:
+        source.replace(destination)
+
+    def remove(self, path: Path) -> None:
+        path.unlink()
+
+    def sync_folder(self, path: Path) -> None:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+operations = FileOperations()
+
+
+def write_durably(path: Path, content: Bytes | Iterable[Bytes], *, temporary_folder: Path) -> None:
+    """Write ``content`` so that ``path`` holds all of it or is as it was before.
+
+    Args:
+        path: Where the file becomes visible. A file already there is replaced as a whole.
+        content: The bytes, or chunks of them. An iterable that raises leaves nothing behind.
+        temporary_folder: On the same file system as ``path``; a killed write leaves a ``*.partial`` here.
+
+    Raises:
+        DpoCacheError: The operating system refused (no space, no permission, read-only, an I/O error).
+    """
+    temporary = temporary_folder / f"{secrets.token_hex(8)}.partial"
+    chunks = [content] if isinstance(content, Bytes) else content
+    try:
+        file = operations.create(temporary)
+        try:
+            try:
+                for chunk in chunks:
+                    operations.write(file, chunk)
+                operations.sync(file)
+            finally:
+                operations.close(file)
+            operations.rename(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        operations.sync_folder(path.parent)
+    except OSError as error:
+        raise _refused("write", path, error) from error
+
+
+def remove_durably(path: Path) -> None:
+    """Remove one file; once this returns, a power cut does not bring it back."""
+    try:
+        operations.remove(path)
+        operations.sync_folder(path.parent)
+    except OSError as error:
+        raise _refused("remove", path, error) from error
+
+
+def make_folder_durably(path: Path) -> None:
+    """Make a folder and its missing parents; folders that exist are left as they are."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        for folder in reversed(missing):
+            try:
+                operations.make_folder(folder)
+            except FileExistsError:  # another builder was quicker
+                continue
+            operations.sync_folder(folder.parent)
+    except OSError as error:
+        raise _refused("make the folder", path, error) from error
+
+
+def _refused(what: str, path: Path, error: OSError) -> DpoCacheError:
+    return DpoCacheError(
+        f"cannot {what} {path}: {error.strerror or error}",
+        next_step="check free space and permissions (df -h, ls -ld); what was finished before stays valid",
+    )

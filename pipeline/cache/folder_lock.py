@@ -1,0 +1,130 @@
+"""Advisory locks on a cache folder, held by open files: whoever dies lets go.
+
+Builders share ``tmp/cache.lock`` and hold ``tmp/mixture-<name>.lock`` alone; what deletes (gc, repair) holds
+``tmp/cache.lock`` alone. Lock files are never deleted, or two processes could hold two files of one name.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ...errors import DpoCacheError
+
+CACHE_LOCK = "cache.lock"
+CREATION_LOCK = "create.lock"
+_MAX_HOLDER_BYTES = 1024
+
+
+@contextmanager
+def building_lock(temporary_folder: Path, mixture_name: str) -> Iterator[None]:
+    """Held while a mixture is built: others may build other mixtures, nobody may delete.
+
+    Raises:
+        DpoCacheError: Another process builds this mixture or deletes in this cache; the message names it.
+    """
+    with (
+        _locked(temporary_folder / CACHE_LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB, work="a build"),
+        _locked(
+            temporary_folder / _mixture_lock(mixture_name),
+            fcntl.LOCK_EX | fcntl.LOCK_NB,
+            work=f"a build of mixture {mixture_name}",
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def maintenance_lock(temporary_folder: Path, work: str) -> Iterator[None]:
+    """Held while files are removed (``work`` says by what): nobody builds meanwhile.
+
+    Raises:
+        DpoCacheError: A build or another maintenance is running; the message names it.
+    """
+    with _locked(temporary_folder / CACHE_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB, work=work):
+        yield
+
+
+@contextmanager
+def creation_lock(temporary_folder: Path) -> Iterator[None]:
+    """Held for the moment in which ``cache.json`` is written; others wait."""
+    with _locked(temporary_folder / CREATION_LOCK, fcntl.LOCK_EX, work="creating the cache"):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, mode: int, *, work: str) -> Iterator[None]:
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise DpoCacheError(f"cannot lock {path}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(file, mode)
+        except OSError as error:
+            raise _refused(path, error, work) from error
+        if mode & fcntl.LOCK_EX:
+            os.ftruncate(file, 0)
+            os.pwrite(file, _description(work).encode(), 0)
+        yield
+    finally:
+        os.close(file)
+
+
+def _refused(path: Path, error: OSError, work: str) -> DpoCacheError:
+    if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+        return DpoCacheError(
+            f"cannot lock {path}: {error.strerror}",
+            next_step="put the cache on a file system with file locks",
+        )
+    return DpoCacheError(
+        f"{work} cannot start: {path.parent.parent} is in use by {'; '.join(_holders(path))}",
+        next_step="wait for it to end, or stop it",
+    )
+
+
+def _holders(path: Path) -> list[str]:
+    """Who holds a lock: the file says it; of a shared one, the mixtures' own locks do."""
+    candidates = [path]
+    if path.name == CACHE_LOCK:
+        candidates += sorted(path.parent.glob("mixture-*.lock"))
+    holders = [_read_holder(candidate) for candidate in candidates if _is_held_alone(candidate)]
+    return holders or ["another process"]
+
+
+def _is_held_alone(path: Path) -> bool:
+    try:
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+def _read_holder(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(_MAX_HOLDER_BYTES).decode(errors="replace")
+    except OSError:
+        text = ""
+    return "".join(letter for letter in text if letter.isprintable()) or "another process"
+
+
+def _description(work: str) -> str:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return f"{work} (process {os.getpid()} on {socket.gethostname()} since {since})"
+
+
+def _mixture_lock(mixture_name: str) -> str:
+    return f"mixture-{mixture_name}.lock"

@@ -1,0 +1,72 @@
+"""Where each key of a cache stands, as three flat arrays: 40 bytes a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .example_key import KEY_BYTES, Keys, key_at
+from .shard_file import ShardRef
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class KeyIndex:
+    """Sorted keys and their places. Shapes: K distinct keys.
+
+    Attributes:
+        keys: Ascending, shape (K,).
+        shard_numbers: Position in ``shards`` of the shard that holds each key, shape (K,).
+        rows: Row number in that shard, shape (K,).
+        shards: The indexed shards, by ascending digest.
+        num_duplicates: Rows that other shards hold too; the lowest digest wins.
+    """
+
+    keys: Keys
+    shard_numbers: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int32]
+    shards: Sequence[ShardRef]
+    num_duplicates: int
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __contains__(self, key: bytes) -> bool:
+        place = int(np.searchsorted(self.keys, np.bytes_(key)))
+        return place < len(self.keys) and key_at(self.keys, place) == key
+
+    def find(self, keys: Keys) -> npt.NDArray[np.int64]:
+        """The place of each key in :attr:`keys`, -1 where it is not there. Quickest for ascending keys."""
+        if not len(self.keys):
+            return np.full(len(keys), -1, dtype=np.int64)
+        places = np.searchsorted(self.keys, keys)
+        places[places == len(self.keys)] = 0
+        places[self.keys[places] != keys] = -1
+        return places
+
+
+def build_key_index(shards: Sequence[tuple[ShardRef, Keys]]) -> KeyIndex:
+    """Index shards by key.
+
+    Args:
+        shards: Each with the keys of its rows in order. A key in several resolves to the lowest digest.
+    """
+    shards = sorted(shards, key=lambda entry: entry[0].sha256)
+    lengths = [len(keys) for _, keys in shards]
+    keys = np.concatenate([keys for _, keys in shards]) if shards else np.empty(0, dtype=f"S{KEY_BYTES}")
+    numbers = np.repeat(np.arange(len(shards), dtype=np.int32), lengths)
+    rows = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths] or [np.empty(0, dtype=np.int32)])
+    order = np.argsort(keys, kind="stable")  # stable: among equal keys the lowest digest stays first
+    keys = keys[order]
+    first = np.ones(len(keys), dtype=np.bool_)
+    first[1:] = keys[1:] != keys[:-1]
+    order = order[first]
+    return KeyIndex(
+        keys=keys[first],
+        shard_numbers=numbers[order],
+        rows=rows[order],
+        shards=[ref for ref, _ in shards],
+        num_duplicates=int(len(first) - first.sum()),
+    )
