@@ -1,0 +1,76 @@
+"""Which pairs are scored together: pure functions over token lengths.
+
+A budget is in tokens of the rows as they are computed, padding included, since that is what memory follows.
+Batches come longest first, so that running out of memory shows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..data.token_pair import TokenPair
+from .layouts import best_fit
+from .prompt_group import PromptGroup, group_by_prompt, prompt_group
+from .scoring_batch import Layout
+
+
+def plan_batches(pairs: Sequence[TokenPair], layout: Layout, *, tokens_per_batch: int) -> list[list[int]]:
+    """Split pairs into batches, every pair in exactly one, pairs of one prompt together as far as the budget goes.
+
+    Args:
+        pairs: What is to be scored.
+        layout: The layout the batches will have.
+        tokens_per_batch: Budget of a batch. A pair that is longer alone gets a batch of its own.
+
+    Returns:
+        For each batch the indices of its pairs, the batch with the longest row first.
+    """
+    groups = [
+        part
+        for group in group_by_prompt(pairs)
+        for part in split_group(group, pairs, layout, tokens_per_batch=tokens_per_batch)
+    ]
+    if layout is Layout.PACKED:
+        batches = best_fit([group.num_tokens for group in groups], tokens_per_batch)
+    else:
+        batches = _fill_rectangles(groups, layout, tokens_per_batch)
+    return [[pair for number in batch for pair in groups[number].pairs] for batch in batches]
+
+
+def split_group(
+    group: PromptGroup, pairs: Sequence[TokenPair], layout: Layout, *, tokens_per_batch: int
+) -> list[PromptGroup]:
+    """Parts of a group that keep within the budget, in order; a pair is never split."""
+    if _rectangle([group], layout) <= tokens_per_batch:
+        return [group]
+    parts: list[PromptGroup] = []
+    indices: list[int] = []
+    for index in group.pairs:
+        grown = prompt_group(pairs, [*indices, index])
+        if indices and _rectangle([grown], layout) > tokens_per_batch:
+            parts.append(prompt_group(pairs, indices))
+            indices = []
+        indices.append(index)
+    return [*parts, prompt_group(pairs, indices)]
+
+
+def _fill_rectangles(groups: Sequence[PromptGroup], layout: Layout, tokens_per_batch: int) -> list[list[int]]:
+    """Neighbours in length share a batch: hardly any padding, and every batch is as full as the budget lets it."""
+    by_length = sorted(range(len(groups)), key=lambda number: -_row_tokens(groups[number], layout))
+    batches: list[list[int]] = []
+    for number in by_length:
+        if batches and _rectangle([groups[member] for member in [*batches[-1], number]], layout) <= tokens_per_batch:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def _rectangle(groups: Sequence[PromptGroup], layout: Layout) -> int:
+    """Rows times the longest row, at most: the prefix-shared layout may need fewer rows."""
+    rows = sum(len(group.responses) for group in groups) if layout is Layout.PADDED else len(groups)
+    return rows * max(_row_tokens(group, layout) for group in groups)
+
+
+def _row_tokens(group: PromptGroup, layout: Layout) -> int:
+    return group.longest_sequence if layout is Layout.PADDED else group.num_tokens

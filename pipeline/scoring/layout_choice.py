@@ -1,0 +1,142 @@
+"""Which layout a model is scored in: read off its config, then proved on a probe before it is relied upon."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...errors import DpoCacheError
+from ..data.token_pair import TokenPair
+from .attention_masks import FULL, SLIDING, TREE_KERNELS
+from .layouts import padded_batch, scoring_batch
+from .model_loading import find_causal_lm
+from .pair_scorer import PairScorer
+from .scoring_batch import Layout, PairLogps, token_logps_of_sides
+
+log = logging.getLogger(__name__)
+
+Scorer = Callable[..., PairLogps]
+
+MEAN_TOLERANCE_NATS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Mean absolute difference a token that rounding explains. A wrong mask or head costs a real model 0.1 to 50 nats."""
+
+
+def choose_layout(
+    scorer: nn.Module,
+    *,
+    device: torch.device | str,
+    requested: Layout | None = None,
+    pairs: Sequence[TokenPair] = (),
+) -> Layout:
+    """The layout to score with, proved against plain one-by-one ``model(...).logits``.
+
+    Under ZeRO-3 every rank has to call this alike, with the engine (its hooks gather the weights).
+
+    Args:
+        scorer: A :class:`PairScorer`, or the DeepSpeed engine around one.
+        device: Where batches go.
+        requested: A layout the user insists on; None for the quickest that is right.
+        pairs: Real pairs to add to the built-in probe of a few tokens.
+
+    Raises:
+        DpoCacheError: ``requested`` is wrong for this model, or the model's vocabulary head does something to its
+            logits that we do not know.
+    """
+    pair_scorer = scorer if isinstance(scorer, PairScorer) else scorer.module
+    assert isinstance(pair_scorer, PairScorer)
+    obstacle = tree_obstacle(pair_scorer)
+    layout = requested or _quickest_layout(pair_scorer, obstacle)
+    if layout is not Layout.PADDED and obstacle is not None:
+        raise DpoCacheError(f"the {layout} layout would be wrong here: {obstacle}", next_step="--layout padded")
+    if requested is None and obstacle is not None:
+        log.info("padded layout: %s", obstacle)
+
+    tolerance = MEAN_TOLERANCE_NATS[pair_scorer.dtype]
+    probe = [*_probe_pairs(pair_scorer.config.get_text_config().vocab_size), *pairs]
+    difference = _mean_difference(scorer, probe, layout, device)
+    if difference <= tolerance:
+        return layout
+    if requested is None and layout is not Layout.PADDED:
+        log.warning(
+            "the %s layout gives other values than one-by-one scoring (%.2g nats a token, %.0e allowed): "
+            "scoring in the padded layout, which is slower",
+            *(layout, difference, tolerance),
+        )
+        layout = Layout.PADDED
+        difference = _mean_difference(scorer, probe, layout, device)
+        if difference <= tolerance:
+            return layout
+    raise DpoCacheError(
+        f"scoring in the {layout} layout and the model's own logits differ by {difference:.2g} nats a token",
+        expected=f"at most {tolerance:.0e}",
+        next_step="--layout padded"
+        if layout is not Layout.PADDED
+        else f"nothing: the vocabulary head of {pair_scorer.config.model_type} models is not supported",
+    )
+
+
+def _quickest_layout(scorer: PairScorer, obstacle: str | None) -> Layout:
+    if obstacle is not None:
+        return Layout.PADDED
+    return Layout.PACKED if scorer.attention == "flex_attention" else Layout.PREFIX_SHARED
+
+
+def tree_obstacle(scorer: PairScorer) -> str | None:
+    """Why several responses behind one prompt would not be scored right, as far as the config tells; None if fine."""
+    config = scorer.config.get_text_config()
+    if scorer.attention not in TREE_KERNELS:
+        return f"{scorer.attention} takes no mask of our own"
+    if not scorer.takes_positions:
+        return f"{config.model_type} models take no position_ids"
+    if find_causal_lm(scorer.model)._is_stateful:
+        return f"{config.model_type} models carry a state from one response into the next"
+    if other := scorer.windows.layer_types - {FULL, SLIDING}:
+        return f"{config.model_type} has layers of {', '.join(sorted(other))}"
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return f"{config.model_type} measures its local attention in columns, not in positions"
+    if getattr(config, "alibi", False):
+        return "ALiBi measures distances in columns, not in positions"
+    return None
+
+
+def _mean_difference(scorer: Scorer, pairs: Sequence[TokenPair], layout: Layout, device: torch.device | str) -> float:
+    """Mean absolute difference a token, in nats, between a layout and plain one-by-one scoring; NaN if any is."""
+    with torch.no_grad():
+        batch = scoring_batch(pairs, layout).to(device)
+        ours = token_logps_of_sides(scorer(batch).token_logps_N, batch)
+        plain = [_plain_token_logps(scorer, pair, side, device) for side in ("chosen", "rejected") for pair in pairs]
+    return float((torch.cat(ours) - torch.cat(plain)).abs().mean())
+
+
+def _plain_token_logps(scorer: Scorer, pair: TokenPair, side: str, device: torch.device | str) -> torch.Tensor:
+    """One sequence alone in its batch, through the model's full logits."""
+    response = pair.chosen_ids if side == "chosen" else pair.rejected_ids
+    scored = pair.chosen_scored if side == "chosen" else pair.rejected_scored
+    alone = replace(
+        pair,
+        chosen_ids=response,
+        rejected_ids=response,
+        scored_mask=np.concatenate([pair.prompt_scored, scored, scored]),
+    )
+    batch = padded_batch([alone]).to(device)
+    return token_logps_of_sides(scorer(batch, through_full_logits=True).token_logps_N, batch)[0]
+
+
+def _probe_pairs(vocabulary: int) -> list[TokenPair]:
+    """Two prompts, three pairs, five distinct responses: shared ones, one of a single token."""
+    random = np.random.RandomState(0)
+
+    def ids(tokens: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
+        return random.randint(0, vocabulary, tokens).astype(np.int32)
+
+    prompt, shared = ids(6), ids(5)
+    return [
+        TokenPair(prompt_ids=prompt, chosen_ids=shared, rejected_ids=ids(3)),
+        TokenPair(prompt_ids=ids(3), chosen_ids=ids(1), rejected_ids=ids(4)),
+        TokenPair(prompt_ids=prompt, chosen_ids=ids(4), rejected_ids=shared),
+    ]

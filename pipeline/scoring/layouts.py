@@ -1,0 +1,246 @@
+"""Pairs to a :class:`ScoringBatch`, in each of the three layouts.
+
+One builder serves all three. It lays out *trees*, a prompt (the trunk) and responses that branch off its end, in
+rows. The padded layout is the case of one response a tree and one tree a row, where the tree mask is plainly
+causal. What differs between layouts is only which trees there are and which of them share a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..data.token_pair import TokenIds, TokenPair
+from .prompt_group import PromptGroup, group_by_prompt
+from .scoring_batch import Layout, ScoringBatch
+
+FLEX_BLOCK_TOKENS = 128
+"""Rows for flex_attention are a multiple of its block, so that few shapes are ever compiled."""
+
+Int64s = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+def padded_batch(pairs: Sequence[TokenPair]) -> ScoringBatch:
+    """One right-padded row for every distinct sequence."""
+    groups = group_by_prompt(pairs)
+    trees = [
+        _Tree(prompt_ids=group.prompt_ids, responses=(response,)) for group in groups for response in group.responses
+    ]
+    first_tree = np.cumsum([0] + [len(group.responses) for group in groups])
+    side_of = _sides(groups, lambda group, response: (int(first_tree[group]) + response, 0))
+    return _lay_out(Layout.PADDED, pairs, trees, side_of, rows=[[tree] for tree in range(len(trees))])
+
+
+def prefix_shared_batch(pairs: Sequence[TokenPair]) -> ScoringBatch:
+    """Rows as long as the longest prompt group; shorter groups share rows, which saves their padding."""
+    groups = group_by_prompt(pairs)
+    lengths = [group.num_tokens for group in groups]
+    return _lay_out_groups(Layout.PREFIX_SHARED, pairs, groups, rows=best_fit(lengths, max(lengths)))
+
+
+def packed_batch(pairs: Sequence[TokenPair], *, multiple: int = FLEX_BLOCK_TOKENS) -> ScoringBatch:
+    """All prompt groups in one row, its length rounded up to ``multiple``."""
+    groups = group_by_prompt(pairs)
+    return _lay_out_groups(Layout.PACKED, pairs, groups, rows=[list(range(len(groups)))], multiple=multiple)
+
+
+_BUILDERS: dict[Layout, Callable[[Sequence[TokenPair]], ScoringBatch]] = {
+    Layout.PADDED: padded_batch,
+    Layout.PREFIX_SHARED: prefix_shared_batch,
+    Layout.PACKED: packed_batch,
+}
+
+
+def scoring_batch(pairs: Sequence[TokenPair], layout: Layout) -> ScoringBatch:
+    """The pairs in the given layout; no pairs give the empty batch."""
+    return _BUILDERS[layout](pairs) if pairs else empty_batch(layout)
+
+
+def empty_batch(layout: Layout) -> ScoringBatch:
+    """No pairs and one token: what a rank without work runs, so that its collectives meet the others'."""
+    tree = _Tree(prompt_ids=np.zeros(1, dtype=np.int32), responses=())
+    return _lay_out(layout, [], [tree], [], rows=[[0]])
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Bins of item indices, no bin above ``capacity``: longest item first, each into the fullest bin with room.
+
+    Best-fit decreasing. An item longer than ``capacity`` gets a bin of its own.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        fitting = [number for number, left in enumerate(room) if left >= lengths[item]]
+        if fitting:
+            fullest = min(fitting, key=room.__getitem__)
+            bins[fullest].append(item)
+            room[fullest] -= lengths[item]
+        else:
+            bins.append([item])
+            room.append(capacity - lengths[item])
+    return bins
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Tree:
+    """A prompt and the responses that branch off its last token."""
+
+    prompt_ids: TokenIds
+    responses: tuple[TokenIds, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + sum(map(len, self.responses))
+
+    @property
+    def num_attended(self) -> int:
+        """Couples (query, key) that the tree mask lets through."""
+        prompt = len(self.prompt_ids)
+        return _causal_couples(prompt) + sum(
+            len(response) * prompt + _causal_couples(len(response)) for response in self.responses
+        )
+
+
+def _causal_couples(tokens: int) -> int:
+    return tokens * (tokens + 1) // 2
+
+
+def _lay_out_groups(
+    layout: Layout,
+    pairs: Sequence[TokenPair],
+    groups: Sequence[PromptGroup],
+    *,
+    rows: list[list[int]],
+    multiple: int = 1,
+) -> ScoringBatch:
+    trees = [_Tree(prompt_ids=group.prompt_ids, responses=group.responses) for group in groups]
+    side_of = _sides(groups, lambda group, response: (group, response))
+    return _lay_out(layout, pairs, trees, side_of, rows=rows, multiple=multiple)
+
+
+def _sides(groups: Sequence[PromptGroup], place: Callable[[int, int], tuple[int, int]]) -> list[tuple[int, int]]:
+    """For each of the S sides, its (tree, response), ``place`` telling where a group's response went."""
+    num_pairs = sum(len(group.pairs) for group in groups)
+    side_of = [(0, 0)] * (2 * num_pairs)
+    for number, group in enumerate(groups):
+        for pair, chosen, rejected in zip(group.pairs, group.chosen, group.rejected, strict=True):
+            side_of[pair] = place(number, chosen)
+            side_of[num_pairs + pair] = place(number, rejected)
+    return side_of
+
+
+def _lay_out(
+    layout: Layout,
+    pairs: Sequence[TokenPair],
+    trees: Sequence[_Tree],
+    side_of: Sequence[tuple[int, int]],
+    *,
+    rows: list[list[int]],
+    multiple: int = 1,
+) -> ScoringBatch:
+    """Write the trees into rows, then say which tokens are scored and which side each counts for.
+
+    A *slot* is a token's flat index into R*T.
+    """
+    longest_row = max(sum(trees[tree].num_tokens for tree in row) for row in rows)
+    width = -(-longest_row // multiple) * multiple
+    canvas = _Canvas(len(rows), width)
+    slots_of_tree: dict[int, tuple[int, list[int]]] = {}
+    for row, members in enumerate(rows):
+        canvas.start_row(row)
+        for tree in members:
+            slots_of_tree[tree] = canvas.write(trees[tree])
+
+    if layout is Layout.PADDED:
+        # Padding goes on counting: transformers takes a jump in the positions for the start of another sequence.
+        canvas.position_ids_RT[:] = np.arange(width)
+
+    # Where the scored tokens of each side lie, chosen sides first.
+    slots_of_side: list[Int64s] = []
+    for side, (tree, response) in enumerate(side_of):
+        chosen_side = side < len(pairs)
+        pair = pairs[side if chosen_side else side - len(pairs)]
+        response_scored = pair.chosen_scored if chosen_side else pair.rejected_scored
+        prompt_slot, response_slots = slots_of_tree[tree]
+        assert not pair.prompt_scored[0], "nothing predicts the first token of a prompt"
+        slots_of_side.append(
+            np.concatenate(
+                [
+                    prompt_slot + np.flatnonzero(pair.prompt_scored),
+                    response_slots[response] + np.flatnonzero(response_scored),
+                ]
+            )
+        )
+    tokens_S = np.array([len(slots) for slots in slots_of_side], dtype=np.int64)
+    common_S = np.tile(np.minimum(*np.split(tokens_S, 2)), 2)
+    slots_M = np.concatenate([np.zeros(0, dtype=np.int64), *slots_of_side])
+    rank_M = np.arange(len(slots_M)) - np.repeat(np.cumsum(tokens_S) - tokens_S, tokens_S)
+
+    # A token that several sides score is computed once.
+    scored: Bools = np.zeros(len(rows) * width, dtype=np.bool_)
+    scored[slots_M] = True
+    slots_N = np.flatnonzero(scored)
+    return ScoringBatch(
+        layout=layout,
+        input_ids_RT=torch.from_numpy(canvas.input_ids_RT),
+        position_ids_RT=torch.from_numpy(canvas.position_ids_RT),
+        segment_RT=torch.from_numpy(canvas.segment_RT),
+        trunk_RT=torch.from_numpy(canvas.trunk_RT),
+        scored_positions_N=torch.from_numpy(canvas.predictor.reshape(-1)[slots_N]),
+        target_ids_N=torch.from_numpy(canvas.input_ids_RT.reshape(-1)[slots_N]),
+        token_index_M=torch.from_numpy(np.searchsorted(slots_N, slots_M).astype(np.int64)),
+        side_M=torch.from_numpy(np.repeat(np.arange(len(tokens_S)), tokens_S)),
+        common_M=torch.from_numpy(rank_M < np.repeat(common_S, tokens_S)),
+        tokens_S=torch.from_numpy(tokens_S),
+        num_pairs=len(pairs),
+        num_tokens=sum(tree.num_tokens for tree in trees),
+        num_attended=sum(tree.num_attended for tree in trees),
+        longest_sequence=max(len(tree.prompt_ids) + max(map(len, tree.responses), default=0) for tree in trees),
+    )
+
+
+class _Canvas:
+    """The row tensors while trees are written into them, left to right."""
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        shape = (num_rows, width)
+        self.input_ids_RT: Int64s = np.zeros(shape, dtype=np.int64)
+        self.position_ids_RT: Int64s = np.zeros(shape, dtype=np.int64)
+        self.segment_RT: npt.NDArray[np.int32] = np.full(shape, -1, dtype=np.int32)
+        self.trunk_RT: npt.NDArray[np.int32] = np.full(shape, -1, dtype=np.int32)
+        self.predictor: Int64s = np.arange(num_rows * width, dtype=np.int64).reshape(shape) - 1
+        self._row = 0
+        self._column = 0
+        self._segment = 0
+
+    def start_row(self, row: int) -> None:
+        self._row, self._column, self._segment = row, 0, 0
+
+    def write(self, tree: _Tree) -> tuple[int, list[int]]:
+        """Write one tree; the slots of its first prompt token and of each response's first token."""
+        trunk = self._segment
+        prompt_slot = self._write_segment(tree.prompt_ids, first_position=0, trunk=trunk)
+        last_prompt_slot = prompt_slot + len(tree.prompt_ids) - 1
+        response_slots = []
+        for response in tree.responses:
+            slot = self._write_segment(response, first_position=len(tree.prompt_ids), trunk=trunk)
+            self.predictor.reshape(-1)[slot] = last_prompt_slot
+            response_slots.append(slot)
+        return prompt_slot, response_slots
+
+    def _write_segment(self, token_ids: TokenIds, *, first_position: int, trunk: int) -> int:
+        width: int = self.input_ids_RT.shape[1]
+        where = (self._row, slice(self._column, self._column + len(token_ids)))
+        slot = self._row * width + self._column
+        self.input_ids_RT[where] = token_ids
+        self.position_ids_RT[where] = np.arange(first_position, first_position + len(token_ids))
+        self.segment_RT[where] = self._segment
+        self.trunk_RT[where] = trunk
+        self._column += len(token_ids)
+        self._segment += 1
+        return slot

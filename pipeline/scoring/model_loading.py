@@ -1,0 +1,194 @@
+"""A causal language model from disk, made ready to score: no dropout, no cache, the kernel that was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ...errors import DpoCacheError
+
+ATTENTION_KERNELS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's config; no weights are read.
+
+    Raises:
+        DpoCacheError: No readable config there, an adapter instead of a model, or a model that reads images.
+    """
+    if (Path(path) / "adapter_config.json").exists():
+        raise DpoCacheError(
+            f"{path} holds an adapter, not a model",
+            expected="a folder with config.json and the base model's weights",
+            next_step=f"--model BASE_MODEL --adapter {path}",
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise DpoCacheError(
+            f"no model can be read at {path}: {_first_line(error)}",
+            expected="a folder with config.json, or the id of a model on the Hub",
+        ) from error
+    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        raise DpoCacheError(
+            f"{path} is a {config.model_type} model, which reads more than text",
+            expected="a causal language model of text",
+        )
+    return config
+
+
+def resolve_attention(choice: str | None, config: Any, device: torch.device) -> str:
+    """The attention kernel to load a model with: ``choice``, or the quickest exact one that it supports.
+
+    Raises:
+        DpoCacheError: ``choice`` is no kernel that we know.
+    """
+    if choice is not None:
+        if choice not in ATTENTION_KERNELS:
+            raise DpoCacheError(
+                f"--attn-implementation {choice} is not known", expected=f"one of {', '.join(ATTENTION_KERNELS)}"
+            )
+        return choice
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "sdpa"  # code from the Hub: transformers tells on loading whether it can
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if device.type == "cuda" and model_class._supports_flex_attn:
+        return "flex_attention"
+    return "sdpa" if model_class._supports_sdpa else "eager"
+
+
+def load_causal_lm(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device | str,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a model in evaluation mode, every dropout set to zero, its cache of keys and values off.
+
+    While a DeepSpeed ZeRO-3 configuration of transformers is alive, weights are partitioned as they are read and
+    DeepSpeed decides where they lie; else they are moved to ``device``.
+
+    Args:
+        path: A folder, or the id of a model on the Hub.
+        dtype: Of the weights and of the computation.
+        attention: A kernel from :func:`resolve_attention`.
+        device: Where the weights go.
+        adapter: A folder with a peft adapter to put on top; its weights can then be trained.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Returns:
+        The model of transformers, or the peft model around it.
+
+    Raises:
+        DpoCacheError: Nothing to load there, weights missing from the checkpoint, a kernel that the model does not
+            support, or peft not installed.
+    """
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    set_dropout_to_zero(config)
+    try:
+        model: Any
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise DpoCacheError(f"the model {path} cannot be loaded: {_first_line(error)}") from error
+    _refuse_incomplete(path, loading)
+    if model.config._attn_implementation != attention:
+        raise DpoCacheError(
+            f"the model {path} was loaded with {model.config._attn_implementation} attention",
+            expected=attention,
+            next_step=f"--attn-implementation {model.config._attn_implementation}",
+        )
+    model.config.use_cache = False
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    set_module_dropout_to_zero(model)
+    model.eval()
+    if not is_deepspeed_zero3_enabled():
+        model.to(device)
+    return model
+
+
+def find_causal_lm(model: nn.Module) -> Any:
+    """The model of transformers inside a peft model, or the model itself."""
+    inside = getattr(model, "get_base_model", None)
+    return model if inside is None else inside()
+
+
+def find_backbone(model: nn.Module) -> Any:
+    """All of a causal language model but its vocabulary head."""
+    causal_lm = find_causal_lm(model)
+    backbone = causal_lm.base_model
+    assert backbone is not causal_lm, f"{type(causal_lm).__name__} has no separate backbone"
+    return backbone
+
+
+def find_head(model: nn.Module) -> nn.Linear:
+    """The vocabulary head of a causal language model."""
+    head: nn.Linear = find_causal_lm(model).get_output_embeddings()
+    return head
+
+
+def set_dropout_to_zero(config: Any) -> None:
+    """Set every dropout probability and router jitter of a config to zero, of its parts too."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if _is_noise(name, value):
+                setattr(part, name, 0.0)
+
+
+def set_module_dropout_to_zero(model: nn.Module) -> None:
+    """The same for the modules: some take a probability from elsewhere, an adapter brings its own."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if _is_noise(name, value):
+                setattr(module, name, 0.0)
+
+
+def _is_noise(name: str, value: object) -> bool:
+    noisy = any(word in name for word in ("dropout", "pdrop", "layerdrop", "drop_path", "jitter_noise"))
+    return noisy and isinstance(value, float) and value > 0.0
+
+
+def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise DpoCacheError(
+            f"--adapter {adapter} needs peft, which is not installed", next_step="pip install 'dpo-cache[lora]'"
+        ) from error
+    try:
+        adapted: nn.Module = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    except (OSError, ValueError) as error:
+        raise DpoCacheError(f"the adapter {adapter} cannot be loaded: {_first_line(error)}") from error
+    return adapted
+
+
+def _refuse_incomplete(path: str | Path, loading: dict[str, Any]) -> None:
+    """Weights that a checkpoint lacks would be random: transformers only warns."""
+    absent = sorted(loading["missing_keys"])
+    if absent:
+        raise DpoCacheError(
+            f"the checkpoint {path} lacks {len(absent)} of the model's weights: {', '.join(absent[:5])}",
+            expected="every weight of a causal language model, its vocabulary head included",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
