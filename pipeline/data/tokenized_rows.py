@@ -160,7 +160,7 @@ class _Workers:
     def next_chunk(self, worker: int) -> TokenizedChunk:
         try:
             message = self._connections[worker].recv()
-        except EOFError:
+        except (EOFError, OSError):  # OSError where it died in the middle of a message
             process = self._processes[worker]
             process.join()
             raise DpoCacheError(

@@ -1,0 +1,115 @@
+"""Pinned templates render what their formats say; anything unknown is an error."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from byte_tokenizer_factory import CHATML, write_byte_tokenizer
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.data.chat_template import PINNED_TEMPLATES, resolve_chat_template
+from transformers import AutoTokenizer
+
+CONVERSATION = [
+    {"role": "system", "content": "Be kind\n"},
+    {"role": "user", "content": " Hi"},
+    {"role": "assistant", "content": "Hello "},
+    {"role": "user", "content": "Bye"},
+]
+TULU = "<|system|>\nBe kind\n\n<|user|>\n Hi\n<|assistant|>\nHello </s>\n<|user|>\nBye\n"
+
+
+def tokenizer(folder: Path, **arguments: Any) -> Any:
+    return AutoTokenizer.from_pretrained(write_byte_tokenizer(folder, **arguments))
+
+
+def render(folder: Path, choice: str, messages: list[dict[str, str]], **arguments: Any) -> str:
+    loaded = tokenizer(folder)
+    template = resolve_chat_template(loaded, choice)
+    assert template is not None
+    text: str = loaded.apply_chat_template(
+        messages, chat_template=template.text, tokenize=False, return_dict=False, **arguments
+    )
+    return text
+
+
+@pytest.mark.parametrize(("name", "beginning"), [("tulu", ""), ("tulu-bos", "<s>")])
+def test_the_tulu_format_to_the_letter(tmp_path: Path, name: str, beginning: str) -> None:
+    answer = [{"role": "assistant", "content": "Ciao"}]
+    assert render(tmp_path, name, CONVERSATION) == f"{beginning}{TULU}"
+    assert render(tmp_path, name, CONVERSATION, add_generation_prompt=True) == f"{beginning}{TULU}<|assistant|>\n"
+    assert render(tmp_path, name, CONVERSATION + answer) == f"{beginning}{TULU}<|assistant|>\nCiao</s>"
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("tulu", "eabfd26beb927fb164a55eccf43d605c1b112e21c95e2b62d466e7351fed9a3e"),
+        ("tulu-bos", "fc49caff388fc6c4b65712d03eb77cf5d497cc2d286a4face5c189e2e19647da"),
+    ],
+)
+def test_a_changed_pinned_template_is_a_decision(tmp_path: Path, name: str, digest: str) -> None:
+    template = resolve_chat_template(tokenizer(tmp_path), name)
+    assert template is not None
+    assert template.sha256 == hashlib.sha256(template.text.encode()).hexdigest() == digest
+
+
+def test_without_a_choice_it_is_the_tokenizers_own(tmp_path: Path) -> None:
+    template = resolve_chat_template(tokenizer(tmp_path, chat_template=CHATML), None)
+    assert template is not None
+    assert (template.text, template.name) == (CHATML, "tokenizer")
+
+
+def test_without_a_choice_and_without_its_own_there_is_none(tmp_path: Path) -> None:
+    assert resolve_chat_template(tokenizer(tmp_path), None) is None
+
+
+def test_one_of_several_templates_is_chosen_by_name(tmp_path: Path) -> None:
+    several = tokenizer(tmp_path, chat_template={"default": CHATML, "tool_use": "T" + CHATML})
+    by_default, by_name = resolve_chat_template(several, None), resolve_chat_template(several, "tool_use")
+    assert by_default is not None
+    assert by_name is not None
+    assert by_default.text == CHATML
+    assert (by_name.text, by_name.name) == ("T" + CHATML, "tokenizer:tool_use")
+
+
+def test_a_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(CHATML)
+    template = resolve_chat_template(tokenizer(tmp_path / "tokenizer"), str(file))
+    assert template is not None
+    assert (template.text, template.name) == (CHATML, "mine.jinja")
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(DpoCacheError) as error:
+        resolve_chat_template(tokenizer(tmp_path, chat_template=CHATML), "tulo")
+    assert error.value.found == "--chat-template tulo is neither a file nor a known name"
+    assert error.value.expected == "a file, or one of tulu, tulu-bos, default"
+
+
+@pytest.mark.parametrize(
+    ("choice", "missing"), [("tulu", "eos_token"), ("tulu-bos", "bos_token"), ("tulu-bos", "eos_token")]
+)
+def test_a_template_whose_token_the_tokenizer_lacks_is_refused(tmp_path: Path, choice: str, missing: str) -> None:
+    with pytest.raises(DpoCacheError, match=f"{choice} writes {missing}, and the tokenizer has none"):
+        resolve_chat_template(tokenizer(tmp_path, **{missing: None}), choice)
+
+
+def test_the_date_in_a_template_does_not_move_with_the_clock(tmp_path: Path) -> None:
+    dated, literal = tmp_path / "dated.jinja", tmp_path / "literal.jinja"
+    beginning = "\n  {% set today = TODAY %}\n  {% if today %}\n {{ today }}\n\n  {% endif %}\n"
+    dated.write_text(beginning.replace("TODAY", "strftime_now('%d %b %Y, %Y-%m-%d, %A')") + CHATML)
+    literal.write_text(beginning.replace("TODAY", "'26 Jul 2024, 2024-07-26, Friday'") + CHATML)
+    renderings = [
+        render(tmp_path / "tokenizer", str(file), [{"role": "user", "content": "Hi"}]) for file in (dated, literal)
+    ]
+    assert renderings[0] == renderings[1]
+
+
+def test_a_template_says_whether_it_reads_tools(tmp_path: Path) -> None:
+    loaded = tokenizer(tmp_path, chat_template="{{ tools }}" + CHATML)
+    templates = [resolve_chat_template(loaded, name) for name in (None, *PINNED_TEMPLATES)]
+    assert [template.reads_tools for template in templates if template is not None] == [True, False, False]

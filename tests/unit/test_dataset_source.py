@@ -1,0 +1,302 @@
+"""Rows by number from every kind of file, and which of them an amount picks."""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.data import dataset_source
+from dpo_cache.pipeline.data.dataset_source import DatasetSource, DatasetSpec, open_dataset
+
+ROWS = [{"chosen": f"yes {number}", "rejected": "no", "score": number} for number in range(7)]
+
+
+@pytest.fixture(autouse=True)
+def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where sources put what they read, to be looked into."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def json_lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = parquet(rows) if ".parquet" in path.name else json_lines(rows)
+    if ".json." in f"{path.name}.":
+        content = json.dumps(rows).encode()
+    compress: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+    path.write_bytes(compress[path.suffix](content) if path.suffix in compress else content)
+    return path
+
+
+def opened(path: Path | str, **options: str) -> DatasetSource:
+    return open_dataset(DatasetSpec(path=str(path), **options))
+
+
+def all_rows(source: DatasetSource) -> list[dict[str, Any]]:
+    return list(source.rows(np.arange(source.num_rows)))
+
+
+# ---- spec ----
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("data.jsonl", DatasetSpec(path="data.jsonl")),
+        ("org/name,split=test,amount=0.5", DatasetSpec(path="org/name", split="test", amount="0.5")),
+        ("org/name,split=train[:10%]", DatasetSpec(path="org/name", split="train[:10%]")),
+        (
+            "org/name,split=a,config=b,revision=c,amount=1000",
+            DatasetSpec(path="org/name", split="a", config="b", revision="c", amount="1000"),
+        ),
+    ],
+)
+def test_a_spec_is_read_and_given_back(text: str, spec: DatasetSpec) -> None:
+    assert DatasetSpec.parse(text) == spec
+    assert str(spec) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,speed=1", "'speed=1' is not understood"),
+        ("a,split=", "'split=' is not understood"),
+        ("a,amount=1,amount=2", "'amount=2' is not understood"),
+        ("a,b", "'b' is not understood"),
+        ("a,amount=half", "half is no amount"),
+        ("a,amount=-1", "-1 is no amount"),
+        ("a,amount=1e3", "1e3 is no amount"),
+        (",split=test", "names no dataset"),
+    ],
+)
+def test_a_spec_that_makes_no_sense_is_refused(text: str, message: str) -> None:
+    with pytest.raises(DpoCacheError, match=message):
+        DatasetSpec.parse(text)
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data.jsonl",
+        "data.json",
+        "data.parquet",
+        "data.jsonl.gz",
+        "data.json.gz",
+        "data.parquet.gz",
+        "data.jsonl.zst",
+        "data.json.zst",
+        "data.parquet.zst",
+    ],
+)
+def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path, name: str) -> None:
+    source = opened(write(tmp_path / name))
+    assert source.num_rows == 7
+    assert source.column_names == ["chosen", "rejected", "score"]
+    assert all_rows(source) == ROWS
+
+
+def test_rows_come_in_the_order_asked_for_with_the_columns_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_source, "_READ_ROWS", 2)
+    source = opened(write(tmp_path / "data.jsonl"))
+    rows = list(source.rows(np.array([5, 0, 5, 3, 6]), columns=["score", "tools"]))
+    assert rows == [{"score": number} for number in (5, 0, 5, 3, 6)]
+
+
+def test_nested_messages_come_back_as_they_were(tmp_path: Path) -> None:
+    rows = [{"chosen": [{"role": "user", "content": "Hi"}], "rejected": [{"role": "user", "content": "Hé\n"}]}] * 2
+    assert all_rows(opened(write(tmp_path / "data.jsonl", rows))) == rows
+
+
+def test_a_folder_is_read_by_split(tmp_path: Path) -> None:
+    write(tmp_path / "folder" / "train-00000.jsonl", ROWS[:2])
+    write(tmp_path / "folder" / "train-00001.jsonl", ROWS[2:4])
+    write(tmp_path / "folder" / "test.jsonl", ROWS[4:])
+    assert all_rows(opened(tmp_path / "folder")) == ROWS[:4]
+    test = opened(tmp_path / "folder", split="test")
+    assert all_rows(test) == ROWS[4:]
+    assert [file["name"] for file in test.provenance()["files"]] == ["test.jsonl"]
+    assert all_rows(opened(tmp_path / "folder", split="train[1:3]")) == ROWS[1:3]
+
+
+def test_a_folder_without_a_train_split_wants_a_name(tmp_path: Path) -> None:
+    write(tmp_path / "folder" / "dev.jsonl")
+    write(tmp_path / "folder" / "test.jsonl")
+    with pytest.raises(DpoCacheError, match="has no split `train`") as error:
+        opened(tmp_path / "folder")
+    assert error.value.next_step == f"--dataset {tmp_path}/folder,split=validation"
+
+
+def test_a_file_overwritten_between_two_openings_is_read_anew(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", [{"chosen": "a"}])
+    status = path.stat()
+    assert all_rows(opened(path)) == [{"chosen": "a"}]
+    write(path, [{"chosen": "b"}])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert all_rows(opened(path)) == [{"chosen": "b"}]
+
+
+def test_provenance_digests_the_bytes_of_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl.gz")
+    assert opened(path, amount="0.5").provenance() == {
+        "path": str(path),
+        "split": "train",
+        "config": None,
+        "revision": None,
+        "amount": "0.5",
+        "files": [
+            {
+                "name": "data.jsonl.gz",
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "num_bytes": path.stat().st_size,
+            }
+        ],
+        "num_rows": 7,
+        "picked_rows": 3,
+    }
+
+
+def test_what_was_read_goes_with_the_source(tmp_path: Path, temporary_folder: Path) -> None:
+    source = opened(write(tmp_path / "data.jsonl"))
+    assert list(temporary_folder.iterdir())
+    del source
+    gc.collect()
+    assert not list(temporary_folder.iterdir())
+
+
+def test_a_copy_for_another_process_reads_the_same_and_removes_nothing(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "data.jsonl"), amount="9")
+    copy = pickle.loads(pickle.dumps(source))
+    assert all_rows(copy) == ROWS
+    assert copy.picked_rows.tolist() == source.picked_rows.tolist()
+    del copy
+    gc.collect()
+    assert all_rows(source) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.jsonl", b'{"chosen": ', "cannot be read"),
+        ("data.parquet", b"PAR1", "cannot be read"),
+        ("data.jsonl", b"", "cannot be read|has no rows"),
+        ("data.csv", b"chosen,rejected\n", "files ending in .csv are not read"),
+        ("data.gz", b"", "files ending in .gz are not read"),
+    ],
+)
+def test_what_cannot_be_read_is_an_error_of_ours(
+    tmp_path: Path, temporary_folder: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DpoCacheError, match=message):
+        opened(tmp_path / name)
+    assert not list(temporary_folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"revision": "main"}, "a local dataset has no revision"),
+        ({"config": "default"}, "a single file has no config"),
+        ({"split": "test"}, "there is no split test"),
+        ({"amount": "0.1"}, "picks none of 7 rows"),
+    ],
+)
+def test_options_that_a_file_does_not_have_are_refused(tmp_path: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(DpoCacheError, match=message):
+        opened(write(tmp_path / "data.jsonl"), **options)
+
+
+def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(DpoCacheError, match="no such file"):
+        opened(tmp_path / "missing.jsonl.gz")
+
+
+# ---- hub ----
+
+
+def test_a_hub_dataset_is_recorded_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = opened(write(tmp_path / "data.jsonl"))
+    asked: list[Any] = []
+
+    def load_dataset_builder(path: str, **options: Any) -> Any:
+        asked.append((path, options))
+        return SimpleNamespace(
+            config=SimpleNamespace(data_files={"train_prefs": [], "test_prefs": []}),
+            hash="0123abc",
+            download_and_prepare=lambda: None,
+            as_dataset=lambda split: local._dataset,
+        )
+
+    monkeypatch.setattr(dataset_source, "load_dataset_builder", load_dataset_builder)
+    spec = DatasetSpec(path="org/name", config="main", revision="v1", split="train_prefs")
+    source = open_dataset(spec)
+    assert asked == [("org/name", {"name": "main", "revision": "v1"})]
+    assert source.provenance()["commit"] == "0123abc"
+    assert all_rows(source) == ROWS
+    with pytest.raises(DpoCacheError, match="has no split `train`"):
+        open_dataset(DatasetSpec(path="org/name"))
+
+
+def test_a_dataset_that_is_neither_here_nor_on_the_hub_is_named() -> None:
+    with pytest.raises(DpoCacheError, match="org/not-there cannot be read"):
+        open_dataset(DatasetSpec(path="org/not-there"))
+
+
+# ---- amounts ----
+
+
+@pytest.mark.parametrize(
+    ("amount", "num_picked"),
+    [(None, 7), ("3", 3), ("1", 1), ("7", 7), ("16", 16), ("0.5", 3), ("1.0", 7), ("2.0", 14), (".3", 2), ("1.", 7)],
+)
+def test_an_amount_is_a_share_with_a_dot_and_a_count_without(
+    tmp_path: Path, amount: str | None, num_picked: int
+) -> None:
+    source = open_dataset(DatasetSpec(path=str(write(tmp_path / "data.jsonl")), amount=amount))
+    assert len(source.picked_rows) == num_picked
+    assert source.picked_rows.dtype == np.int64
+
+
+def test_more_rows_than_there_are_repeat_whole_and_then_draw(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "data.jsonl"), amount="16")
+    # numpy freezes this generator's stream: RandomState(42).choice(7, size=2, replace=False)
+    assert source.picked_rows.tolist() == [*range(7), *range(7), 0, 1]
+    assert source.distinct_rows.tolist() == list(range(7))
+
+
+def test_fewer_rows_than_there_are_are_drawn_not_the_first(tmp_path: Path) -> None:
+    source = opened(write(tmp_path / "data.jsonl"), amount="4")
+    assert source.picked_rows.tolist() == [0, 1, 5, 2]
+    assert source.distinct_rows.tolist() == [0, 1, 5, 2]

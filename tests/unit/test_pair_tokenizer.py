@@ -1,0 +1,511 @@
+"""Exact ids and masks, worked out by hand: an ASCII character's id is its code, see byte_tokenizer_factory."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from byte_tokenizer_factory import BOS, CHATML, EOS, IM_END, TWO_NEWLINES, ids, marked, write_byte_tokenizer
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.data.pair_tokenizer import PairTokenizer, TokenizationSettings, vocabulary_sha256
+from dpo_cache.pipeline.data.preference import Message, Preference, UnusableRow
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+MakeTokenizer = Callable[..., PairTokenizer]
+
+ONE_TURN_PROMPT = "<|user|>\nHi\n<|assistant|>\n"
+MULTI_TURN: list[Message] = [
+    {"role": "system", "content": "Be kind"},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello there"},
+    {"role": "user", "content": "Bye"},
+]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> MakeTokenizer:
+    """A pair tokenizer; the arguments are those of the settings and of the tokenizer's files."""
+
+    def make_tokenizer(template: str | None = "tulu", **arguments: Any) -> PairTokenizer:
+        of_settings = {"max_seq_length", "truncation", "mask"}
+        files = {name: value for name, value in arguments.items() if name not in of_settings}
+        settings_ = {name: value for name, value in arguments.items() if name in of_settings}
+        folder = write_byte_tokenizer(tmp_path / "tokenizer", **files)
+        return PairTokenizer(TokenizationSettings(tokenizer=folder, chat_template=template, **settings_))
+
+    return make_tokenizer
+
+
+def chat(prompt: str | list[Message], chosen: str, rejected: str, **columns: Any) -> Preference:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return Preference(
+        prompt=messages,
+        chosen=[{"role": "assistant", "content": chosen}],
+        rejected=[{"role": "assistant", "content": rejected}],
+        **columns,
+    )
+
+
+def text(prompt: str, chosen: str, rejected: str) -> Preference:
+    return Preference(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def reason(tokenizer: PairTokenizer, preference: Preference) -> str:
+    with pytest.raises(UnusableRow) as unusable:
+        tokenizer.tokenize(preference)
+    return unusable.value.reason
+
+
+# ---- rendering and boundary ----
+
+
+def test_the_header_belongs_to_the_prompt_and_eos_to_the_answer(make: MakeTokenizer) -> None:
+    pair = make().tokenize(chat("Hi", "Yes", "No"))
+    assert pair.prompt_ids.tolist() == ids(ONE_TURN_PROMPT)
+    assert pair.chosen_ids.tolist() == [*ids("Yes"), EOS]
+    assert pair.rejected_ids.tolist() == [*ids("No"), EOS]
+    assert pair.prompt_ids.dtype == pair.chosen_ids.dtype == pair.rejected_ids.dtype == np.int32
+    assert pair.scored_mask is None
+    assert (pair.chosen_tokens, pair.rejected_tokens) == (4, 3)
+
+
+def test_eos_is_scored_where_pad_is_the_same_token(make: MakeTokenizer) -> None:
+    pair = make(pad_token="</s>").tokenize(chat("Hi", "Yes", "No"))
+    assert marked(pair, "chosen") == f"{ONE_TURN_PROMPT}⟦Yes</s>⟧"
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_template_with_bos_writes_exactly_one(make: MakeTokenizer, adds_bos: bool) -> None:
+    pair = make("tulu-bos", adds_bos=adds_bos).tokenize(chat("Hi", "Yes", "No"))
+    assert pair.prompt_ids.tolist() == [BOS, *ids(ONE_TURN_PROMPT)]
+
+
+def test_a_template_without_bos_gets_none_from_the_tokenizer(make: MakeTokenizer) -> None:
+    pair = make("tulu", adds_bos=True).tokenize(chat("Hi", "Yes", "No"))
+    assert BOS not in pair.prompt_ids
+
+
+def test_what_the_template_writes_behind_the_last_eos_is_part_of_the_answer(make: MakeTokenizer) -> None:
+    pair = make(None, chat_template=CHATML, eos_token="<|im_end|>").tokenize(chat("Hi", "Yes", "No"))
+    assert pair.chosen_ids.tolist() == [*ids("Yes"), IM_END, *ids("\n")]
+    assert marked(pair, "rejected") == ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦No<|im_end|>\n⟧")
+
+
+def test_a_newline_that_merges_with_the_header_is_scored_on_both_sides(make: MakeTokenizer) -> None:
+    pair = make(merges_newlines=True).tokenize(chat("Hi", "\nYes", "\nNo"))
+    assert pair.prompt_ids.tolist() == ids(ONE_TURN_PROMPT[:-1])
+    assert pair.chosen_ids.tolist() == [TWO_NEWLINES, *ids("Yes"), EOS]
+    assert pair.rejected_ids.tolist() == [TWO_NEWLINES, *ids("No"), EOS]
+
+
+def test_a_newline_that_merges_on_one_side_only_makes_the_row_unusable(make: MakeTokenizer) -> None:
+    assert reason(make(merges_newlines=True), chat("Hi", "\nYes", "No")) == "boundary-differs"
+
+
+def test_answers_may_begin_alike(make: MakeTokenizer) -> None:
+    pair = make().tokenize(chat("Hi", "I see", "I do"))
+    assert pair.prompt_ids.tolist() == ids(ONE_TURN_PROMPT)
+
+
+def test_answers_that_render_alike_are_identical(make: MakeTokenizer) -> None:
+    stripping = CHATML.replace("message['content']", "message['content'] | trim")
+    assert reason(make(None, chat_template=stripping), chat("Hi", "Yes", "Yes ")) == "identical-answers"
+
+
+# ---- masks ----
+
+
+def test_last_turn_scores_the_last_answer_only(make: MakeTokenizer) -> None:
+    pair = make().tokenize(chat(MULTI_TURN, "Goodbye now", "No"))
+    assert pair.scored_mask is None
+    assert marked(pair, "chosen") == (
+        "<|system|>\nBe kind\n<|user|>\nHi\n<|assistant|>\nHello there</s>\n<|user|>\nBye\n<|assistant|>\n"
+        "⟦Goodbye now</s>⟧"
+    )
+
+
+def test_all_turns_scores_every_answer_but_no_header_and_no_newline_after_eos(make: MakeTokenizer) -> None:
+    pair = make(mask="all-turns").tokenize(chat(MULTI_TURN, "Goodbye now", "No"))
+    beginning = "<|system|>\nBe kind\n<|user|>\nHi\n<|assistant|>\n⟦Hello there</s>⟧\n<|user|>\nBye\n<|assistant|>\n"
+    assert marked(pair, "chosen") == f"{beginning}⟦Goodbye now</s>⟧"
+    assert marked(pair, "rejected") == f"{beginning}⟦No</s>⟧"
+    assert pair.scored_mask is not None
+    assert len(pair.scored_mask) == pair.shared_prefix_tokens
+    assert (pair.chosen_tokens, pair.rejected_tokens) == (12 + 12, 12 + 3)
+
+
+def test_all_turns_of_one_turn_is_the_default_mask(make: MakeTokenizer) -> None:
+    assert make(mask="all-turns").tokenize(chat("Hi", "Yes", "No")).scored_mask is None
+
+
+def test_all_turns_scores_the_newline_that_chatml_writes_behind_each_answer(make: MakeTokenizer) -> None:
+    tokenizer = make(None, chat_template=CHATML, eos_token="<|im_end|>", mask="all-turns")
+    pair = tokenizer.tokenize(chat(MULTI_TURN[1:], "Ciao", "No"))
+    assert marked(pair, "chosen") == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello there<|im_end|>\n⟧"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟦Ciao<|im_end|>\n⟧"
+    )
+
+
+def test_two_answers_in_a_row_are_each_scored_behind_their_header(make: MakeTokenizer) -> None:
+    prompt: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    pair = make(mask="all-turns").tokenize(chat(prompt, "Well", "So"))
+    assert marked(pair, "chosen") == "<|user|>\nHi\n<|assistant|>\n⟦Hello</s>⟧\n<|assistant|>\n⟦Well</s>⟧"
+
+
+def test_the_very_first_token_is_never_scored(make: MakeTokenizer) -> None:
+    prompt: list[Message] = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Hi"}]
+    pair = make(mask="all-turns").tokenize(chat(prompt, "Well", "So"))
+    assert not pair.prompt_scored[0]
+    assert pair.prompt_scored[1]
+
+
+def masks_by_prefix_counts(tokenizer: Any, template: str, messages: list[Message]) -> list[bool]:
+    """The published rule, written a second time: every message that is no assistant's is masked, from the length of
+    the rendering before it to the length of the rendering through it, the header included where an answer follows."""
+
+    def length(count: int, add_generation_prompt: bool) -> int:
+        rendered = tokenizer.apply_chat_template(
+            messages[:count], chat_template=template, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+        return len(rendered)
+
+    scored = [True] * length(len(messages), False)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            continue
+        answer_follows = i + 1 < len(messages) and messages[i + 1]["role"] == "assistant"
+        start, end = 0 if i == 0 else length(i, False), length(i + 1, answer_follows)
+        scored[start:end] = [False] * (end - start)
+    return scored
+
+
+@given(turns=st.lists(st.tuples(st.text("ab ", min_size=1), st.text("cd\n", min_size=1)), max_size=4))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_all_turns_equals_the_published_rule(make: MakeTokenizer, turns: list[tuple[str, str]]) -> None:
+    tokenizer = make(mask="all-turns")
+    messages: list[Message] = [{"role": "system", "content": "s"}]
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    preference = chat([*messages, {"role": "user", "content": "last"}], "good", "bad")
+    pair = tokenizer.tokenize(preference)
+    assert tokenizer.chat_template is not None
+    assert isinstance(preference.prompt, list)
+    for answer, side in ((preference.chosen, pair.chosen_scored), (preference.rejected, pair.rejected_scored)):
+        assert isinstance(answer, list)
+        expected = masks_by_prefix_counts(tokenizer.tokenizer, tokenizer.chat_template.text, preference.prompt + answer)
+        assert [*pair.prompt_scored.tolist(), *side.tolist()] == expected
+
+
+# ---- templates with a mind of their own ----
+
+THINKING = (
+    "{%- for message in messages -%}"
+    "{%- set content = message['content'] -%}"
+    "{%- if message['role'] == 'assistant' and not loop.last -%}"
+    "{%- set content = content.split('</think>')[-1] -%}"
+    "{%- endif -%}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + content + '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking | default(true) -%}{{ '<think>' }}{%- endif -%}{%- endif -%}"
+)
+THOUGHTFUL: list[Message] = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "<think>Hm</think>Hello"},
+    {"role": "user", "content": "Bye"},
+]
+
+
+def test_the_last_turn_is_found_although_past_thoughts_are_rewritten(make: MakeTokenizer) -> None:
+    pair = make(None, chat_template=THINKING).tokenize(chat(THOUGHTFUL, "<think>a</think>A", "<think>b</think>B"))
+    assert marked(pair, "chosen") == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
+        "<|im_start|>assistant\n<think>⟦a</think>A<|im_end|>\n⟧"
+    )
+
+
+def test_an_opened_thought_that_no_answer_has_stays_out_of_the_prompt(make: MakeTokenizer) -> None:
+    pair = make(None, chat_template=THINKING).tokenize(chat("Hi", "Yes", "No"))
+    assert marked(pair, "chosen") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Yes<|im_end|>\n⟧"
+
+
+def test_all_turns_refuses_answers_that_the_template_rewrites(make: MakeTokenizer) -> None:
+    tokenizer = make(None, chat_template=THINKING, mask="all-turns")
+    assert reason(tokenizer, chat(THOUGHTFUL, "A", "B")) == "template-rewrites-history"
+
+
+def test_a_prompt_that_changes_once_an_answer_follows_is_refused(make: MakeTokenizer) -> None:
+    template = CHATML.replace("message['role']", "(messages | length) ~ message['role']")
+    assert reason(make(None, chat_template=template), chat("Hi", "Yes", "No")) == "template-rewrites-prompt"
+
+
+def test_a_role_that_the_template_refuses_makes_the_row_unusable(make: MakeTokenizer) -> None:
+    prompt: list[Message] = [{"role": "tool", "content": "42"}]
+    with pytest.raises(UnusableRow, match=r"template-refused: .* \(the tulu format has no role tool\)"):
+        make().tokenize(chat(prompt, "Yes", "No"))
+
+
+def test_chat_template_kwargs_reach_the_template(make: MakeTokenizer) -> None:
+    tokenizer = make(None, chat_template=THINKING)
+    preference = chat("Hi", "<think>a", "<think>b", chat_template_kwargs={"enable_thinking": False})
+    assert marked(tokenizer.tokenize(preference), "chosen").endswith("assistant\n⟦<think>a<|im_end|>\n⟧")
+
+
+def test_tools_reach_the_template(make: MakeTokenizer) -> None:
+    template = "{%- if tools -%}{{ tools | map(attribute='name') | join(',') + ';' }}{%- endif -%}" + CHATML
+    preference = chat("Hi", "Yes", "No", tools=[{"name": "add"}, {"name": "sum"}])
+    pair = make(None, chat_template=template).tokenize(preference)
+    assert marked(pair, "chosen").startswith("add,sum;<|im_start|>user")
+
+
+def test_messages_without_any_template_are_refused_by_name(make: MakeTokenizer) -> None:
+    with pytest.raises(DpoCacheError, match="has no chat template"):
+        make(None).tokenize(chat("Hi", "Yes", "No"))
+
+
+# ---- doubled special tokens ----
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [("{{ bos_token + bos_token }}" + CHATML, "bos"), (CHATML.replace("<|im_end|>", "</s></s>"), "eos")],
+)
+def test_a_template_that_doubles_a_special_token_is_an_error(make: MakeTokenizer, template: str, name: str) -> None:
+    with pytest.raises(DpoCacheError, match=f"two {name} tokens"):
+        make(None, chat_template=template)
+
+
+def test_an_eos_in_the_answers_own_text_makes_the_row_unusable(make: MakeTokenizer) -> None:
+    tokenizer = make()
+    assert reason(tokenizer, chat("Hi", "Yes", "No</s>")) == "double-eos"
+    assert reason(tokenizer, text("Hi", " Yes</s>", " No")) == "double-eos"
+
+
+def test_an_eos_inside_an_answer_is_no_doubled_one(make: MakeTokenizer) -> None:
+    pair = make().tokenize(chat("Hi", "a</s></s>b", "No"))
+    assert pair.chosen_ids.tolist() == [*ids("a"), EOS, EOS, *ids("b"), EOS]
+
+
+def test_a_bos_in_plain_text_makes_the_row_unusable(make: MakeTokenizer) -> None:
+    assert reason(make(adds_bos=True), text("<s>Hi", " Yes", " No")) == "double-bos"
+
+
+# ---- plain text ----
+
+
+@pytest.mark.parametrize(("adds_bos", "beginning"), [(False, []), (True, [BOS])])
+def test_plain_text_gets_the_tokenizers_bos_once_and_eos_behind_each_answer(
+    make: MakeTokenizer, adds_bos: bool, beginning: list[int]
+) -> None:
+    pair = make(None, adds_bos=adds_bos, pad_token="</s>").tokenize(text("Hi:", " Yes", " No"))
+    assert pair.prompt_ids.tolist() == [*beginning, *ids("Hi:")]
+    assert pair.chosen_ids.tolist() == [*ids(" Yes"), EOS]
+    assert pair.rejected_ids.tolist() == [*ids(" No"), EOS]
+    assert pair.scored_mask is None
+
+
+def test_plain_text_finds_its_boundary_in_the_joint_tokens(make: MakeTokenizer) -> None:
+    pair = make(merges_newlines=True).tokenize(text("Hi\n", "\nYes", "\nNo"))
+    assert pair.prompt_ids.tolist() == ids("Hi")
+    assert pair.chosen_ids.tolist() == [TWO_NEWLINES, *ids("Yes"), EOS]
+
+
+def test_plain_text_needs_an_eos(make: MakeTokenizer) -> None:
+    with pytest.raises(DpoCacheError, match="has no eos"):
+        make(None, eos_token=None).tokenize(text("Hi", " Yes", " No"))
+
+
+def test_plain_text_without_prompt_needs_a_bos(make: MakeTokenizer) -> None:
+    assert reason(make(), text("", "Yes", "No")) == "no-prompt"
+    assert make(adds_bos=True).tokenize(text("", "Yes", "No")).prompt_ids.tolist() == [BOS]
+
+
+# ---- truncation ----
+
+PROMPT_TOKENS = len(ONE_TURN_PROMPT)  # 26; the answers are "Absolutely" with eos (11 tokens) and "No" with eos (3)
+
+
+def fitted(make: MakeTokenizer, truncation: str, length: int, **arguments: Any) -> PairTokenizer:
+    return make(truncation=truncation, max_seq_length=length, **arguments)
+
+
+@pytest.mark.parametrize("truncation", ["drop", "truncate-prompt-left", "truncate-response-right"])
+def test_a_pair_that_just_fits_is_left_alone(make: MakeTokenizer, truncation: str) -> None:
+    tokenizer = fitted(make, truncation, PROMPT_TOKENS + 11)
+    pair = tokenizer.tokenize(chat("Hi", "Absolutely", "No"))
+    assert (len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) == (PROMPT_TOKENS, 11, 3)
+    assert not tokenizer.truncated
+
+
+def test_drop_counts_the_side_that_is_too_long(make: MakeTokenizer) -> None:
+    tokenizer = fitted(make, "drop", PROMPT_TOKENS + 10)
+    assert reason(tokenizer, chat("Hi", "No", "Absolutely")) == "too-long"
+    assert tokenizer.truncated == {"chosen": 0, "rejected": 1}
+
+
+def test_truncate_prompt_left_keeps_answers_whole(make: MakeTokenizer) -> None:
+    tokenizer = fitted(make, "truncate-prompt-left", 20)
+    pair = tokenizer.tokenize(chat("Hi", "Absolutely", "No"))
+    assert pair.prompt_ids.tolist() == ids(ONE_TURN_PROMPT[-9:])
+    assert pair.chosen_ids.tolist() == [*ids("Absolutely"), EOS]
+    assert pair.rejected_ids.tolist() == [*ids("No"), EOS]
+    assert tokenizer.truncated == {"chosen": 1, "rejected": 1}
+
+
+def test_truncate_prompt_left_keeps_a_leading_bos(make: MakeTokenizer) -> None:
+    pair = fitted(make, "truncate-prompt-left", 20, template="tulu-bos").tokenize(chat("Hi", "Absolutely", "No"))
+    assert pair.prompt_ids.tolist() == [BOS, *ids(ONE_TURN_PROMPT[-8:])]
+
+
+def test_truncate_prompt_left_cuts_the_mask_with_the_prompt(make: MakeTokenizer) -> None:
+    tail = "llo there</s>\n<|user|>\nBye\n<|assistant|>\n"
+    num_tokens = len(tail) - len("</s>") + 1
+    tokenizer = fitted(make, "truncate-prompt-left", num_tokens + 12, mask="all-turns")
+    pair = tokenizer.tokenize(chat(MULTI_TURN, "Goodbye now", "No"))
+    assert marked(pair, "chosen") == "l⟦lo there</s>⟧\n<|user|>\nBye\n<|assistant|>\n⟦Goodbye now</s>⟧"
+
+
+def test_truncate_prompt_left_refuses_an_answer_that_fills_the_length(make: MakeTokenizer) -> None:
+    assert reason(fitted(make, "truncate-prompt-left", 11), chat("Hi", "Absolutely", "No")) == "answer-too-long"
+
+
+def test_truncate_response_right_cuts_each_answer_and_its_eos(make: MakeTokenizer) -> None:
+    tokenizer = fitted(make, "truncate-response-right", PROMPT_TOKENS + 4)
+    pair = tokenizer.tokenize(chat("Hi", "Absolutely", "No"))
+    assert pair.prompt_ids.tolist() == ids(ONE_TURN_PROMPT)
+    assert pair.chosen_ids.tolist() == ids("Abso")
+    assert pair.rejected_ids.tolist() == [*ids("No"), EOS]
+    assert tokenizer.truncated == {"chosen": 1, "rejected": 0}
+
+
+def test_truncate_response_right_keeps_the_mask_of_earlier_turns(make: MakeTokenizer) -> None:
+    whole = make(mask="all-turns").tokenize(chat(MULTI_TURN, "Goodbye now", "No"))
+    tokenizer = fitted(make, "truncate-response-right", len(whole.prompt_ids) + 4, mask="all-turns")
+    pair = tokenizer.tokenize(chat(MULTI_TURN, "Goodbye now", "No"))
+    assert marked(pair, "chosen").endswith("⟦Hello there</s>⟧\n<|user|>\nBye\n<|assistant|>\n⟦Good⟧")
+
+
+def test_truncate_response_right_refuses_what_it_made_alike_or_empty(make: MakeTokenizer) -> None:
+    tokenizer = fitted(make, "truncate-response-right", PROMPT_TOKENS + 2)
+    assert reason(tokenizer, chat("Hi", "No way", "No")) == "identical-after-truncation"
+    tokenizer = fitted(make, "truncate-response-right", PROMPT_TOKENS)
+    assert reason(tokenizer, chat("Hi", "Yes", "No")) == "prompt-too-long"
+
+
+@given(
+    length=st.integers(min_value=2, max_value=80),
+    truncation=st.sampled_from(["drop", "truncate-prompt-left", "truncate-response-right"]),
+    mask=st.sampled_from(["last-turn", "all-turns"]),
+    answers=st.tuples(st.text("ab", min_size=1, max_size=40), st.text("ab", min_size=1, max_size=40)),
+)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_pair_is_ever_too_long_empty_alike_or_without_anything_scored(
+    make: MakeTokenizer, length: int, truncation: str, mask: str, answers: tuple[str, str]
+) -> None:
+    tokenizer = fitted(make, truncation, length, mask=mask)
+    (result,) = tokenizer.tokenize_batch([chat(MULTI_TURN, *answers)])
+    if isinstance(result, UnusableRow):
+        return
+    assert len(result.prompt_ids) + max(len(result.chosen_ids), len(result.rejected_ids)) <= length
+    assert len(result.prompt_ids) >= 1
+    assert result.chosen_tokens >= 1
+    assert result.rejected_tokens >= 1
+    assert not result.prompt_scored[0]
+    assert not np.array_equal(result.chosen_ids, result.rejected_ids)
+
+
+# ---- the tokenizer as a whole ----
+
+
+def test_a_batch_gives_what_its_rows_give_alone(make: MakeTokenizer) -> None:
+    tokenizer = make(mask="all-turns", adds_bos=True)
+    preferences = [
+        chat(MULTI_TURN, "A", "B"),
+        chat(MULTI_TURN, "A", "A"),
+        text("Hi:", " Yes", " No"),
+        chat("Hi", "B", "A"),
+        chat(MULTI_TURN, "C", "B"),
+    ]
+    results = tokenizer.tokenize_batch(preferences)
+    assert isinstance(results[1], UnusableRow)
+    assert results[1].reason == "identical-answers"
+    for preference, result in zip(preferences, results, strict=True):
+        if isinstance(result, UnusableRow):
+            continue
+        alone = tokenizer.tokenize(preference)
+        assert marked(alone, "chosen") == marked(result, "chosen")
+        assert marked(alone, "rejected") == marked(result, "rejected")
+
+
+def test_a_second_tokenizer_from_the_same_settings_makes_the_same_tokens(make: MakeTokenizer) -> None:
+    first = make("tulu-bos", mask="all-turns")
+    second = PairTokenizer(pickle.loads(pickle.dumps(first.settings)))
+    preference = chat(MULTI_TURN, "Yes", "No")
+    assert marked(second.tokenize(preference), "chosen") == marked(first.tokenize(preference), "chosen")
+    assert second.description() == first.description()
+
+
+def test_truncation_saved_in_the_tokenizers_files_is_not_applied(make: MakeTokenizer) -> None:
+    tokenizer = make()
+    file = Path(tokenizer.settings.tokenizer) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(content))
+    pair = PairTokenizer(tokenizer.settings).tokenize(chat("Hi", "Yes", "No"))
+    assert pair.prompt_ids.tolist() == ids(ONE_TURN_PROMPT)
+
+
+def test_the_description_is_json_and_names_what_makes_other_tokens(make: MakeTokenizer) -> None:
+    plain = make("tulu").description()
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["rendered_example"] == "<|user|>\nquestion\n<|assistant|>\nanswer</s>"
+    assert plain["special_tokens"]["eos_token"] == {"token": "</s>", "id": EOS}
+    assert plain["settings"]["mask"] == "last-turn"
+    with_bos = make("tulu-bos").description()
+    assert with_bos["chat_template"]["sha256"] != plain["chat_template"]["sha256"]
+    assert with_bos["vocabulary_sha256"] == plain["vocabulary_sha256"]
+    merging = make("tulu", merges_newlines=True).description()
+    assert merging["vocabulary_sha256"] != plain["vocabulary_sha256"]
+    assert merging["tokenizer_sha256"] != plain["tokenizer_sha256"]
+
+
+def test_the_description_does_not_depend_on_what_was_tokenized_before(make: MakeTokenizer) -> None:
+    tokenizer = make()
+    before = tokenizer.description()
+    tokenizer.tokenizer(["a", "bcd"], padding=False, truncation=True, max_length=2)
+    assert tokenizer.description() == before
+
+
+def test_the_vocabulary_digest_does_not_move() -> None:
+    class TwoTokens:
+        def get_vocab(self) -> dict[str, int]:
+            return {"b": 1, "a": 0}
+
+    # sha256 of id and length as 8 little-endian bytes each, then the token's bytes, ids in order
+    assert vocabulary_sha256(TwoTokens()) == "4af128bc70ae41ddabc1f450046afbf219f7a02a5e607fe707a37be09ee4d00a"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"truncation": "cut"}, "--truncation cut is unknown"),
+        ({"mask": "first-turn"}, "--mask first-turn is unknown"),
+        ({"max_seq_length": 1}, "--max-seq-length 1 holds no prompt and answer"),
+        ({"truncation": "truncate-prompt-left"}, "without a length does nothing"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DpoCacheError, match=message):
+        TokenizationSettings(tokenizer="t", **arguments)
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DpoCacheError, match=r"the tokenizer .*nothing cannot be loaded"):
+        PairTokenizer(TokenizationSettings(tokenizer=str(tmp_path / "nothing")))

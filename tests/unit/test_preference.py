@@ -1,0 +1,322 @@
+"""Which format a dataset is in, and what a row says or why it says nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from typing import Any
+
+import pytest
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.data.preference import (
+    UNUSABLE_REASONS,
+    Preference,
+    PreferenceFormat,
+    UnusableRow,
+    detect_format,
+    read_preference,
+    unused_columns,
+)
+
+IMPLICIT = PreferenceFormat.IMPLICIT_MESSAGES
+EXPLICIT = PreferenceFormat.EXPLICIT_MESSAGES
+TRANSCRIPT = PreferenceFormat.TRANSCRIPT
+EXPLICIT_TEXT = PreferenceFormat.EXPLICIT_TEXT
+PLAIN_TEXT = PreferenceFormat.PLAIN_TEXT
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def row(chosen: Any, rejected: Any, **columns: Any) -> dict[str, Any]:
+    return {"chosen": chosen, "rejected": rejected, **columns}
+
+
+CONVERSATIONS = row([user("Hi"), assistant("Yes")], [user("Hi"), assistant("No")])
+TURNS = row("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Hi\n\nAssistant: No")
+
+
+def unusable(row_: dict[str, Any], preference_format: PreferenceFormat) -> UnusableRow:
+    with pytest.raises(UnusableRow) as raised:
+        read_preference(row_, preference_format)
+    return raised.value
+
+
+# ---- recognising the format ----
+
+
+@pytest.mark.parametrize(
+    ("example", "expected"),
+    [
+        (CONVERSATIONS, IMPLICIT),
+        ({**CONVERSATIONS, "prompt": "Hi", "score": 1}, IMPLICIT),  # as UltraFeedback has it
+        (row([assistant("Yes")], [assistant("No")], prompt=[user("Hi")]), EXPLICIT),
+        (row([assistant("Yes")], [assistant("No")], prompt="Hi"), EXPLICIT),
+        (row("Yes", "No", prompt=[user("Hi")]), EXPLICIT),
+        (TURNS, TRANSCRIPT),
+        ({**TURNS, "prompt": "Hi"}, TRANSCRIPT),
+        (row(" Yes", " No", prompt="Hi:"), EXPLICIT_TEXT),
+        (row("Hi: Yes", "Hi: No"), PLAIN_TEXT),
+    ],
+)
+def test_each_format_is_recognised(example: dict[str, Any], expected: PreferenceFormat) -> None:
+    assert detect_format(list(example), [example]) is expected
+
+
+def test_one_odd_row_does_not_decide_the_format() -> None:
+    rows = [row("no transcript", "at all"), TURNS, TURNS, row("", None)]
+    assert detect_format(["chosen", "rejected"], rows) is TRANSCRIPT
+
+
+@pytest.mark.parametrize(
+    "example", [{"text": "Hi"}, {"chosen": "Yes"}, row(1, 2), row(["Yes"], ["No"]), row("Yes", "No", prompt=3)]
+)
+def test_other_columns_are_refused_with_what_would_fit(example: dict[str, Any]) -> None:
+    with pytest.raises(DpoCacheError) as error:
+        detect_format(list(example), [example])
+    assert error.value.found == f"no preference format fits these columns: {', '.join(example)}"
+    assert error.value.expected is not None
+    for preference_format in PreferenceFormat:
+        assert preference_format.description in error.value.expected
+
+
+def test_columns_that_a_format_does_not_read_are_named() -> None:
+    names = ["prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "score"]
+    assert unused_columns(names, IMPLICIT) == ["prompt", "score"]
+    assert unused_columns(names, EXPLICIT) == ["score"]
+    assert unused_columns(names, PLAIN_TEXT) == ["prompt", "tools", "chat_template_kwargs", "score"]
+
+
+# ---- messages ----
+
+
+def test_the_prompt_is_all_but_the_last_message() -> None:
+    beginning = [{"role": "system", "content": "s"}, user("Hi"), assistant("Hello"), user("Well?")]
+    example = row([*beginning, assistant("Yes")], [*beginning, assistant("No")])
+    assert read_preference(example, IMPLICIT) == Preference(
+        prompt=beginning, chosen=[assistant("Yes")], rejected=[assistant("No")]
+    )
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        row([assistant("Yes")], [assistant("No")], prompt=[user("Hi")]),
+        row([assistant("Yes")], [assistant("No")], prompt="Hi"),
+        row("Yes", "No", prompt=[user("Hi")]),
+        {**CONVERSATIONS, "prompt": [user("Hi")]},  # the answers repeat the prompt
+    ],
+)
+def test_explicit_prompts_make_the_same_preference_as_implied_ones(example: dict[str, Any]) -> None:
+    assert read_preference(example, EXPLICIT) == read_preference(CONVERSATIONS, IMPLICIT)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ([user("Hi"), assistant("Yes")], [user("Hey"), assistant("No")], "different-prompts"),
+        ([user("Hi"), assistant("Yes")], [user("Hey"), assistant("Yes")], "different-prompts"),
+        (
+            [user("Hi"), assistant("A"), user("Why?"), assistant("Yes")],
+            [user("Hi"), assistant("B"), user("How?"), assistant("No")],
+            "different-prompts",
+        ),
+        (
+            [user("Hi"), assistant("Yes")],
+            [user("Hi"), assistant("Yes"), user("And?"), assistant("No")],
+            "different-prompts",
+        ),
+        ([user("Hi"), assistant("Yes"), user("Thanks")], [user("Hi"), assistant("No")], "no-assistant-answer"),
+        ([user("Hi"), assistant("Yes")], [user("Hi")], "no-assistant-answer"),
+        ([], [user("Hi"), assistant("No")], "no-assistant-answer"),
+        ([assistant("Yes")], [assistant("No")], "no-prompt"),
+        ([user("Hi"), assistant(" \n")], [user("Hi"), assistant("No")], "empty-answer"),
+        ([user("Hi"), assistant("Yes")], [user("Hi"), {"role": "assistant", "content": None}], "empty-answer"),
+        ([user("Hi"), assistant("Yes")], [user("Hi"), assistant("Yes")], "identical-answers"),
+        ("Yes", [user("Hi"), assistant("No")], "malformed-row"),
+        (None, [user("Hi"), assistant("No")], "malformed-row"),
+        ([user("Hi"), {"content": "Yes"}], [user("Hi"), assistant("No")], "malformed-row"),
+        ([user("Hi"), {"role": "assistant", "content": 3}], [user("Hi"), assistant("No")], "malformed-row"),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": "x"}]}, assistant("Yes")],
+            [user("Hi"), assistant("No")],
+            "not-text",
+        ),
+    ],
+)
+def test_rows_that_make_no_pair_say_why(chosen: Any, rejected: Any, expected: str) -> None:
+    assert unusable(row(chosen, rejected), IMPLICIT).reason == expected
+
+
+def test_the_detail_says_where_two_prompts_part() -> None:
+    example = row([user("Hi"), user("a"), assistant("Yes")], [user("Hi"), user("b"), assistant("No")])
+    assert str(unusable(example, IMPLICIT)) == (
+        "different-prompts: the two sides differ before their last message (message 2)"
+    )
+
+
+def test_a_call_of_a_tool_is_an_answer_without_text() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": None}}]}
+    preference = read_preference(row([user("1+1?"), call], [user("1+1?"), assistant("3")]), IMPLICIT)
+    assert preference.chosen == [{"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}]
+
+
+def test_nulls_that_a_table_filled_in_are_not_seen() -> None:
+    filled = row(
+        [{**user("Hi"), "name": None}, {**assistant("Yes"), "name": None}], [user("Hi"), assistant("No")], tools=None
+    )
+    assert read_preference(filled, IMPLICIT) == read_preference(CONVERSATIONS, IMPLICIT)
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    example = row([{"role": "user", "content": parts}, assistant("Yes")], [user("Hi"), assistant("No")])
+    assert read_preference(example, IMPLICIT) == read_preference(CONVERSATIONS, IMPLICIT)
+
+
+@pytest.mark.parametrize("tools", [[{"name": "add", "default": None}], json.dumps([{"name": "add"}])])
+def test_tools_may_be_a_list_or_json(tools: Any) -> None:
+    assert read_preference({**CONVERSATIONS, "tools": tools}, IMPLICIT).tools == [{"name": "add"}]
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
+def test_no_tools_are_none(tools: Any) -> None:
+    assert read_preference({**CONVERSATIONS, "tools": tools}, IMPLICIT).tools is None
+
+
+def test_chat_template_kwargs_lose_the_nulls_of_other_rows() -> None:
+    example = {**CONVERSATIONS, "chat_template_kwargs": {"enable_thinking": False, "other": None}}
+    assert read_preference(example, IMPLICIT).chat_template_kwargs == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("column", [{"tools": "{"}, {"tools": {"name": "add"}}, {"chat_template_kwargs": [1]}])
+def test_tools_and_kwargs_of_another_kind_are_malformed(column: dict[str, Any]) -> None:
+    assert unusable({**CONVERSATIONS, **column}, IMPLICIT).reason == "malformed-row"
+
+
+@pytest.mark.parametrize("preference_format", [IMPLICIT, EXPLICIT])
+def test_reading_leaves_the_row_as_it_was(preference_format: PreferenceFormat) -> None:
+    example = {**CONVERSATIONS, "prompt": [user("Hi")], "tools": [{"name": None}]}
+    before = copy.deepcopy(example)
+    read_preference(example, preference_format)
+    assert example == before
+
+
+# ---- transcripts ----
+
+
+def test_transcripts_are_split_at_turns_and_stripped() -> None:
+    beginning = "\n\nHuman: Hi \n\nAssistant:  Hello\nyou\n\nHuman: Human: right?"
+    example = row(f"{beginning}\n\nAssistant: walking", f"{beginning}\n\nAssistant: walked ")
+    assert read_preference(example, TRANSCRIPT) == Preference(
+        prompt=[user("Hi"), assistant("Hello\nyou"), user("Human: right?")],
+        chosen=[assistant("walking")],
+        rejected=[assistant("walked")],
+    )
+
+
+def test_a_transcript_may_begin_without_blank_lines() -> None:
+    example = row(TURNS["chosen"].lstrip(), TURNS["rejected"])
+    assert read_preference(example, TRANSCRIPT) == read_preference(CONVERSATIONS, IMPLICIT)
+
+
+def test_two_answers_in_a_row_are_two_messages() -> None:
+    beginning = "\n\nHuman: Hi\n\nAssistant: Hello\n\nAssistant: "
+    preference = read_preference(row(f"{beginning}Yes", f"{beginning}No"), TRANSCRIPT)
+    assert preference.prompt == [user("Hi"), assistant("Hello")]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ("\n\nHuman: Hi\n\nAssistant: ", "empty-answer"),
+        ("\n\nHuman: Hi\n\nAssistant: No \n", "identical-answers"),
+        ("\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: Thanks", "no-assistant-answer"),
+        ("\n\nHuman: Hey\n\nAssistant: Yes", "different-prompts"),
+        ("Once upon a time\n\nHuman: Hi\n\nAssistant: Yes", "not-a-transcript"),
+        ("", "not-a-transcript"),
+        (None, "malformed-row"),
+    ],
+)
+def test_transcripts_that_make_no_pair_say_why(chosen: Any, expected: str) -> None:
+    assert unusable(row(chosen, TURNS["rejected"]), TRANSCRIPT).reason == expected
+
+
+# ---- plain text ----
+
+
+def test_explicit_text_is_taken_as_it_stands() -> None:
+    example = row(" Yes ", " No", prompt="Hi:\n")
+    assert read_preference(example, EXPLICIT_TEXT) == Preference(prompt="Hi:\n", chosen=" Yes ", rejected=" No")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Hi: yes", "Hi: no", "Hi: "),
+        ("I was walking", "I was walked over", "I was "),
+        ("I walk", "I walked", "I "),
+        ("Hi:\nyes", "Hi: no", "Hi:"),
+        ("yes", "no", ""),
+    ],
+)
+def test_the_prompt_of_plain_text_never_ends_inside_a_word(chosen: str, rejected: str, prompt: str) -> None:
+    for one, other in ((chosen, rejected), (rejected, chosen)):
+        preference = read_preference(row(one, other), PLAIN_TEXT)
+        assert preference.prompt == prompt
+        assert f"{prompt}{preference.chosen}" == one
+        assert f"{prompt}{preference.rejected}" == other
+
+
+@pytest.mark.parametrize(
+    ("example", "preference_format", "expected"),
+    [
+        (row("Yes", "Yes", prompt="Hi"), EXPLICIT_TEXT, "identical-answers"),
+        (row("\n", "Yes", prompt="Hi"), EXPLICIT_TEXT, "empty-answer"),
+        (row("No", "Yes", prompt=None), EXPLICIT_TEXT, "malformed-row"),
+        (row(None, "Yes", prompt="Hi"), EXPLICIT_TEXT, "malformed-row"),
+        (row("Hi: yes", "Hi: yes"), PLAIN_TEXT, "identical-answers"),
+        (row("Hi: yes", "Hi: yes or no"), PLAIN_TEXT, "empty-answer"),
+    ],
+)
+def test_plain_text_that_makes_no_pair_says_why(
+    example: dict[str, Any], preference_format: PreferenceFormat, expected: str
+) -> None:
+    assert unusable(example, preference_format).reason == expected
+
+
+# ---- reasons ----
+
+
+def test_the_names_of_reasons_are_stable() -> None:
+    assert sorted(UNUSABLE_REASONS) == [
+        "answer-too-long",
+        "boundary-differs",
+        "different-prompts",
+        "double-bos",
+        "double-eos",
+        "empty-answer",
+        "identical-after-truncation",
+        "identical-answers",
+        "malformed-row",
+        "no-assistant-answer",
+        "no-prompt",
+        "not-a-transcript",
+        "not-text",
+        "prompt-too-long",
+        "template-refused",
+        "template-rewrites-history",
+        "template-rewrites-prompt",
+        "too-long",
+    ]
+
+
+def test_a_reason_crosses_a_process_boundary() -> None:
+    copied = pickle.loads(pickle.dumps(UnusableRow("empty-answer", "chosen")))
+    assert (copied.reason, copied.detail) == ("empty-answer", "chosen")
