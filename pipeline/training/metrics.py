@@ -1,0 +1,168 @@
+"""What a log line says: sums and counts on the device, brought together by one reduction a line.
+
+Nothing is averaged before everything has been added up, so the numbers do not depend on how the pairs were split
+into ranks and micro-batches.
+
+Shape suffix: B pairs.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .losses import LossSettings
+from .micro_batch import ScoredMicroBatch
+from .throughput import ModelFlops, peak_flops_per_second, peak_memory_bytes
+
+_SUMS = (
+    "pairs",
+    "tokens",
+    "scored_tokens",
+    "loss",
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_rewards",
+    "rejected_rewards",
+    "right",
+    "aux_loss",
+)
+
+
+class PairMetrics:
+    """Sums over the pairs since the last log line.
+
+    Args:
+        loss: Decides the unit of ``logps/*`` and ``rewards/*``, and whether there are rewards at all.
+        device: Where the sums are kept, so that adding to them never waits for the device.
+        tie_margin: A difference of the two sides' log-ratios below this, in nats per token, is noise: a tie, which
+            counts half in the accuracy.
+        flops: For ``perf/mfu``; None leaves it out.
+        prefix: Put before every name; ``eval/`` for evaluation.
+    """
+
+    def __init__(
+        self,
+        loss: LossSettings,
+        *,
+        device: torch.device,
+        tie_margin: float,
+        flops: ModelFlops | None = None,
+        prefix: str = "",
+    ) -> None:
+        self._loss = loss
+        self._device = device
+        self._tie_margin = tie_margin
+        self._flops = flops
+        self._peak_flops = peak_flops_per_second(device)
+        self._prefix = prefix
+        self._has_aux_loss = False
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self._device)
+        self._since = time.perf_counter()
+
+    def add(self, scored: ScoredMicroBatch) -> None:
+        """Add one micro-batch; no communication, no waiting."""
+        outcomes, batch = scored.outcomes, scored.micro_batch.batch
+        zero = self._sums.new_zeros(())
+        right = chosen_rewards = rejected_rewards = aux_loss = zero
+        if outcomes.chosen_rewards_B is not None and outcomes.rejected_rewards_B is not None:
+            chosen_rewards, rejected_rewards = (
+                outcomes.chosen_rewards_B.sum(),
+                outcomes.rejected_rewards_B.sum(),
+            )
+            right = self._right_B(
+                outcomes.chosen_rewards_B, outcomes.rejected_rewards_B, outcomes.average_margin_B
+            ).sum()
+        if scored.policy.aux_loss is not None:
+            self._has_aux_loss = True
+            aux_loss = scored.policy.aux_loss * scored.micro_batch.num_pairs
+        counts = self._sums.new_tensor([scored.micro_batch.num_pairs, batch.num_tokens, batch.num_scored])
+        values = torch.stack(
+            [
+                outcomes.losses_B.sum(),
+                outcomes.chosen_logps_B.sum(),
+                outcomes.rejected_logps_B.sum(),
+                chosen_rewards,
+                rejected_rewards,
+                right,
+                aux_loss.double(),
+            ]
+        )
+        self._sums += torch.cat([counts, values])
+
+    def _right_B(self, chosen_rewards_B: Tensor, rejected_rewards_B: Tensor, average_margin_B: Tensor) -> Tensor:
+        """1 where chosen has the higher reward, 0 where rejected has, 1/2 for a tie."""
+        tie_B = (average_margin_B.abs() < self._tie_margin) | (chosen_rewards_B == rejected_rewards_B)
+        return torch.where(tie_B, 0.5, (chosen_rewards_B > rejected_rewards_B).double())
+
+    def reduce(self) -> dict[str, float]:
+        """The fields of a line over all pairs since the last one, on all ranks alike; then start over.
+
+        One reduction. A maximum travels in it too: each rank puts its figure in a place of its own.
+        """
+        num_ranks = dist.get_world_size()
+        memory = torch.zeros(num_ranks, dtype=torch.float64, device=self._device)
+        memory[dist.get_rank()] = peak_memory_bytes(self._device)
+        reduced = torch.cat([self._sums, memory])
+        dist.all_reduce(reduced)
+        seconds = time.perf_counter() - self._since
+        totals = dict(zip(_SUMS, reduced[: len(_SUMS)].tolist(), strict=True))
+        fields = self._learning(totals) | self._speed(totals, seconds, num_ranks)
+        fields["perf/peak_memory_gib"] = float(reduced[len(_SUMS) :].max()) / 2**30
+        self._restart()
+        return {self._prefix + name: value for name, value in fields.items()}
+
+    def _learning(self, totals: dict[str, float]) -> dict[str, float]:
+        pairs = max(totals["pairs"], 1.0)
+        fields = {
+            # Lines of a step and of an evaluation are told apart by this name.
+            "loss" if self._prefix else "train_loss": totals["loss"] / pairs,
+            "logps/chosen": totals["chosen_logps"] / pairs,
+            "logps/rejected": totals["rejected_logps"] / pairs,
+        }
+        if self._loss.spec.uses_reference:
+            chosen, rejected = totals["chosen_rewards"] / pairs, totals["rejected_rewards"] / pairs
+            fields |= {
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "rewards/average": (chosen + rejected) / 2,
+                "rewards/accuracy": totals["right"] / pairs,
+                "rewards/margin": chosen - rejected,
+            }
+        if self._has_aux_loss:
+            fields["aux_loss"] = totals["aux_loss"] / pairs
+        return fields
+
+    def _speed(self, totals: dict[str, float], seconds: float, num_ranks: int) -> dict[str, float]:
+        fields = {
+            "perf/tokens_per_second": totals["tokens"] / seconds,
+            "perf/pairs_per_second": totals["pairs"] / seconds,
+        }
+        if self._flops is not None and self._peak_flops is not None:
+            done = self._flops.training(tokens=totals["tokens"], scored_tokens=totals["scored_tokens"])
+            fields["perf/mfu"] = done / (seconds * self._peak_flops * num_ranks)
+        return fields
+
+
+def step_line(
+    metrics: PairMetrics, *, training_step: int, learning_rate: float, epoch: float, grad_norm: float
+) -> dict[str, float]:
+    """The line of a logged step, in the order people read it.
+
+    Args:
+        metrics: What was added since the last line; reduced here, so all ranks call this.
+        training_step: Updates done, counted from 1.
+        learning_rate: The rate this update used.
+        epoch: Epochs done, as a fraction.
+        grad_norm: Of this update, before clipping.
+    """
+    line: dict[str, float] = {"training_step": training_step, "learning_rate": learning_rate, "epoch": epoch}
+    line |= metrics.reduce()
+    line["grad_norm"] = grad_norm
+    return line

@@ -1,0 +1,75 @@
+"""The pairs one rank runs in one micro-step, ready for the device, and what became of them.
+
+Shape suffix: B pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..cache.shard_file import ScoredPair
+from ..scoring.layouts import scoring_batch
+from ..scoring.scoring_batch import Layout, PairLogps, ScoringBatch
+from .losses import PairOutcomes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ReferenceLogps:
+    """The cached log-probabilities of the reference, float64 of shape (B,), sums in nats."""
+
+    chosen_logps_B: Tensor
+    rejected_logps_B: Tensor
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> ReferenceLogps:
+        """The same values on ``device``."""
+        return ReferenceLogps(
+            chosen_logps_B=self.chosen_logps_B.to(device, non_blocking=non_blocking),
+            rejected_logps_B=self.rejected_logps_B.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MicroBatch:
+    """Tokens, reference values and keys of the same pairs in the same order; no pairs at all are allowed."""
+
+    batch: ScoringBatch
+    reference: ReferenceLogps
+    keys: tuple[bytes, ...]
+
+    @property
+    def num_pairs(self) -> int:
+        """B."""
+        return len(self.keys)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> MicroBatch:
+        """The same micro-batch with its tensors on ``device``."""
+        return replace(
+            self,
+            batch=self.batch.to(device, non_blocking=non_blocking),
+            reference=self.reference.to(device, non_blocking=non_blocking),
+        )
+
+
+def collate(pairs: Sequence[ScoredPair], layout: Layout) -> MicroBatch:
+    """Lay the rows of a cache out for the model. Without rows: the batch a rank runs only to take part."""
+    return MicroBatch(
+        batch=scoring_batch([row.pair for row in pairs], layout),
+        reference=ReferenceLogps(
+            chosen_logps_B=torch.tensor([row.ref_chosen_logps for row in pairs], dtype=torch.float64),
+            rejected_logps_B=torch.tensor([row.ref_rejected_logps for row in pairs], dtype=torch.float64),
+        ),
+        keys=tuple(row.key for row in pairs),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ScoredMicroBatch:
+    """A micro-batch after its forward pass; nothing in it carries a gradient any more."""
+
+    micro_batch: MicroBatch
+    policy: PairLogps
+    outcomes: PairOutcomes

@@ -1,0 +1,198 @@
+"""The trained model as other programs read it: ``model/`` with safetensors, config and tokenizer.
+
+It is written beside its place and renamed once every header has been read back and compared, so a folder of that
+name is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from ...errors import DpoCacheError
+from .policy_engine import PolicyEngine
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+MAX_SHARD_SIZE = "5GB"
+
+
+class TensorHeader(NamedTuple):
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def export_model(engine: PolicyEngine, folder: Path, *, base_folder: Path) -> None:
+    """Write the policy; collective, and only rank 0 writes.
+
+    Args:
+        engine: The trained policy, partitioned or not.
+        folder: The model's folder. One already there is replaced once the new one is whole.
+        base_folder: The checkpoint that training started from. Weights are written in its dtype, and its tokenizer
+            is copied.
+
+    Raises:
+        DpoCacheError: It could not be written, or a header is not what it should be.
+    """
+    model: Any = engine.scorer.model
+    dtype = checkpoint_dtype(base_folder)
+    state = _gathered_state(model, dtype, keep=engine.rank == 0)
+    if engine.rank == 0:
+        temporary = folder.with_name(folder.name + ".tmp")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _write(model, state, temporary, dtype, base_folder)
+            _put_in_place(temporary, folder)
+        except OSError as error:
+            raise DpoCacheError(
+                f"The model could not be written to {folder}: {error}",
+                next_step="free some space (df -h) and run again with --resume: the last checkpoint is complete",
+            ) from error
+    dist.barrier()
+
+
+def _gathered_state(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor]:
+    """The model's tensors in host memory on the ranks that keep them; every rank takes part in gathering.
+
+    One parameter at a time, so a device never holds more than its own partition and the largest parameter. A tied
+    parameter has one name here, the first; loading ties it again.
+    """
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if keep:
+                state[name] = parameter.detach().to(device="cpu", dtype=dtype, copy=True)
+    if keep:
+        state |= {name: buffer.detach().cpu() for name, buffer in _saved_buffers(model)}
+    return state
+
+
+def _saved_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that belong to a checkpoint; tables that are computed at loading do not."""
+    for module_name, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{module_name}.{name}".removeprefix("."), buffer
+
+
+def checkpoint_dtype(folder: Path) -> torch.dtype:
+    """The dtype most of a checkpoint's numbers are in.
+
+    Raises:
+        DpoCacheError: No safetensors file there.
+    """
+    numbers: Counter[str] = Counter()
+    for header in read_headers(folder).values():
+        numbers[header.dtype] += math.prod(header.shape)
+    if not numbers:
+        raise DpoCacheError(f"{folder} holds no safetensors file.")
+    name = numbers.most_common(1)[0][0]
+    return next(dtype for dtype, known in _SAFETENSORS_DTYPES.items() if known == name)
+
+
+def _write(model: Any, state: dict[str, Tensor], folder: Path, dtype: torch.dtype, base_folder: Path) -> None:
+    expected = _expected_headers(model, state)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+    _restore_config(folder / "config.json", base_folder / "config.json", dtype)
+    for name in TOKENIZER_FILES:
+        if (base_folder / name).is_file():
+            shutil.copyfile(base_folder / name, folder / name)
+    check_headers(folder, expected)
+
+
+def _expected_headers(model: Any, state: Mapping[str, Tensor]) -> dict[str, TensorHeader]:
+    """What the files must hold: the state under the names that checkpoints of this architecture use.
+
+    Some architectures fuse tensors while loading and split them while saving; without data the same is quick.
+    """
+    ignored = set(model._keys_to_ignore_on_save or ())
+    shells = {name: tensor.to("meta") for name, tensor in state.items() if name not in ignored}
+    return {
+        name: TensorHeader(dtype=_SAFETENSORS_DTYPES[tensor.dtype], shape=tuple(tensor.shape))
+        for name, tensor in revert_weight_conversion(model, shells).items()
+    }
+
+
+_SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def _restore_config(written: Path, base: Path, dtype: torch.dtype) -> None:
+    """Name the dtype of the files, not the one computed in, and undo what was changed for training only."""
+    config, before = (json.loads(file.read_text(encoding="utf-8")) for file in (written, base))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    for name, value in before.items():
+        if name == "use_cache" or name.endswith(("dropout", "pdrop")):
+            config[name] = value
+    written.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Name, dtype and shape of every tensor in a folder's safetensors files; no data is read."""
+    headers: dict[str, TensorHeader] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                part = tensors.get_slice(name)
+                headers[name] = TensorHeader(dtype=part.get_dtype(), shape=tuple(part.get_shape()))
+    return headers
+
+
+def check_headers(folder: Path, expected: Mapping[str, TensorHeader]) -> None:
+    """Read back what was written: every name, shape and dtype.
+
+    Raises:
+        DpoCacheError: Naming the first tensors that are missing, unexpected or different.
+    """
+    found = read_headers(folder)
+    wrong = [
+        f"{name}: {found.get(name)} instead of {expected.get(name)}"
+        for name in sorted(expected.keys() | found.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    if wrong:
+        raise DpoCacheError(
+            f"The model written to {folder} is not the one trained; {len(wrong)} tensors differ: "
+            + "; ".join(wrong[:5]),
+            next_step="run again with --resume: the last checkpoint is complete",
+        )
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,200 @@
+"""DeepSpeed, told what to do in the order a step happens: forward and backward, then the update.
+
+Two things differ from a common DeepSpeed loop. The number of micro-steps varies from update to update, so we say which
+backward pass is the last instead of letting DeepSpeed count. And a loss comes here divided by the number of pairs of
+the whole global batch, so DeepSpeed's average over ranks has to be undone: it is given the loss times the number of
+ranks.
+
+Shape suffix: B pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...errors import DpoCacheError
+from ..scoring.pair_scorer import PairScorer
+from ..scoring.scoring_batch import PairLogps
+from .bad_batch import report_bad_batch
+from .losses import LossSettings, PairOutcomes, preference_loss
+from .micro_batch import MicroBatch, ScoredMicroBatch
+
+
+class PolicyEngine:
+    """The policy, its optimizer and its partitioning, at any ZeRO stage.
+
+    ``torch.distributed`` is initialised before. Every method but the properties is collective: all ranks call it, in
+    the same order.
+
+    Args:
+        scorer: The policy. May have been partitioned while it was loaded (``deepspeed.zero.Init``).
+        config: From :func:`~.deepspeed_config.deepspeed_config`.
+        loss: The loss to train.
+        weight_decay: AdamW's, on matrices; biases and norms are not decayed.
+        bad_batch_path: Where the keys of a micro-batch go whose loss or gradient is not finite.
+        load_balancing_weight: Weight of the mixture-of-experts balancing loss, where the scorer returns it.
+        adam_betas, adam_epsilon: AdamW's.
+    """
+
+    def __init__(
+        self,
+        scorer: PairScorer,
+        *,
+        config: dict[str, Any],
+        loss: LossSettings,
+        weight_decay: float,
+        bad_batch_path: Path,
+        load_balancing_weight: float = 0.0,
+        adam_betas: tuple[float, float] = (0.9, 0.999),
+        adam_epsilon: float = 1e-8,
+    ) -> None:
+        self.scorer = scorer  # the module itself, without DeepSpeed around it
+        self.loss = loss
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self._bad_batch_path = bad_batch_path
+        self._load_balancing_weight = load_balancing_weight
+        self.zero_stage: int = config["zero_optimization"]["stage"]
+        offloaded = "offload_optimizer" in config["zero_optimization"]
+        self._optimizer = _adamw(_parameter_groups(scorer, weight_decay), offloaded, betas=adam_betas, eps=adam_epsilon)
+        self.deepspeed: Any = deepspeed.initialize(model=scorer, optimizer=self._optimizer, config=config)[0]
+        self.device: torch.device = torch.device(self.deepspeed.device)
+        if self.zero_stage == 0:
+            # DeepSpeed's bf16 wrapper of stage 0 takes an empty step to allocate AdamW's state, which leaves its
+            # step counter, hence its bias correction, one ahead.
+            self._optimizer.state.clear()
+        self._assert_fp32_masters()
+        self.deepspeed.train()
+        self._losses_are_finite: list[Tensor] = []
+        self._keys: list[tuple[bytes, ...]] = []
+
+    @property
+    def updates_done(self) -> int:
+        """Updates since the start of the run, those before a resume included."""
+        return int(self.deepspeed.global_steps)
+
+    def micro_step(self, micro_batch: MicroBatch, *, num_pairs: int, is_last: bool) -> ScoredMicroBatch:
+        """Forward and backward of one micro-batch.
+
+        Args:
+            micro_batch: On this engine's device. Without pairs it weighs nothing and still joins the collectives.
+            num_pairs: Pairs of the whole global batch, over all ranks and micro-steps.
+            is_last: The last micro-step before :meth:`apply_update`, on every rank alike.
+        """
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        policy: PairLogps = self.deepspeed(micro_batch.batch)
+        outcomes = preference_loss(self.loss, policy, micro_batch.reference)
+        objective = outcomes.losses_B.sum()
+        if policy.aux_loss is not None:
+            objective = objective + self._load_balancing_weight * policy.aux_loss * micro_batch.num_pairs
+        objective = objective / num_pairs
+        self._losses_are_finite.append(torch.isfinite(objective.detach()))
+        self._keys.append(micro_batch.keys)
+        self.deepspeed.backward(objective * self.num_ranks, scale_wrt_gas=False)
+        return _scored(micro_batch, policy, outcomes)
+
+    def apply_update(self, learning_rate: float) -> float:
+        """Clip and apply the gradients of the micro-steps since the last update.
+
+        Returns:
+            The norm of the whole gradient before clipping.
+
+        Raises:
+            DpoCacheError: A loss or the gradient is not finite, on all ranks alike. Nothing has been applied; the keys
+                are in the bad-batch file.
+        """
+        training_step = self.updates_done + 1
+        self._refuse_nonfinite_losses(training_step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._gradient_norm() if self.zero_stage == 0 else None
+        if norm is None or math.isfinite(norm):
+            # From stage 1 on DeepSpeed computes the norm inside its step, and applies nothing if it is not finite.
+            self.deepspeed.step()
+        if norm is None:
+            norm = float(self.deepspeed.get_global_grad_norm())
+        if not math.isfinite(norm) or not self.deepspeed.was_step_applied():
+            suspects = [key for keys in self._keys for key in keys]
+            report_bad_batch(self._bad_batch_path, reason="gradient", training_step=training_step, keys=suspects)
+        self._losses_are_finite.clear()
+        self._keys.clear()
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, micro_batch: MicroBatch) -> ScoredMicroBatch:
+        """Forward pass of one micro-batch, for evaluation; every rank makes the same number of these calls."""
+        self.deepspeed.eval()
+        policy: PairLogps = self.deepspeed(micro_batch.batch)
+        self.deepspeed.train()
+        return _scored(micro_batch, policy, preference_loss(self.loss, policy, micro_batch.reference))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The policy's parameters; under ZeRO-3 their shape is ``ds_shape``."""
+        return self.scorer.parameters()
+
+    def _gradient_norm(self) -> float:
+        """Norm of the gradient that all ranks hold after the last backward pass of stage 0."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def _refuse_nonfinite_losses(self, training_step: int) -> None:
+        """One reduction an update: a rank that stopped alone would leave the others waiting."""
+        finite = torch.stack(self._losses_are_finite)
+        worst = finite.all().to(torch.int32)
+        dist.all_reduce(worst, op=dist.ReduceOp.MIN)
+        if worst.item():
+            return
+        suspects = [
+            key for is_finite, keys in zip(finite.tolist(), self._keys, strict=True) if not is_finite for key in keys
+        ]
+        report_bad_batch(self._bad_batch_path, reason="loss", training_step=training_step, keys=suspects)
+
+    def _assert_fp32_masters(self) -> None:
+        """At learning rates of preference tuning, most updates are smaller than a bf16 weight's last bit."""
+        if self.zero_stage == 3:
+            masters: list[Tensor] = self.deepspeed.optimizer.fp32_partitioned_groups_flat
+        else:
+            masters = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        assert masters
+        assert all(weight.dtype == torch.float32 for weight in masters), "master weights are not float32"
+
+
+def _scored(micro_batch: MicroBatch, policy: PairLogps, outcomes: PairOutcomes) -> ScoredMicroBatch:
+    detached: Any = (None if value is None else value.detach() for value in policy)
+    return ScoredMicroBatch(micro_batch=micro_batch, policy=PairLogps(*detached), outcomes=outcomes.detached())
+
+
+def _parameter_groups(scorer: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    trainable = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise DpoCacheError("The policy has no parameter to train.")
+    if not weight_decay:
+        return [{"params": trainable, "weight_decay": 0.0}]
+    matrices = [parameter for parameter in trainable if _is_matrix(parameter)]
+    others = [parameter for parameter in trainable if not _is_matrix(parameter)]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether it is more than a bias or a norm; under ZeRO-3 a parameter is flat and its shape set aside."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+
+
+def _adamw(
+    groups: list[dict[str, Any]], offloaded: bool, *, betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
+    """AdamW; its learning rate is set before every update. The kernel for host memory is DeepSpeed's."""
+    if offloaded:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=eps, adamw_mode=True)
+        return optimizer
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=torch.cuda.is_available())

@@ -1,0 +1,194 @@
+"""Where the lines of a run go: ``metrics.jsonl`` always, Weights & Biases when asked, a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+Line = Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingSettings:
+    """A run at Weights & Biases.
+
+    Attributes:
+        project, entity, name, tags: As Weights & Biases knows them.
+        run_id: A run to continue, from the checkpoint resumed from; None for a new one.
+        config: The resolved configuration, shown beside the curves.
+    """
+
+    project: str
+    config: Mapping[str, Any]
+    entity: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    run_id: str | None = None
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, on disk before the next step starts.
+
+    A line that a kill cut short is dropped when the file is opened again; so are the lines of steps that a resumed
+    run will do once more.
+
+    Args:
+        path: The file; made where it is missing.
+        last_step: The step of the checkpoint resumed from; 0 for a fresh run.
+    """
+
+    def __init__(self, path: Path, *, last_step: int = 0) -> None:
+        self.path = path
+        kept, dropped = _lines_until(path, last_step) if path.exists() else ([], 0)
+        if dropped:
+            logger.warning("%s: dropped %d lines that are torn or past step %d", path, dropped, last_step)
+            temporary = path.with_suffix(".partial")
+            temporary.write_bytes(b"".join(kept))
+            os.replace(temporary, path)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, line: Line) -> None:
+        """Append one line; a number that is not finite is written as null, JSON having no word for it."""
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _lines_until(path: Path, last_step: int) -> tuple[list[bytes], int]:
+    """The whole lines up to a step, and how many lines are left out."""
+    kept: list[bytes] = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line in lines:
+        if not line.endswith(b"\n") or _step_of(line) is None or (_step_of(line) or 0) > last_step:
+            break
+        kept.append(line)
+    return kept, len(lines) - len(kept)
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        return int(json.loads(line)["training_step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class Tracking:
+    """A run at Weights & Biases that can fail in every way without the training noticing.
+
+    Args:
+        settings: What to call the run.
+        folder: Where its local files go.
+    """
+
+    def __init__(self, settings: TrackingSettings, *, folder: Path) -> None:
+        self._run: Any = None
+        for mode in (None, "offline"):
+            try:
+                import wandb
+
+                self._run = wandb.init(
+                    project=settings.project,
+                    entity=settings.entity,
+                    name=settings.name,
+                    tags=settings.tags or None,
+                    config=dict(settings.config),
+                    id=settings.run_id,
+                    resume="allow" if settings.run_id else None,
+                    dir=str(folder),
+                    mode=mode,
+                )
+                return
+            except Exception as error:  # whatever goes wrong with tracking, training goes on
+                logger.warning("wandb did not start%s: %s", " offline" if mode else ", trying offline", error)
+
+    @property
+    def run_id(self) -> str | None:
+        """To be kept in checkpoints, so that a resumed run continues its curve."""
+        return None if self._run is None else str(self._run.id)
+
+    def write(self, line: Line) -> None:
+        """Log one line under its step; the first failure ends the tracking, not the run."""
+        if self._run is None:
+            return
+        try:
+            self._run.log(dict(line), step=int(line["training_step"]))
+        except Exception as error:  # as above
+            logger.warning("wandb stopped: %s; metrics.jsonl goes on", error)
+            self._run = None
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except Exception as error:  # as above
+            logger.warning("wandb did not finish: %s", error)
+
+
+class RunLog:
+    """All of them together. On ranks other than 0 it does nothing.
+
+    Args:
+        output: The run's folder.
+        is_main: Rank 0.
+        total_steps: Updates of the whole run.
+        last_step: The step resumed from, 0 for a fresh run.
+        tracking: None for no tracking.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        is_main: bool,
+        total_steps: int,
+        last_step: int = 0,
+        tracking: TrackingSettings | None = None,
+    ) -> None:
+        self._file = MetricsFile(output / "metrics.jsonl", last_step=last_step) if is_main else None
+        self._tracking = Tracking(tracking, folder=output) if is_main and tracking else None
+        self._progress = (
+            tqdm(total=total_steps, initial=last_step, unit="step", file=sys.stderr, disable=None) if is_main else None
+        )
+
+    @property
+    def tracking_run_id(self) -> str | None:
+        """The run's id at Weights & Biases; None without tracking and on other ranks."""
+        return self._tracking.run_id if self._tracking else None
+
+    def advance(self) -> None:
+        """One more step is done, logged or not."""
+        if self._progress is not None:
+            self._progress.update()
+
+    def write(self, line: Line) -> None:
+        """Log one line everywhere."""
+        if self._file is None or self._progress is None:
+            return
+        self._file.write(line)
+        if self._tracking is not None:
+            self._tracking.write(line)
+        shown = {name: line[name] for name in ("train_loss", "rewards/accuracy") if name in line}
+        self._progress.set_postfix({name.rpartition("/")[2]: f"{value:.4g}" for name, value in shown.items()})
+
+    def close(self) -> None:
+        """Close all of them."""
+        for sink in (self._file, self._tracking, self._progress):
+            if sink is not None:
+                sink.close()

@@ -1,0 +1,141 @@
+"""Tiny policies and cached pairs for the tests of training, and plain PyTorch to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dpo_cache.pipeline.cache.example_key import example_key
+from dpo_cache.pipeline.cache.shard_file import ScoredPair
+from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
+from dpo_cache.pipeline.scoring.scoring_batch import Layout
+from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
+from dpo_cache.pipeline.training.losses import LossSettings, resolve_loss
+from dpo_cache.pipeline.training.micro_batch import collate
+from dpo_cache.pipeline.training.policy_engine import PolicyEngine
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY, HIDDEN = 64, 16
+LAYOUT = Layout.PREFIX_SHARED
+
+
+def tiny_policy(*, seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
+    """A two-layer Llama with random weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.3,  # logits far enough apart for a wrong value to show
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        use_cache=False,
+    )
+    config._attn_implementation = "sdpa"
+    return LlamaForCausalLM(config)
+
+
+def random_pairs(count: int, *, seed: int = 0) -> list[ScoredPair]:
+    """Pairs of random ids whose cached values are plausible and belong to no model."""
+    random = np.random.default_rng(seed)
+
+    def ids(shortest: int, longest: int) -> Any:
+        return random.integers(1, VOCABULARY, random.integers(shortest, longest + 1), dtype=np.int32)
+
+    pairs = [TokenPair(prompt_ids=ids(2, 12), chosen_ids=ids(2, 9), rejected_ids=ids(2, 9)) for _ in range(count)]
+    return [scored_pair(pair, -4.0 * pair.chosen_tokens, -4.1 * pair.rejected_tokens) for pair in pairs]
+
+
+def scored_pair(pair: TokenPair, chosen_logps: float, rejected_logps: float) -> ScoredPair:
+    """A cache row with the given reference values."""
+    return ScoredPair(
+        key=example_key(pair),
+        pair=pair,
+        ref_chosen_logps=chosen_logps,
+        ref_rejected_logps=rejected_logps,
+        ref_chosen_common_logps=chosen_logps,
+        ref_rejected_common_logps=rejected_logps,
+        chosen_tokens=pair.chosen_tokens,
+        rejected_tokens=pair.rejected_tokens,
+    )
+
+
+def make_engine(
+    folder: Path,
+    *,
+    zero_stage: int,
+    num_ranks: int,
+    loss: LossSettings | None = None,
+    dtype: str = "float32",
+    max_grad_norm: float = 1.0,
+    weight_decay: float = 0.1,
+    tied: bool = False,
+    load_universal: bool = False,
+) -> PolicyEngine:
+    """An engine around the tiny policy."""
+    policy = tiny_policy(tied=tied)
+    config = deepspeed_config(
+        EngineSettings(
+            zero_stage=zero_stage,
+            dtype=dtype,
+            max_grad_norm=max_grad_norm,
+            num_ranks=num_ranks,
+            hidden_size=1,  # nothing is small enough to stay whole on every rank
+            on_gpu=False,
+            load_universal=load_universal,
+        )
+    )
+    return PolicyEngine(
+        PairScorer(policy if dtype == "float32" else policy.bfloat16()),
+        config=config,
+        loss=loss or resolve_loss("dpo_norm"),
+        weight_decay=weight_decay,
+        bad_batch_path=folder / "bad_batch.json",
+    )
+
+
+def plain_side_logps(model: nn.Module, prompt_ids: Any, answer_ids: Any) -> Tensor:
+    """The summed log-probability of an answer, one row, full logits, in the model's own dtype and float64."""
+    ids = torch.from_numpy(np.concatenate([prompt_ids, answer_ids]).astype(np.int64))[None]
+    logits = model(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1]
+    logps: Tensor = logits.log_softmax(-1).gather(1, ids[0, len(prompt_ids) :, None])
+    return logps.double().sum()
+
+
+def plain_dpo_norm(model: nn.Module, row: ScoredPair, beta: float) -> Tensor:
+    """The length-normalised DPO loss of one pair, written out."""
+    chosen = plain_side_logps(model, row.pair.prompt_ids, row.pair.chosen_ids) - row.ref_chosen_logps
+    rejected = plain_side_logps(model, row.pair.prompt_ids, row.pair.rejected_ids) - row.ref_rejected_logps
+    margin = chosen / len(row.pair.chosen_ids) - rejected / len(row.pair.rejected_ids)
+    return -torch.nn.functional.logsigmoid(beta * margin)
+
+
+def train_steps(
+    engine: PolicyEngine, global_batches: Sequence[Sequence[ScoredPair]], *, learning_rate: float, micro_steps: int
+) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each global batch, its pairs dealt round robin to ranks and micro-steps."""
+    figures = []
+    for pairs in global_batches:
+        loss = torch.zeros((), dtype=torch.float64)
+        for micro_step in range(micro_steps):
+            mine = pairs[engine.rank + engine.num_ranks * micro_step :: engine.num_ranks * micro_steps]
+            scored = engine.micro_step(
+                collate(mine, LAYOUT).to(engine.device),
+                num_pairs=len(pairs),
+                is_last=micro_step == micro_steps - 1,
+            )
+            loss += scored.outcomes.losses_B.sum() / len(pairs)
+        torch.distributed.all_reduce(loss)
+        figures.append((float(loss), engine.apply_update(learning_rate)))
+    return figures

@@ -1,0 +1,143 @@
+"""The engine against plain PyTorch, at every ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from distributed_run import run_ranks
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.cache.shard_file import ScoredPair
+from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
+from dpo_cache.pipeline.training.losses import preference_loss, resolve_loss
+from dpo_cache.pipeline.training.micro_batch import collate
+from dpo_cache.pipeline.training.policy_engine import PolicyEngine
+from training_factory import (
+    LAYOUT,
+    make_engine,
+    plain_dpo_norm,
+    random_pairs,
+    scored_pair,
+    tiny_policy,
+    train_steps,
+)
+
+LEARNING_RATE = 2e-3
+GLOBAL_BATCHES = [random_pairs(7, seed=step) for step in range(4)] + [random_pairs(1, seed=4)]
+"""The last one is short: one rank of two has no pair at all."""
+
+
+def _weights(engine: PolicyEngine) -> list[list[float]]:
+    weights = []
+    for parameter in engine.parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            weights.append(parameter.detach().double().flatten().tolist())
+    return weights
+
+
+def train_at_all_stages(folder: str, dtype: str, splits: list[int]) -> list[Any]:
+    results = []
+    for stage in range(4):
+        for micro_steps in splits:
+            engine = make_engine(Path(folder), zero_stage=stage, num_ranks=2, dtype=dtype, max_grad_norm=0.5)
+            figures = train_steps(engine, GLOBAL_BATCHES, learning_rate=LEARNING_RATE, micro_steps=micro_steps)
+            adam_steps = {float(state["step"]) for state in engine.deepspeed.basic_optimizer.state.values()}
+            results.append((f"stage {stage}, {micro_steps} micro-steps", figures, _weights(engine), list(adam_steps)))
+    return results
+
+
+def _plain_training(dtype: torch.dtype = torch.float32) -> tuple[list[tuple[float, float]], list[list[float]]]:
+    """Five steps of AdamW with clipping, no DeepSpeed, no scorer, no micro-batches."""
+    model = tiny_policy().to(dtype)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    figures = []
+    for pairs in GLOBAL_BATCHES:
+        optimizer.zero_grad()
+        loss = sum(plain_dpo_norm(model, row, beta=5.0) for row in pairs) / len(pairs)
+        assert isinstance(loss, torch.Tensor)
+        torch.autograd.backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        figures.append((float(loss.detach()), float(norm)))
+    return figures, [parameter.detach().double().flatten().tolist() for parameter in model.parameters()]
+
+
+def test_every_zero_stage_on_two_ranks_trains_as_plain_pytorch(tmp_path: Path) -> None:
+    expected, expected_weights = _plain_training()
+    assert max(norm for _, norm in expected) > 0.5, "clipping must have something to do"
+    for of_rank in run_ranks(train_at_all_stages, str(tmp_path), "float32", [1, 3], num_ranks=2):
+        for name, figures, weights, _ in of_rank:
+            for step, (found, wanted) in enumerate(zip(figures, expected, strict=True)):
+                assert found == pytest.approx(wanted, rel=2e-5), f"{name}, step {step}"
+            for weight, wanted_weight in zip(weights, expected_weights, strict=True):
+                assert weight == pytest.approx(wanted_weight, abs=2e-5), name
+
+
+def test_bfloat16_trains_float32_masters_and_counts_adams_steps_right_at_every_stage(tmp_path: Path) -> None:
+    """DeepSpeed's stage 0 has taken an empty step before the first, which makes early updates too small."""
+    expected, _ = _plain_training()
+    (of_rank, _) = run_ranks(train_at_all_stages, str(tmp_path), "bfloat16", [2], num_ranks=2)
+    for name, figures, _, adam_steps in of_rank:
+        assert [loss for loss, _ in figures] == pytest.approx([loss for loss, _ in expected], rel=0.05), name
+        assert adam_steps == [5.0], name
+
+
+def _gradients(pairs: Sequence[ScoredPair], split: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Gradients in float64 when the pairs are split as given, losses divided by the number of all pairs."""
+    scorer = PairScorer(tiny_policy().double())
+    for members in split:
+        micro_batch = collate([pairs[index] for index in members], LAYOUT)
+        outcomes = preference_loss(resolve_loss("dpo_norm"), scorer(micro_batch.batch), micro_batch.reference)
+        torch.autograd.backward(outcomes.losses_B.sum() / len(pairs))
+    return [parameter.grad for parameter in scorer.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("split", [[[0], [1, 2, 3]], [[3, 1], [], [0, 2]], [[2], [0], [3], [1]]])
+def test_any_split_into_micro_batches_gives_the_same_gradient(split: list[list[int]]) -> None:
+    pairs = random_pairs(4)
+    for found, wanted in zip(_gradients(pairs, split), _gradients(pairs, [[0, 1, 2, 3]]), strict=True):
+        # Not 1e-15: RMSNorm of transformers computes in float32 whatever the model's dtype.
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+def stop_at_a_bad_batch(folder: str, stage: int, kind: str) -> list[Any]:
+    engine = make_engine(Path(folder), zero_stage=stage, num_ranks=2)
+    train_steps(engine, GLOBAL_BATCHES[:1], learning_rate=LEARNING_RATE, micro_steps=2)
+    before = _weights(engine)
+    good = GLOBAL_BATCHES[1][0]
+    pairs = [good] * 4
+    if kind == "loss":
+        # Only the second micro-batch of rank 1 is bad; rank 0 must stop all the same.
+        pairs[3] = scored_pair(good.pair, float("inf"), -1.0)
+    else:
+        final_norm: Any = engine.scorer.model.model.norm
+        final_norm.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * float("nan"),))
+    try:
+        train_steps(engine, [pairs], learning_rate=LEARNING_RATE, micro_steps=2)
+    except DpoCacheError as error:
+        return [str(error), _weights(engine) == before, json.loads((Path(folder) / "bad_batch.json").read_text())]
+    return ["no error", False, {}]
+
+
+def stop_at_bad_batches(folder: str) -> list[Any]:
+    cases = [(0, "loss"), (0, "gradient"), (2, "gradient"), (3, "gradient")]
+    return [(kind, *stop_at_a_bad_batch(folder, stage, kind)) for stage, kind in cases]
+
+
+def test_a_loss_or_gradient_that_is_not_finite_stops_all_ranks_before_the_update(tmp_path: Path) -> None:
+    key = GLOBAL_BATCHES[1][0].key.hex()
+    for of_rank in run_ranks(stop_at_bad_batches, str(tmp_path), num_ranks=2):
+        for kind, message, unchanged, record in of_rank:
+            assert f"The {kind} of step 2 is not finite; the update was not applied." in message
+            assert unchanged
+            assert record["not_finite"] == kind
+            assert {suspect["key"] for suspect in record["suspects"]} == {key}
+            assert [suspect["rank"] for suspect in record["suspects"]] == ([1] if kind == "loss" else [0, 0, 1, 1])
