@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,17 +161,16 @@ class ReferenceCache:
             write_durably(destination, _verified_chunks(source), temporary_folder=self.path / "tmp")
         return shard
 
-    def key_index(self, shards: Sequence[ShardRef] | None = None) -> KeyIndex:
-        """Where each key stands, of all shards or of those given. Only footers and keys are read.
+    def key_index(self, *, without: Collection[Path] = ()) -> KeyIndex:
+        """Where each key stands, in all shards but those named. Only footers and keys are read.
 
         Raises:
             DpoCacheError: A shard cannot be read or belongs to another reference; :meth:`usable_shards` finds
                 those that can.
         """
-        names = {shard.file_name for shard in shards} if shards is not None else None
         indexed = []
         for path in self.shard_paths():
-            if names is None or path.name in names:
+            if path not in without:
                 with self.open_shard(path) as shard:
                     indexed.append((_ref_of(shard), shard.keys()))
         return build_key_index(indexed)

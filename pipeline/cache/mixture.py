@@ -25,7 +25,7 @@ from .key_index import KeyIndex
 from .parquet_file import KEY_COLUMN, ParquetReader, file_sha256, keys_of, numbers_of, parquet_bytes, reading
 from .shard_file import FORMAT_VERSION, ShardRef
 
-BLOCK_ROWS = 256
+BLOCK_ROWS = 1024
 """Training pairs of one block: a row group of the table, the grain of shuffled reading."""
 MAX_POINTER_BYTES = 64 << 20
 MAX_NAMED_KEYS = 10

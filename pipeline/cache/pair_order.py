@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-WINDOW_BLOCKS = 32
-"""Blocks shuffled together: 8,192 pairs at the usual 256 a block, of which a reader keeps the rows at hand."""
+WINDOW_BLOCKS = 16
+"""Blocks shuffled together: 16,384 pairs at the usual 1,024 a block, which a reader keeps at hand."""
 
 
 def epoch_order(

@@ -18,7 +18,7 @@ from .mixture import Mixture, MixtureBlock
 from .shard_file import RowGroup, ScoredPair, ShardReader, check_key, verify_shard
 
 CACHED_BYTES = 256 << 20
-"""Decoded row groups and table blocks kept: a window of the epoch order at about 3,000 tokens a pair."""
+"""Decoded row groups kept: a window of the epoch order of pairs of about 4,000 tokens."""
 MAX_OPEN_SHARDS = 64
 
 

@@ -1,8 +1,8 @@
 """Parquet as this cache writes it, and as it dares to read it from a stranger.
 
 Writing: zstd, a checksum on every page, no statistics, no clock, so equal tables give equal bytes.
-Reading: the footer is held against fixed limits and the exact schema, page promises against the footer, page
-checksums are verified, and every fault comes out as one :class:`DpoCacheError` that names the file.
+Reading: footer and page headers are checked first (:mod:`.parquet_footer`), page checksums are verified, and every
+fault comes out as one :class:`DpoCacheError` that names the file.
 """
 
 from __future__ import annotations
@@ -23,15 +23,9 @@ import pyarrow.parquet as pq
 
 from ...errors import DpoCacheError
 from .example_key import KEY_BYTES, Keys
-from .parquet_pages import check_column_pages
+from .parquet_footer import check_pages, leaves_of, read_footer
 
 KEY_COLUMN = "example_key"
-MAX_FILE_BYTES = 1 << 36
-MAX_FOOTER_BYTES = 1 << 28
-MAX_ROW_GROUP_ROWS = 1 << 16
-MAX_ROW_GROUP_BYTES = 1 << 28
-MAX_COLUMN_VALUES = 1 << 26
-"""The longest list column of one row group: 64 Mi token ids, far above any context length."""
 
 
 def parquet_bytes(
@@ -50,7 +44,7 @@ def parquet_bytes(
     with pq.ParquetWriter(
         sink,
         schema,
-        compression={path: "none" if path == KEY_COLUMN else "zstd" for path in _leaf_paths(schema)},
+        compression={path: "none" if path == KEY_COLUMN else "zstd" for path in _column_paths(schema)},
         use_dictionary=False,
         write_statistics=False,
         write_page_checksum=True,
@@ -75,7 +69,6 @@ class ParquetReader:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path = path
-        self._checked: set[tuple[int, int]] = set()
         with reading(path):
             self._stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
         try:
@@ -90,46 +83,30 @@ class ParquetReader:
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
         self.num_bytes = status.st_size
-        if not 12 < self.num_bytes <= MAX_FILE_BYTES:
-            raise ValueError(f"a file of {self.num_bytes} bytes")
-        tail = os.pread(self._stream.fileno(), 8, self.num_bytes - 8)
-        if int.from_bytes(tail[:4], "little") > min(MAX_FOOTER_BYTES, self.num_bytes):
-            raise ValueError("its footer claims more bytes than it may have")
-        self._file = pq.ParquetFile(
-            self._stream,
-            pre_buffer=False,
-            page_checksum_verification=True,
-            thrift_string_size_limit=MAX_FOOTER_BYTES,
-            thrift_container_size_limit=1 << 22,
-        )
-        footer = self._file.metadata
-        if not footer.schema.to_arrow_schema().equals(schema.remove_metadata()):
+        footer = read_footer(self._stream.fileno(), file_bytes=self.num_bytes, schema=schema)
+        self.metadata = footer.metadata
+        self.group_rows = footer.group_rows
+        self.group_starts = np.cumsum(footer.group_rows) - footer.group_rows
+        self.num_rows = int(footer.group_rows.sum())
+        if self.num_rows * KEY_BYTES > self.num_bytes:
+            raise ValueError("it is too small for the rows it claims")
+        self._chunks = footer.chunks
+        self._checked = np.zeros(footer.chunks.shape[:2], dtype=np.bool_)
+        self._names = schema.names
+        self._file = pq.ParquetFile(self._stream, pre_buffer=False, page_checksum_verification=True)
+        if not self._file.schema_arrow.equals(schema.remove_metadata()):
             raise ValueError("its columns are not those of this format")
-        self.num_rows: int = footer.num_rows
-        self.group_rows = np.array(
-            [footer.row_group(group).num_rows for group in range(footer.num_row_groups)], dtype=np.int64
-        )
-        if (self.group_rows < 1).any() or (self.group_rows > MAX_ROW_GROUP_ROWS).any():
-            raise ValueError("a row group claims an impossible number of rows")
-        if self.group_rows.sum() != self.num_rows or self.num_rows * KEY_BYTES > self.num_bytes:
-            raise ValueError("the footer's row counts do not agree with each other or with the file's size")
-        self.group_starts = np.concatenate([[0], np.cumsum(self.group_rows)[:-1]])
-        self._columns_of = _columns_by_name(schema)
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The footer's key-value pairs."""
-        with reading(self.path):
-            pairs = self._file.metadata.metadata or {}
-            return {key.decode(): value.decode() for key, value in pairs.items()}
 
     def read(self, row_groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
         """Decode row groups, all columns or those named, after checking what their pages promise."""
+        names = self._names if columns is None else columns
         with reading(self.path):
-            names = list(self._columns_of) if columns is None else list(columns)
             for group in row_groups:
-                self._check_pages(group, names)
-            return self._file.read_row_groups(list(row_groups), columns=columns, use_threads=False)
+                for column in map(self._names.index, names):
+                    if not self._checked[group, column]:
+                        check_pages(self._stream.fileno(), self._chunks[group, column])
+                        self._checked[group, column] = True
+            return self._file.read_row_groups(list(row_groups), columns=list(names), use_threads=False)
 
     def read_column(self, name: str) -> pa.Array:
         """One column without nulls, whole, as one array."""
@@ -148,21 +125,6 @@ class ParquetReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _check_pages(self, group: int, names: Sequence[str]) -> None:
-        entry = self._file.metadata.row_group(group)
-        for name in names:
-            index = self._columns_of[name]
-            if (group, index) in self._checked:
-                continue
-            column = entry.column(index)
-            if (
-                not 0 <= column.num_values <= MAX_COLUMN_VALUES
-                or not 0 <= column.total_uncompressed_size <= MAX_ROW_GROUP_BYTES
-            ):
-                raise ValueError(f"column {name} of row group {group} claims an impossible size")
-            check_column_pages(self._stream.fileno(), column, file_bytes=self.num_bytes)
-            self._checked.add((group, index))
 
 
 @contextmanager
@@ -206,13 +168,8 @@ def numbers_of(column: pa.Array) -> npt.NDArray[Any]:
     return np.asarray(column.to_numpy(zero_copy_only=True))
 
 
-def _columns_by_name(schema: pa.Schema) -> dict[str, int]:
-    """Every column here has one leaf, so the leaf's number is the column's."""
-    return {name: index for index, name in enumerate(schema.names)}
-
-
-def _leaf_paths(schema: pa.Schema) -> list[str]:
-    return [f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name for field in schema]
+def _column_paths(schema: pa.Schema) -> list[str]:
+    return [b".".join(leaf.path).decode() for leaf in leaves_of(schema)]
 
 
 def _first_line(error: BaseException) -> str:
