@@ -3,6 +3,7 @@
 from .cli import dpo_cache, dpo_train
 from .stages.child_processes import die_with_parent
 
-die_with_parent()
-dpo_cache.add_command(dpo_train, "train")
-dpo_cache(prog_name="dpo-cache")
+if __name__ == "__main__":  # a spawned tokenizing process imports this file too
+    die_with_parent()
+    dpo_cache.add_command(dpo_train, "train")
+    dpo_cache(prog_name="dpo-cache")

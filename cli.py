@@ -51,7 +51,21 @@ def build_command(as_json: bool, **values: Any) -> None:
         from .stages.build import build
 
         report = build(config)
-        _print_report(report.summary(), report.to_json() if as_json else None)
+        if report is not None:
+            _print_report(report.summary(), report.to_json() if as_json else None)
+
+
+@dpo_cache.command("score", hidden=True)
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.argument("store")
+@click.argument("rank_of_node", type=int)
+def score_command(plan: Path, store: str, rank_of_node: int) -> None:
+    """One scoring process of a build, which starts it."""
+    with faults_explained():
+        from .stages.job_store import StoreAddress
+        from .stages.score import score_units
+
+        score_units(plan, StoreAddress.parse(store), rank_of_node)
 
 
 @dpo_cache.command("info", context_settings=CONTEXT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import DpoCacheError
 from .setting import check_settings, setting
 
 
@@ -12,9 +13,7 @@ from .setting import check_settings, setting
 class BuildConfig:
     """What to score, with which reference, into which cache."""
 
-    model: str = setting(
-        help="The reference: a folder with safetensors weights, or a Hub id.", metavar="PATH_OR_ID"
-    )
+    model: str = setting(help="The reference: a folder with safetensors weights, or a Hub id.", metavar="PATH_OR_ID")
     dataset: tuple[str, ...] = setting(
         help="Preference pairs: PATH_OR_ID[,split=…][,config=…][,revision=…][,amount=…]; may be repeated. "
         "AMOUNT is a fraction with a dot or a count; beyond the dataset's size it repeats rows.",
@@ -36,14 +35,16 @@ class BuildConfig:
         help="What happens to a pair that is longer.",
         choices=("drop", "truncate-prompt-left", "truncate-response-right"),
     )
-    mask: str = setting(
-        "last-turn", help="Which assistant turns are scored.", choices=("last-turn", "all-turns")
-    )
+    mask: str = setting("last-turn", help="Which assistant turns are scored.", choices=("last-turn", "all-turns"))
     max_unusable_share: float = setting(
         0.1,
         help="The build fails if more than this share of the rows cannot be used.",
         minimum=0.0,
         maximum=1.0,
+    )
+
+    drop_nonfinite: bool = setting(
+        False, help="Leave pairs out of the mixture that the reference gives no finite log-probability."
     )
 
     dtype: str | None = setting(
@@ -58,9 +59,7 @@ class BuildConfig:
     )
     trust_remote_code: bool = setting(False, help="Run Python code that comes with the model.")
 
-    num_workers: int | None = setting(
-        None, help="Scoring processes [default: one a GPU, one on a CPU].", minimum=1
-    )
+    num_workers: int | None = setting(None, help="Scoring processes [default: one a GPU, one on a CPU].", minimum=1)
     tokens_per_batch: int = setting(
         8192, help="Token budget of one forward pass; a longer pair is scored alone.", minimum=1
     )
@@ -69,3 +68,7 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if not self.dataset:
+            raise DpoCacheError("no --dataset is given", expected="one or more")
+        if self.replace and self.extend:
+            raise DpoCacheError("--replace and --extend are given together", expected="one of them")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
+
+from .pair_collection import SpooledPairs
 
 UNITS_PER_WORKER = 16
 MIN_UNIT_TOKENS = 16_384
@@ -68,27 +68,24 @@ class ScoringPlan:
         return cls(**fields)
 
 
-def cut_units(
-    prompt_hashes: npt.NDArray[np.bytes_], lengths: npt.NDArray[np.int64], *, num_workers: int
-) -> tuple[list[int], list[Unit]]:
-    """Order pairs by prompt hash and cut the order into units of alike cost.
+def cut_units(waiting: SpooledPairs, *, num_workers: int) -> tuple[list[int], list[Unit]]:
+    """Order pairs by prompt hash and key, and cut the order into units of alike cost.
 
     Pairs of one prompt stay in one unit, so that the prompt, and an answer standing in several pairs, is scored
     once. Hash order mixes sources and lengths, which makes units alike and leaves the shards shuffled. Units
     shrink with the job, so that small builds share out evenly too, and are bounded, so that a kill costs little.
 
     Args:
-        prompt_hashes: Hash of each pair's prompt, shape (pairs,).
-        lengths: Tokens each pair costs when prefixes are shared, shape (pairs,).
+        waiting: The pairs to be scored.
         num_workers: How many will share the units.
 
     Returns:
-        The pairs' indices in order, and the units as ranges of it.
+        The pairs' spool indices in order, and the units as ranges of it.
     """
-    order = np.argsort(prompt_hashes, kind="stable")
-    if len(order) == 0:
+    if len(waiting) == 0:
         return [], []
-    ordered_hashes, ordered_lengths = prompt_hashes[order], lengths[order]
+    order = np.lexsort((waiting.keys, waiting.prompt_hashes))
+    ordered_hashes, ordered_lengths = waiting.prompt_hashes[order], waiting.lengths[order]
     unit_tokens = int(ordered_lengths.sum()) // (num_workers * UNITS_PER_WORKER)
     unit_tokens = min(max(unit_tokens, MIN_UNIT_TOKENS), MAX_UNIT_TOKENS)
     units: list[Unit] = []
@@ -101,8 +98,3 @@ def cut_units(
         tokens += int(ordered_lengths[place])
     units.append(Unit(start=start, stop=len(order)))
     return order.tolist(), units
-
-
-def folder_name_of(parts: list[str]) -> str:
-    """A short name for a build's scratch folder, the same for the same inputs."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -39,17 +39,24 @@ def run_children(
     commands: Sequence[Sequence[str]],
     environments: Sequence[Mapping[str, str]],
     *,
+    survivors_go_on: bool = False,
+    grace_s: float = GRACE_S,
     while_waiting: Callable[[], None] = lambda: None,
-) -> None:
-    """Run the commands side by side until all have ended well.
+) -> list[str]:
+    """Run the commands side by side until all have ended.
 
     Args:
         commands: One command a child.
         environments: Variables to set for each child, beside those of this process.
+        survivors_go_on: Whether the others go on when a child fails; if not, they are stopped.
+        grace_s: How long children that are asked to stop may take before they are killed.
         while_waiting: Called several times a second: progress.
 
+    Returns:
+        What the children that failed had to say, each message once; empty where all ended well.
+
     Raises:
-        DpoCacheError: A child failed: its message, or its exit code where it left none. All are stopped.
+        DpoCacheError: A child failed and the others do not go on.
         KeyboardInterrupt: This process was asked to stop (Ctrl-C or SIGTERM) and the children have stopped.
     """
     with tempfile.TemporaryDirectory(prefix="dpo-cache-") as folder, _stop_requests() as stop_requested:
@@ -58,15 +65,20 @@ def run_children(
             for number, (command, environment) in enumerate(zip(commands, environments, strict=True))
         ]
         try:
-            while any(child.process.poll() is None for child in children):
-                if stop_requested() or any(child.process.poll() for child in children):
+            while any(child.process.poll() is None for child in children) and not stop_requested():
+                if not survivors_go_on and any(child.process.poll() for child in children):
                     break
                 while_waiting()
                 time.sleep(POLL_S)
         finally:
-            _stop_all(children)
+            _stop_all(children, grace_s)
         while_waiting()
-        _raise_first_fault(children, interrupted=stop_requested())
+        faults = _faults(children)
+        if stop_requested():
+            raise KeyboardInterrupt
+        if faults and not survivors_go_on:
+            raise DpoCacheError("\n".join(faults))
+        return faults
 
 
 def python_command(*arguments: str) -> list[str]:
@@ -112,12 +124,12 @@ def _start(command: Sequence[str], environment: Mapping[str, str], fault_file: P
     return Child(process=process, fault_file=fault_file)
 
 
-def _stop_all(children: Sequence[Child]) -> None:
+def _stop_all(children: Sequence[Child], grace_s: float) -> None:
     """Ask, wait, insist."""
     for child in children:
         if child.process.poll() is None:
             child.process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_S
+    deadline = time.monotonic() + grace_s
     for child in children:
         try:
             child.process.wait(timeout=max(0.0, deadline - time.monotonic()))
@@ -126,19 +138,13 @@ def _stop_all(children: Sequence[Child]) -> None:
             child.process.wait()
 
 
-def _raise_first_fault(children: Sequence[Child], *, interrupted: bool) -> None:
+def _faults(children: Sequence[Child]) -> list[str]:
+    """What went wrong, each message once. Children stopped because of another's fault have nothing to say."""
     explained = [child.fault_file.read_text("utf-8") for child in children if child.fault_file.exists()]
     if explained:
-        raise DpoCacheError("\n".join(dict.fromkeys(text.removeprefix("Error: ") for text in explained)))
-    if interrupted:
-        raise KeyboardInterrupt
+        return list(dict.fromkeys(text.removeprefix("Error: ") for text in explained))
     failed = [child.process.returncode for child in children if child.process.returncode != 0]
-    if failed:
-        raise DpoCacheError(
-            f"a process of this job ended with {_how(failed[0])}",
-            expected="exit code 0; its own output is above",
-            next_step="the same command goes on from what is finished",
-        )
+    return [f"a process of this job ended with {_how(code)}; its own output is above" for code in failed[:1]]
 
 
 def _how(return_code: int) -> str:

@@ -51,3 +51,12 @@ class Progress:
         self, kind: type[BaseException] | None, fault: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bar.close()
+
+
+def quiet_libraries() -> None:
+    """Turn off the bars of transformers and datasets: ours is the one that tells how far the job is."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()

@@ -45,15 +45,9 @@ class TrainConfig:
         help="The preference loss.",
         choices=("dpo", "dpo_norm", "ipo", "ipo_sum", "hinge", "robust", "simpo", "wpo"),
     )
-    beta: float | None = setting(
-        None, help="Strength of the pull to the reference [default: the loss's].", above=0
-    )
-    label_smoothing: float = setting(
-        0.0, help="Share of labels taken to be flipped.", minimum=0.0, maximum=0.5
-    )
-    gamma_beta_ratio: float | None = setting(
-        None, help="SimPO's target margin over beta [default: 0.3].", minimum=0
-    )
+    beta: float | None = setting(None, help="Strength of the pull to the reference [default: the loss's].", above=0)
+    label_smoothing: float = setting(0.0, help="Share of labels taken to be flipped.", minimum=0.0, maximum=0.5)
+    gamma_beta_ratio: float | None = setting(None, help="SimPO's target margin over beta [default: 0.3].", minimum=0)
 
     global_batch_size: int | None = setting(
         None, help="Pairs in one update, on all GPUs together [default: 128].", minimum=1
@@ -68,20 +62,14 @@ class TrainConfig:
         None, help="Token budget of one forward and backward pass [default: the longest pair].", minimum=1
     )
     num_train_epochs: float = setting(1.0, help="Passes over the mixture.", above=0)
-    max_steps: int | None = setting(
-        None, help="Updates; overrides the epochs and sets the schedule.", minimum=1
-    )
+    max_steps: int | None = setting(None, help="Updates; overrides the epochs and sets the schedule.", minimum=1)
     learning_rate: float = setting(5e-7, help="Peak learning rate.", minimum=0)
     lr_scheduler_type: str = setting(
         "linear", help="Shape of the learning rate after warm-up.", choices=("linear", "cosine", "constant")
     )
-    warmup_ratio: float = setting(
-        0.1, help="Share of the updates spent warming up.", minimum=0.0, maximum=1.0
-    )
+    warmup_ratio: float = setting(0.1, help="Share of the updates spent warming up.", minimum=0.0, maximum=1.0)
     weight_decay: float = setting(0.0, help="AdamW's decoupled weight decay.", minimum=0.0)
-    max_grad_norm: float = setting(
-        1.0, help="Gradients are clipped to this norm; 0 turns it off.", minimum=0.0
-    )
+    max_grad_norm: float = setting(1.0, help="Gradients are clipped to this norm; 0 turns it off.", minimum=0.0)
     seed: int = setting(42, help="Decides the order of the pairs.", minimum=0)
 
     num_gpus: int | None = setting(

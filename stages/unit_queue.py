@@ -12,17 +12,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 
-from torch.distributed import DistError, Store, TCPStore
-
-from ..errors import DpoCacheError
+from torch.distributed import DistError, Store
 
 HEARTBEAT_S = 1.0
 STALE_AFTER_S = 15.0
 IDLE_POLL_S = 0.25
-STORE_TIMEOUT = timedelta(seconds=60)
-PLANNING_TIMEOUT = timedelta(days=7)  # others wait in the store while the coordinator tokenises
 
 
 class UnitQueue:
@@ -36,7 +31,7 @@ class UnitQueue:
     def __init__(self, store: Store, num_units: int) -> None:
         self.num_units = num_units
         self._store = store
-        self._owner = f"{socket.gethostname()}-{os.getpid()}"
+        self._owner = _this_process()
 
     def units(self) -> Iterator[int]:
         """Yield the units this process is to score, until all units of the build are done.
@@ -106,11 +101,15 @@ class UnitQueue:
 
 
 class Heartbeat:
-    """Beat in the store from a thread of its own: a long forward pass must not look like death."""
+    """Beat in the store from a thread of its own: a long forward pass must not look like death.
+
+    Args:
+        store: A connection that only this heart uses.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._key = f"heartbeats/{socket.gethostname()}-{os.getpid()}"
+        self._key = f"heartbeats/{_this_process()}"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -130,21 +129,5 @@ class Heartbeat:
                 return  # the store is gone; the main thread will notice and say so
 
 
-def host_store(port: int) -> TCPStore:
-    """Host the store of a build on this machine."""
-    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
-
-
-def connect_to_store(host: str, port: int) -> TCPStore:
-    """Connect to the store that the coordinator of this build hosts.
-
-    Raises:
-        DpoCacheError: Nothing answers there.
-    """
-    try:
-        return TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
-    except DistError as lost:
-        raise DpoCacheError(
-            f"no store of this build answers on {host}:{port}",
-            next_step="run the same command again: what is finished stays",
-        ) from lost
+def _this_process() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"

@@ -1,0 +1,265 @@
+"""Stage one: score a preference dataset once with the reference and keep the log-probabilities.
+
+Resolve the reference, tokenise, find what the cache does not hold, cut that into units, let one process a GPU score
+them, and write the mixture's pointer last: its presence certifies that every row it names exists.
+
+Under torchrun, the deepspeed launcher or srun, rank 0 does all of that and every rank runs one scoring process;
+started alone, this process runs one for each GPU of the machine.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..errors import DpoCacheError
+from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.key_index import KeyIndex
+from ..pipeline.cache.reference_identity import ReferenceIdentity, identify_reference
+from ..pipeline.data.dataset_source import DatasetSpec, open_dataset
+from ..pipeline.data.pair_tokenizer import PairTokenizer, TokenizationSettings
+from ..pipeline.scoring.model_loading import load_config, resolve_attention
+from ..pipeline.scoring.pair_scorer import SCORING_VERSION
+from .build_config import BuildConfig
+from .build_plan import ScoringPlan, cut_units
+from .build_report import BuildReport
+from .job_store import JobStore
+from .mixture_change import MixtureContent, mixture_content
+from .model_folder import ModelFolder, find_model_folder
+from .pair_collection import CollectedPairs, collect_pairs
+from .progress import quiet_libraries
+from .ranks import Ranks, ranks_from_environment
+from .scoring_job import ScoringOutcome, follow_scoring, lead_scoring
+
+
+def build(config: BuildConfig) -> BuildReport | None:
+    """Run stage one.
+
+    Returns:
+        What was done; None on ranks other than 0 of a launcher.
+
+    Raises:
+        DpoCacheError: A fault of the settings, the data, the model or the machine; all that was finished stays.
+        KeyboardInterrupt: Asked to stop; all that was finished stays.
+    """
+    quiet_libraries()
+    ranks = ranks_from_environment()
+    if ranks is None or ranks.rank == 0:
+        return Build(config, ranks).run()
+    follow_scoring(ranks)
+    return None
+
+
+class Build:
+    """One build, as its leading process sees it.
+
+    Args:
+        config: What to score, with which reference, into which cache.
+        ranks: This process's place where a launcher started it.
+    """
+
+    def __init__(self, config: BuildConfig, ranks: Ranks | None) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._num_workers = ranks.num_ranks if ranks else config.num_workers or max(1, torch.cuda.device_count())
+        self._started = time.monotonic()
+
+    def run(self) -> BuildReport:
+        """Collect, score, and write the mixture; or only say what would be done."""
+        job = JobStore(self._ranks) if self._ranks else None
+        try:
+            self._resolve_reference()
+            return self._dry_run() if self._config.dry_run else self._run(job)
+        except BaseException as fault:
+            if job is not None:
+                job.announce_failure(f"rank 0 ended: {fault}")
+            raise
+
+    def _resolve_reference(self) -> None:
+        config = self._config
+        self._reference = find_model_folder(config.model, config.model_revision)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        model_config = load_config(self._reference.folder, trust_remote_code=config.trust_remote_code)
+        self._attention = resolve_attention(config.attn_implementation, model_config, device)
+        say(f"reference {self._reference.name}: {self._dtype}, attention {self._attention}")
+        self._identity: ReferenceIdentity = identify_reference(
+            self._reference.folder,
+            adapter_folder=None,
+            weight_dtype=self._dtype,
+            compute_dtype=self._dtype,
+            attention=self._attention,
+            scoring_version=SCORING_VERSION,
+        )
+        self._tokenization = TokenizationSettings(
+            tokenizer=config.tokenizer or str(self._reference.folder),
+            chat_template=config.chat_template,
+            max_seq_length=config.max_seq_length,
+            truncation=config.truncation,  # type: ignore[arg-type]  # checked against its choices
+            mask=config.mask,  # type: ignore[arg-type]
+        )
+
+    def _run(self, job: JobStore | None) -> BuildReport:
+        cache = self._open_cache()
+        with cache.building(self._config.mixture), scratch_folder(cache.path / "tmp") as scratch:
+            damaged = damaged_shards(cache)
+            collected = self._collect(cache.key_index(without=damaged), scratch)
+            content = mixture_content(cache, self._config, collected)
+            outcome = self._score(cache, collected, scratch, job)
+            mixture = self._write_mixture(cache, content, outcome, without=damaged)
+            return self._report(collected, outcome, training_pairs=len(mixture.rows))
+
+    def _open_cache(self) -> ReferenceCache:
+        vocabulary = PairTokenizer(self._tokenization).description()["vocabulary_sha256"]
+        cache = ReferenceCache.create(
+            self._config.cache,
+            identity=self._identity,
+            recorded=recorded_environment(self._reference),
+            vocabulary_sha256=vocabulary,
+        )
+        if cache.vocabulary_sha256 != vocabulary:
+            say(
+                f"warning: the tokenizer's vocabulary ({vocabulary[:12]}…) is not the one this cache was begun with "
+                f"({cache.vocabulary_sha256[:12]}…): the same ids may stand for other words"
+            )
+        return cache
+
+    def _dry_run(self) -> BuildReport:
+        known = None
+        if (self._config.cache / "cache.json").exists():
+            cache = ReferenceCache.open(self._config.cache)
+            cache.require_reference(self._identity)
+            known = cache.key_index(without=damaged_shards(cache))
+        with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
+            collected = self._collect(known, Path(scratch))
+        return self._report(collected, ScoringOutcome(), training_pairs=len(collected.rows))
+
+    def _collect(self, known: KeyIndex | None, scratch: Path) -> CollectedPairs:
+        collected = collect_pairs(
+            [open_dataset(DatasetSpec.parse(text)) for text in self._config.dataset],
+            self._tokenization,
+            known=known,
+            spool=scratch / "pairs.arrow",
+            max_unusable_share=self._config.max_unusable_share,
+            say_unusable=say if self._config.verbose else None,
+        )
+        say(
+            f"{collected.num_distinct} distinct pairs: {collected.num_reused} in the cache, "
+            f"{len(collected.waiting)} to score"
+        )
+        return collected
+
+    def _score(
+        self, cache: ReferenceCache, collected: CollectedPairs, scratch: Path, job: JobStore | None
+    ) -> ScoringOutcome:
+        """Have the waiting pairs scored; without any, no model is loaded and no process started."""
+        order, units = cut_units(collected.waiting, num_workers=self._num_workers)
+        if not units and job is None:
+            return ScoringOutcome()
+        plan = ScoringPlan(
+            cache=str(cache.path.resolve()),
+            model_folder=str(self._reference.folder),
+            dtype=self._dtype,
+            attention=self._attention,
+            trust_remote_code=self._config.trust_remote_code,
+            tokens_per_batch=self._config.tokens_per_batch,
+            spool=str((scratch / "pairs.arrow").resolve()),
+            order=order,
+            longest=int(collected.waiting.lengths.argmax()) if units else -1,
+            units=units,
+        )
+        plan_path = scratch / "plan.json"
+        plan.write(plan_path)
+        return lead_scoring(
+            job or JobStore(None),
+            plan,
+            plan_path,
+            ranks=self._ranks,
+            num_workers=self._num_workers,
+            total_tokens=int(collected.waiting.lengths.sum()),
+        )
+
+    def _write_mixture(
+        self, cache: ReferenceCache, content: MixtureContent, outcome: ScoringOutcome, *, without: list[Path]
+    ) -> MixtureContent:
+        if outcome.nonfinite and not self._config.drop_nonfinite:
+            named = ", ".join(key.hex() for key in outcome.nonfinite[:10])
+            raise DpoCacheError(
+                f"the reference gives {len(outcome.nonfinite)} pairs no finite log-probability: {named}",
+                expected="finite values; all other pairs are scored and stay",
+                next_step="look at those pairs and at the model; --drop-nonfinite leaves them out of the mixture",
+            )
+        content = content.without(outcome.nonfinite)
+        if content.is_new or without:
+            cache.write_mixture(
+                self._config.mixture,
+                content.rows,
+                key_index=cache.key_index(without=without),
+                tokenization=content.tokenization,
+                sources=content.sources,
+                dropped=content.dropped,
+            )
+        return content
+
+    def _report(self, collected: CollectedPairs, outcome: ScoringOutcome, *, training_pairs: int) -> BuildReport:
+        return BuildReport(
+            cache=self._config.cache,
+            mixture=self._config.mixture,
+            dry_run=self._config.dry_run,
+            training_pairs=training_pairs,
+            distinct_pairs=collected.num_distinct,
+            pairs_reused=collected.num_reused,
+            pairs_scored=len(collected.waiting) - len(outcome.nonfinite),
+            reference_forwards=outcome.forwards,
+            tokens=outcome.tokens,
+            seconds=time.monotonic() - self._started,
+            scoring_seconds=outcome.seconds,
+            dropped=collected.dropped,
+            truncated=collected.truncated,
+            warnings=outcome.faults,
+        )
+
+
+def recorded_environment(reference: ModelFolder) -> dict[str, Any]:
+    """What stands beside a reference's identity, for people: names and versions, none of which is compared."""
+    libraries = ("dpo-cache", "torch", "transformers", "pyarrow")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "model": reference.name,
+        "commit": reference.commit,
+        "device": device,
+        "libraries": {name: version(name) for name in libraries},
+    }
+
+
+def damaged_shards(cache: ReferenceCache) -> list[Path]:
+    """Shards that cannot be relied on, each named; their pairs are scored again."""
+    survey = cache.usable_shards()
+    for shard in survey.unusable:
+        say(f"warning: {shard.path.name} is not used: {shard.reason}")
+    return [shard.path for shard in survey.unusable]
+
+
+@contextmanager
+def scratch_folder(temporary_folder: Path) -> Iterator[Path]:
+    """A folder for this build's spool and plan, gone when the build ends."""
+    folder = Path(tempfile.mkdtemp(prefix="build-", dir=temporary_folder))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def say(message: str) -> None:
+    """Tell the person at the terminal."""
+    click.echo(message, err=True)

@@ -1,0 +1,139 @@
+"""What a build makes of the mixture of its name: new, unchanged, replaced or extended."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import DpoCacheError
+from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.mixture import Mixture, MixtureRows
+from .build_config import BuildConfig
+from .pair_collection import CollectedPairs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MixtureContent:
+    """What a mixture is to hold.
+
+    Attributes:
+        rows: Its training pairs, repeats included.
+        tokenization: How their tokens were made.
+        sources: Their datasets.
+        dropped: Rows that make no pair, by reason.
+        is_new: Whether it differs from the mixture that the cache has under this name.
+    """
+
+    rows: MixtureRows
+    tokenization: dict[str, Any]
+    sources: list[dict[str, Any]]
+    dropped: dict[str, int]
+    is_new: bool
+
+    def without(self, keys: tuple[bytes, ...]) -> MixtureContent:
+        """The same without the pairs of these keys, which are counted as dropped."""
+        if not keys:
+            return self
+        gone = np.isin(self.rows.example_keys, np.array(keys, dtype=self.rows.example_keys.dtype))
+        return replace(
+            self,
+            rows=self.rows.take(np.flatnonzero(~gone)),
+            dropped={**self.dropped, "no-finite-logps": int(gone.sum())},
+        )
+
+
+def mixture_content(cache: ReferenceCache, config: BuildConfig, collected: CollectedPairs) -> MixtureContent:
+    """What the mixture is to hold after this build.
+
+    Raises:
+        DpoCacheError: The cache has a mixture of this name with other pairs, and neither ``--replace`` nor
+            ``--extend`` says what shall become of it; or ``--extend`` would mix two ways of making tokens.
+    """
+    content = MixtureContent(
+        rows=collected.rows,
+        tokenization=collected.tokenization,
+        sources=collected.sources,
+        dropped=collected.dropped,
+        is_new=True,
+    )
+    if config.mixture not in cache.mixture_names():
+        return content
+    existing = cache.read_mixture(config.mixture)
+    if config.extend:
+        return _extended(existing, content)
+    if _same_pairs(existing.rows(), content.rows):
+        return replace(content, is_new=False)
+    if config.replace:
+        return content
+    raise _changed(existing, content, config)
+
+
+def _extended(existing: Mixture, added: MixtureContent) -> MixtureContent:
+    """The existing pairs and those of the added ones that it does not have: repeating the command adds nothing."""
+    differing = list(_differing_settings(existing.tokenization, added.tokenization))
+    if differing:
+        raise DpoCacheError(
+            f"mixture {existing.name} was made with other tokens: {'; '.join(differing)}",
+            expected="the same settings for all pairs of a mixture",
+            next_step="repeat the command with the mixture's settings, or give these pairs another --mixture",
+        )
+    old_rows = existing.rows()
+    is_added = ~np.isin(added.rows.example_keys, old_rows.example_keys)
+    if not is_added.any():
+        return MixtureContent(
+            rows=old_rows,
+            tokenization=existing.tokenization,
+            sources=existing.sources,
+            dropped=existing.dropped,
+            is_new=False,
+        )
+    shifted = replace(added.rows, sources=added.rows.sources + np.int32(len(existing.sources)))
+    return MixtureContent(
+        rows=MixtureRows.concatenate([old_rows, shifted.take(np.flatnonzero(is_added))]),
+        tokenization=existing.tokenization,
+        sources=[*existing.sources, *added.sources],
+        dropped=dict(Counter(existing.dropped) + Counter(added.dropped)),
+        is_new=True,
+    )
+
+
+def _same_pairs(ours: MixtureRows, theirs: MixtureRows) -> bool:
+    return np.array_equal(np.sort(ours.example_keys), np.sort(theirs.example_keys))
+
+
+def _changed(existing: Mixture, content: MixtureContent, config: BuildConfig) -> DpoCacheError:
+    old, new = np.unique(existing.rows().example_keys), np.unique(content.rows.example_keys)
+    kept = len(np.intersect1d(old, new))
+    differing = list(_differing_settings(existing.tokenization, content.tokenization))
+    because = f", because of {'; '.join(differing)}" if differing else ""
+    return DpoCacheError(
+        f"mixture {config.mixture} has {existing.num_pairs} training pairs, this build makes {len(content.rows)}: "
+        f"{len(new) - kept} are new and {len(old) - kept} are gone{because}",
+        expected="the same pairs, or a word on what shall become of the mixture",
+        next_step="add --replace to let the name mean these pairs, --extend to add them, or --mixture OTHER; "
+        "pairs the cache has scored are reused in any case",
+    )
+
+
+def _differing_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
+    """Fields of a tokenization that decide about ids; library versions and paths do not."""
+    ours, theirs = dict(_deciding_fields(ours)), dict(_deciding_fields(theirs))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            yield f"{name} (was {_short(ours.get(name))}, now {_short(theirs.get(name))})"
+
+
+def _deciding_fields(tokenization: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    settings = tokenization.get("settings") or {}
+    yield from ((name, settings.get(name)) for name in ("max_seq_length", "truncation", "mask"))
+    yield "chat_template", (tokenization.get("chat_template") or {}).get("sha256")
+    yield "tokenizer", tokenization.get("tokenizer_sha256") or tokenization.get("vocabulary_sha256")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "…" if len(text) > 24 else text

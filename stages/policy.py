@@ -1,0 +1,114 @@
+"""Where the policy starts, and loading it for training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from ..errors import DpoCacheError
+from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.reference_identity import differences, identify_reference
+from ..pipeline.scoring.model_loading import load_causal_lm
+from ..pipeline.scoring.pair_scorer import SCORING_VERSION
+from .model_folder import ModelFolder, find_model_folder
+from .recipe import Recipe
+from .train_config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyOrigin:
+    """The checkpoint that a policy starts from.
+
+    Attributes:
+        model: Its files.
+        is_reference: Whether it is, byte for byte, what the cache was scored with; then the proof at step 0 holds.
+    """
+
+    model: ModelFolder
+    is_reference: bool
+
+
+def find_policy(config: TrainConfig, cache: ReferenceCache) -> ModelFolder:
+    """The folder of the policy's first weights: ``--model``, or the reference by the name the cache recorded.
+
+    Raises:
+        DpoCacheError: It is not to be found.
+    """
+    if config.model is not None:
+        return find_model_folder(config.model, config.model_revision)
+    name, commit = str(cache.recorded.get("model")), cache.recorded.get("commit")
+    try:
+        return find_model_folder(name, str(commit) if commit else None)
+    except DpoCacheError as missing:
+        raise DpoCacheError(
+            f"the cache's reference {name} is not to be found here: {missing.found}",
+            expected="the model that the policy starts from",
+            next_step="name it: --model PATH_OR_ID",
+        ) from missing
+
+
+def check_policy(config: TrainConfig, cache: ReferenceCache, model: ModelFolder) -> PolicyOrigin:
+    """Compare the policy's files with the cache's reference.
+
+    Raises:
+        DpoCacheError: They differ and ``--allow-other-policy`` was not given, naming each field that differs; or
+            another version of the scoring code made the cache.
+    """
+    if cache.identity.scoring_version != SCORING_VERSION:
+        raise DpoCacheError(
+            f"the cache was scored by version {cache.identity.scoring_version} of the scoring code",
+            expected=f"version {SCORING_VERSION}",
+            next_step="build a new cache, or use the dpo-cache that made this one",
+        )
+    identity = identify_reference(
+        model.folder,
+        adapter_folder=None,
+        weight_dtype=cache.identity.weight_dtype,
+        compute_dtype=cache.identity.compute_dtype,
+        attention=cache.identity.attention,
+        scoring_version=SCORING_VERSION,
+    )
+    found = differences(cache.identity, identity)
+    if found and not config.allow_other_policy:
+        fields = "; ".join(f"{name}: cache {_short(ours)}, policy {_short(theirs)}" for name, ours, theirs in found)
+        raise DpoCacheError(
+            f"the policy {model.name} is not the reference of this cache ({fields})",
+            expected="a policy that starts from the reference, as DPO is defined",
+            next_step="leave --model out, or add --allow-other-policy if the policy is meant to start elsewhere",
+        )
+    return PolicyOrigin(model=model, is_reference=not found)
+
+
+def load_policy(
+    config: TrainConfig, recipe: Recipe, model: ModelFolder, device: torch.device, *, zero3: HfDeepSpeedConfig | None
+) -> nn.Module:
+    """Load the policy's first weights.
+
+    Args:
+        config: The settings.
+        recipe: The resolved numbers.
+        model: The files.
+        device: This rank's device.
+        zero3: Kept alive by the caller at ZeRO stage 3: while it lives, weights are partitioned as they are read.
+    """
+    assert (zero3 is not None) == (config.zero_stage == 3)
+    policy: Any = load_causal_lm(
+        model.folder,
+        dtype=getattr(torch, recipe.dtype),
+        attention=recipe.attention,
+        device=device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module: nn.Module = policy
+    return module
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text[:17] + "…" if len(text) > 40 else text

@@ -1,0 +1,76 @@
+"""torch.distributed and the device of one rank, and a way to fail together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from ..errors import DpoCacheError
+from .child_processes import free_port
+from .ranks import Ranks, rendezvous_environment
+
+TIMEOUT = timedelta(minutes=30)
+Result = TypeVar("Result")
+
+
+@contextmanager
+def process_group(ranks: Ranks) -> Iterator[torch.device]:
+    """Join the ranks of this job; gives this rank's device."""
+    if ranks.num_ranks == 1 and "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())  # alone: two runs on one machine must not meet
+    os.environ.update(rendezvous_environment(ranks))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", ranks.rank_of_node) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT
+    )
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def all_or_none(work: Callable[[], Result], *, on: bool = True) -> Result | None:
+    """Do something on some ranks; if it fails on one, all ranks raise the same fault.
+
+    A rank that raised alone would leave the others waiting in their next collective.
+
+    Args:
+        work: What to do.
+        on: Whether this rank does it.
+
+    Returns:
+        What ``work`` returned; None on the ranks that did not do it.
+
+    Raises:
+        DpoCacheError: It failed on some rank.
+    """
+    fault: str | None = None
+    result: Result | None = None
+    if on:
+        try:
+            result = work()
+        except DpoCacheError as raised:
+            fault = str(raised)
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    explained = [text for text in faults if text]
+    if explained:
+        raise DpoCacheError(explained[0])
+    return result
+
+
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether it is so on some rank."""
+    flag = torch.tensor(int(value), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())

@@ -1,0 +1,178 @@
+"""Every number of a run, worked out from the settings, the mixture and the number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DpoCacheError
+from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.mixture import Mixture
+from ..pipeline.cache.pair_order import epoch_order
+from ..pipeline.training.global_batches import GlobalBatchPlan
+from ..pipeline.training.learning_rate import learning_rate, warmup_steps
+from ..pipeline.training.losses import LossSettings, beta_warning, resolve_loss
+from .train_config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """The resolved numbers of a run, the same on all ranks.
+
+    Attributes:
+        loss: The loss with its numbers.
+        dtype: Precision of the forward pass.
+        attention: The attention kernel.
+        num_ranks: Processes that train together.
+        num_pairs: Training pairs of the mixture.
+        global_batch_size: Pairs in one update.
+        steps_per_epoch: Updates in one pass over the mixture.
+        total_steps: Updates of the run.
+        warmup_steps: Updates over which the learning rate rises.
+        peak_learning_rate: The rate after warm-up.
+        schedule: Shape of the rate after warm-up.
+        tokens_per_microbatch: Token budget of one forward and backward pass.
+        mixture_digest: The training set.
+        reference_id: The cache's reference.
+        seed: Decides the order.
+    """
+
+    loss: LossSettings
+    dtype: str
+    attention: str
+    num_ranks: int
+    num_pairs: int
+    global_batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    peak_learning_rate: float
+    schedule: str
+    tokens_per_microbatch: int
+    mixture_digest: str
+    reference_id: str
+    seed: int
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of update ``step``, counted from 0."""
+        return learning_rate(
+            step,
+            peak=self.peak_learning_rate,
+            schedule=self.schedule,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+        )
+
+    def must_stay(self, config: TrainConfig) -> dict[str, Any]:
+        """What has to be the same for a run to go on exactly; the number of ranks may change."""
+        return {
+            "mixture": self.mixture_digest,
+            "reference": self.reference_id,
+            "loss": asdict(self.loss),
+            "dtype": self.dtype,
+            "global_batch_size": self.global_batch_size,
+            "total_steps": self.total_steps,
+            "warmup_steps": self.warmup_steps,
+            "learning_rate": self.peak_learning_rate,
+            "lr_scheduler_type": self.schedule,
+            "weight_decay": config.weight_decay,
+            "max_grad_norm": config.max_grad_norm,
+            "seed": self.seed,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with the learning rate at the steps people look at."""
+        moments = {0, 1, self.warmup_steps, self.total_steps - 1}
+        rates = {str(step): self.learning_rate(step) for step in sorted(moments) if 0 <= step < self.total_steps}
+        return {**asdict(self), "learning_rate_at_step": rates}
+
+    def summary(self) -> str:
+        """What ``--plan`` prints."""
+        rates = ", ".join(f"{step}: {rate:.3g}" for step, rate in self.to_json()["learning_rate_at_step"].items())
+        return "\n".join(
+            [
+                f"{self.num_pairs} pairs, {self.global_batch_size} in an update on {self.num_ranks} ranks: "
+                f"{self.steps_per_epoch} updates an epoch, {self.total_steps} in all",
+                f"loss {self.loss.name}, beta {self.loss.beta:g}; {self.dtype}, attention {self.attention}",
+                f"learning rate {self.peak_learning_rate:g}, {self.schedule}, {self.warmup_steps} updates of warm-up; "
+                f"at update {rates}",
+                f"at most {self.tokens_per_microbatch} tokens in one forward pass, or one longer pair",
+            ]
+        )
+
+
+def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture, *, num_ranks: int) -> Recipe:
+    """Work out all numbers of a run.
+
+    Raises:
+        DpoCacheError: A number that does not fit the loss, or numerics other than the cache's.
+    """
+    identity = cache.identity
+    dtype = config.dtype or identity.compute_dtype
+    attention = config.attn_implementation or identity.attention
+    _refuse_other_numerics(config, cache, dtype, attention)
+    global_batch_size = config.resolved_global_batch_size(num_ranks)
+    batches = global_batches(mixture, global_batch_size, config.seed)
+    total_steps = batches.total_steps(num_epochs=config.num_train_epochs, max_steps=config.max_steps)
+    return Recipe(
+        loss=resolve_loss(
+            config.loss,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            gamma_beta_ratio=config.gamma_beta_ratio,
+        ),
+        dtype=dtype,
+        attention=attention,
+        num_ranks=num_ranks,
+        num_pairs=mixture.num_pairs,
+        global_batch_size=global_batch_size,
+        steps_per_epoch=batches.steps_per_epoch,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps(config.warmup_ratio, total_steps),
+        peak_learning_rate=config.learning_rate,
+        schedule=config.lr_scheduler_type,
+        tokens_per_microbatch=config.tokens_per_microbatch or int(mixture.shared_prefix_lengths().max()),
+        mixture_digest=mixture.digest,
+        reference_id=cache.reference_id,
+        seed=config.seed,
+    )
+
+
+def global_batches(mixture: Mixture, global_batch_size: int, seed: int) -> GlobalBatchPlan:
+    """Which pairs make up each update: a function of the mixture, the seed and the epoch alone."""
+
+    def order(epoch: int) -> npt.NDArray[np.int64]:
+        return epoch_order(
+            num_pairs=mixture.num_pairs,
+            block_rows=mixture.block_rows,
+            seed=seed,
+            epoch=epoch,
+            mixture_digest=mixture.digest,
+        )
+
+    return GlobalBatchPlan(num_pairs=mixture.num_pairs, global_batch_size=global_batch_size, epoch_order=order)
+
+
+def warnings_of(recipe: Recipe) -> list[str]:
+    """What looks wrong about the numbers without being impossible."""
+    return [warning for warning in [beta_warning(recipe.loss)] if warning]
+
+
+def _refuse_other_numerics(config: TrainConfig, cache: ReferenceCache, dtype: str, attention: str) -> None:
+    identity = cache.identity
+    if config.allow_numerics_mismatch:
+        return
+    for flag, ours, cached in (
+        ("--dtype", dtype, identity.compute_dtype),
+        ("--attn-implementation", attention, identity.attention),
+    ):
+        if ours != cached:
+            raise DpoCacheError(
+                f"{flag} is {ours}, and the cache was scored with {cached}: policy and reference would differ by "
+                "rounding alone before any update",
+                expected=f"{flag} {cached}",
+                next_step=f"leave {flag} out, build a cache with {ours}, or add --allow-numerics-mismatch",
+            )

@@ -1,0 +1,110 @@
+"""Have a plan scored: one process a GPU, units drawn from a shared queue, progress of the whole."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed import DistError
+
+from ..errors import DpoCacheError
+from .build_plan import ScoringPlan
+from .child_processes import python_command, run_children, threads_for
+from .job_store import JobStore, StoreAddress, store_lost
+from .progress import Progress
+from .ranks import Ranks
+from .unit_queue import UnitQueue
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringOutcome:
+    """What a scoring job did.
+
+    Attributes:
+        forwards: Forward passes of the reference.
+        tokens: Tokens that went through it, a shared prompt counted once.
+        seconds: From the first process to the last.
+        nonfinite: Keys of pairs that have no finite negative log-probability; nothing was written for them.
+        faults: What scoring processes that failed had to say; the others did their work.
+    """
+
+    forwards: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    nonfinite: tuple[bytes, ...] = ()
+    faults: tuple[str, ...] = ()
+
+
+def lead_scoring(
+    job: JobStore, plan: ScoringPlan, plan_path: Path, *, ranks: Ranks | None, num_workers: int, total_tokens: int
+) -> ScoringOutcome:
+    """Score all units of a plan.
+
+    Args:
+        job: The store.
+        plan: What to score.
+        plan_path: Where it is written for the scoring processes.
+        ranks: This process's place; under a launcher it runs one scoring process and the other ranks one each.
+        num_workers: Scoring processes to run here, without a launcher.
+        total_tokens: Tokens of all units.
+
+    Raises:
+        DpoCacheError: Units are left over because the scoring processes failed.
+        KeyboardInterrupt: Asked to stop; finished units stay.
+    """
+    started = time.monotonic()
+    queue = UnitQueue(job.store, len(plan.units))
+    job.announce_plan(plan_path)
+    ranks_of_node = [ranks.rank_of_node] if ranks else list(range(num_workers))
+    with Progress(total_tokens, unit="tok", title="score") as progress:
+
+        def show() -> None:
+            progress.reach(
+                min(total_tokens, queue.add("tokens", 0)),
+                pairs=queue.add("pairs", 0),
+                units=f"{queue.num_finished}/{queue.num_units}",
+            )
+
+        faults = run_children(
+            [_score_command(plan_path, job.address, rank_of_node) for rank_of_node in ranks_of_node],
+            [threads_for(ranks.ranks_per_node if ranks else num_workers)] * len(ranks_of_node),
+            survivors_go_on=True,
+            while_waiting=show,
+        )
+    job.wait_for_others()
+    if queue.num_finished < queue.num_units:
+        raise DpoCacheError(
+            "\n".join(faults or ["the scoring processes ended early"])
+            + f"\n  {queue.num_finished} of {queue.num_units} units are finished and stay",
+            next_step="run the same command again: it scores only the rest",
+        )
+    return ScoringOutcome(
+        forwards=queue.add("forwards", 0),
+        tokens=queue.add("tokens", 0),
+        seconds=time.monotonic() - started,
+        nonfinite=tuple(queue.nonfinite_keys()),
+        faults=tuple(faults),
+    )
+
+
+def follow_scoring(ranks: Ranks) -> None:
+    """What ranks other than 0 do: wait for the plan, run one scoring process, leave.
+
+    Raises:
+        DpoCacheError: The leader or the scoring process failed.
+    """
+    job = JobStore(ranks)
+    try:
+        plan_path = job.wait_for_plan()
+        if ScoringPlan.read(plan_path).units:
+            run_children(
+                [_score_command(plan_path, job.address, ranks.rank_of_node)], [threads_for(ranks.ranks_per_node)]
+            )
+        job.leave()
+    except DistError as lost:
+        raise store_lost() from lost
+
+
+def _score_command(plan_path: Path, address: StoreAddress, rank_of_node: int) -> list[str]:
+    return python_command("score", str(plan_path), str(address), str(rank_of_node))

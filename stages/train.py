@@ -1,0 +1,105 @@
+"""Stage two: DPO from a cache, on DeepSpeed. There is no code here, or below, that computes a reference.
+
+Started alone, this process starts one rank for each GPU and waits; under torchrun, the deepspeed launcher or srun it
+is one of the ranks itself.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from ..errors import DpoCacheError
+from ..pipeline.cache.cache_folder import ReferenceCache
+from .child_processes import free_port, python_command, run_children, threads_for
+from .process_group import process_group
+from .progress import quiet_libraries
+from .ranks import Ranks, ranks_from_environment
+from .recipe import Recipe, resolve_recipe
+from .setting import command_line_of
+from .train_config import TrainConfig
+from .train_report import TrainReport
+from .training_run import TrainingRun
+
+SAVING_GRACE_S = 600.0
+"""How long ranks that are asked to stop may take to finish their step and save."""
+
+
+def train(config: TrainConfig) -> TrainReport | Recipe | None:
+    """Run stage two.
+
+    Returns:
+        The finished run; the resolved numbers with ``--plan``; None on ranks that do not report.
+
+    Raises:
+        DpoCacheError: A fault of the settings, the cache, the model or the machine.
+        KeyboardInterrupt: Asked to stop; a checkpoint was saved.
+    """
+    quiet_libraries()
+    ranks = ranks_from_environment()
+    num_ranks = ranks.num_ranks if ranks else config.num_gpus or max(1, torch.cuda.device_count())
+    if config.plan:
+        return _plan(config, num_ranks)
+    if ranks is not None and config.num_gpus not in (None, ranks.ranks_per_node):
+        raise DpoCacheError(
+            f"--num-gpus is {config.num_gpus}, and a launcher started {ranks.ranks_per_node} processes here",
+            next_step="leave --num-gpus out under a launcher",
+        )
+    if ranks is not None:
+        return _train_rank(config, ranks)
+    if num_ranks == 1:
+        return _train_rank(config, Ranks(rank=0, num_ranks=1, rank_of_node=0, ranks_per_node=1))
+    return _train_in_children(config, num_ranks)
+
+
+def _plan(config: TrainConfig, num_ranks: int) -> Recipe:
+    cache = ReferenceCache.open(config.cache)
+    return resolve_recipe(config, cache, cache.read_mixture(config.mixture), num_ranks=num_ranks)
+
+
+def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport:
+    """One child a rank; this process waits, passes on what it is asked, and reports."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and num_ranks > torch.cuda.device_count():
+        raise DpoCacheError(
+            f"--num-gpus is {num_ranks}", expected=f"at most {torch.cuda.device_count()}, the GPUs here"
+        )
+    rendezvous = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        **({} if on_gpu else threads_for(num_ranks)),
+    }
+    run_children(
+        [python_command("train", *command_line_of(config))] * num_ranks,
+        [{**rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)],
+        grace_s=SAVING_GRACE_S,
+    )
+    return TrainReport.read(config.output)
+
+
+def _train_rank(config: TrainConfig, ranks: Ranks) -> TrainReport | None:
+    with stop_requests() as stop_requested, process_group(ranks) as device:
+        run = TrainingRun(config, ranks, device, stop_requested)
+        report = run.run()
+    return report if ranks.rank == 0 else None
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM and Ctrl-C into a question, asked after each update; a second one takes effect at once."""
+    requested: list[int] = []
+
+    def remember(signum: int, _frame: FrameType | None) -> None:
+        if requested:
+            raise KeyboardInterrupt
+        requested.append(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, remember)
+    yield lambda: bool(requested)

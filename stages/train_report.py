@@ -1,0 +1,67 @@
+"""What a run came to, for people and for programs: ``summary.json`` of its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .output_folder import write_json
+
+FILE = "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainReport:
+    """A finished run.
+
+    Attributes:
+        output: The run's folder.
+        steps: Updates done.
+        pairs: Training pairs that went into them, by this process and those it resumed from.
+        seconds: Wall time of this process.
+        reference_forwards: Forward passes of the reference: none, the trainer has no code for it.
+        step0: How far policy and cache were apart before the first update.
+        eval_before: Evaluation before the first update, where there is one.
+        eval_after: Evaluation after the last.
+        last: The last logged line.
+    """
+
+    output: str
+    steps: int
+    pairs: int
+    seconds: float
+    reference_forwards: int
+    step0: dict[str, Any] | None
+    eval_before: dict[str, float] | None
+    eval_after: dict[str, float] | None
+    last: dict[str, float]
+
+    def write(self) -> None:
+        """Keep it in the run's folder."""
+        write_json(Path(self.output) / FILE, asdict(self))
+
+    @classmethod
+    def read(cls, output: Path) -> TrainReport:
+        """Read what :meth:`write` wrote."""
+        return cls(**json.loads((output / FILE).read_text(encoding="utf-8")))
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """The closing lines on a terminal."""
+        lines = [f"trained {self.steps} updates on {self.pairs} pairs in {self.seconds:.0f} s, reference forwards: 0"]
+        if self.step0:
+            lines.append(
+                f"step 0: loss {self.step0['loss']:.6f}, policy and cache at most "
+                f"{self.step0['max_per_token']:.2g} nats a token apart"
+            )
+        if self.eval_before and self.eval_after and "eval/rewards/accuracy" in self.eval_after:
+            before, after = (line["eval/rewards/accuracy"] for line in (self.eval_before, self.eval_after))
+            margin = self.eval_after["eval/rewards/margin"]
+            lines.append(f"held out: reward accuracy {before:.1%} before, {after:.1%} after, margin {margin:.3g}")
+        lines.append(f"model: {self.output}/model")
+        return "\n".join(lines)

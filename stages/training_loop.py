@@ -1,0 +1,141 @@
+"""The loop of stage two, told in the order a step happens."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.mixture import Mixture
+from ..pipeline.cache.pair_stream import PairStream
+from ..pipeline.scoring.scoring_batch import Layout
+from ..pipeline.training.global_batches import GlobalBatch, deal
+from ..pipeline.training.metrics import PairMetrics, step_line
+from ..pipeline.training.micro_batch import MicroBatch, collate
+from ..pipeline.training.policy_engine import PolicyEngine
+from ..pipeline.training.step_zero import BOUNDS, StepZeroFigures, StepZeroProof
+from ..pipeline.training.throughput import model_flops
+from .recipe import Recipe, global_batches
+
+
+class MicroBatches:
+    """Pairs of a mixture, dealt to the ranks and laid out for the model.
+
+    Args:
+        cache: The cache.
+        mixture: A mixture of it.
+        layout: How pairs lie in rows.
+        engine: Tells which rank of how many this is, and its device.
+        tokens_per_microbatch: Token budget of one micro-batch.
+    """
+
+    def __init__(
+        self,
+        cache: ReferenceCache,
+        mixture: Mixture,
+        *,
+        layout: Layout,
+        engine: PolicyEngine,
+        tokens_per_microbatch: int,
+    ) -> None:
+        self.mixture = mixture
+        self._lengths = mixture.shared_prefix_lengths()
+        self._stream = PairStream(cache, mixture)
+        self._layout = layout
+        self._rank, self._num_ranks, self._device = engine.rank, engine.num_ranks, engine.device
+        self._tokens_per_microbatch = tokens_per_microbatch
+
+    def of(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """This rank's share of a global batch: rows of each micro-batch, as many of them as on any other rank."""
+        dealt = deal(
+            rows,
+            self._lengths[rows],
+            num_ranks=self._num_ranks,
+            tokens_per_microbatch=self._tokens_per_microbatch,
+        )
+        return dealt[self._rank]
+
+    def read(self, rows: npt.NDArray[np.int64]) -> MicroBatch:
+        """Read the rows and lay them out on the device; no rows give a batch that only takes part."""
+        return collate(self._stream.read(rows), self._layout).to(self._device, non_blocking=True)
+
+    def tokens(self, rows: npt.NDArray[np.int64]) -> int:
+        """Tokens of these rows, each prompt once."""
+        return int(self._lengths[rows].sum())
+
+    def close(self) -> None:
+        """Close the shards."""
+        self._stream.close()
+
+
+class TrainingLoop:
+    """Updates and evaluations of one run.
+
+    Args:
+        engine: The policy.
+        recipe: The resolved numbers.
+        training: The pairs to train on.
+        evaluation: Held-out pairs.
+    """
+
+    def __init__(
+        self, engine: PolicyEngine, recipe: Recipe, training: MicroBatches, evaluation: MicroBatches | None
+    ) -> None:
+        self._engine = engine
+        self._recipe = recipe
+        self._training = training
+        self._evaluation = evaluation
+        self._plan = global_batches(training.mixture, recipe.global_batch_size, recipe.seed)
+        self._metrics = self._new_metrics()
+
+    def prove_step_zero(self) -> StepZeroFigures:
+        """Compare the policy with the cache on the first global batch, before anything is changed."""
+        proof = StepZeroProof(self._recipe.loss, dtype=self._recipe.dtype, device=self._engine.device)
+        for rows in self._training.of(self._plan.batch(0).rows):
+            proof.add(self._engine.evaluate(self._training.read(rows)))
+        return proof.figures()
+
+    def update(self, step: int) -> tuple[GlobalBatch, float]:
+        """Forward, backward and update on the global batch of ``step``, counted from 0.
+
+        Returns:
+            The batch, and the norm of its gradient before clipping.
+        """
+        batch = self._plan.batch(step)
+        shares = self._training.of(batch.rows)
+        for number, rows in enumerate(shares):
+            micro_batch = self._training.read(rows)
+            scored = self._engine.micro_step(micro_batch, num_pairs=len(batch.rows), is_last=number == len(shares) - 1)
+            self._metrics.add(scored)
+        grad_norm = self._engine.apply_update(self._recipe.learning_rate(step))
+        return batch, grad_norm
+
+    def line(self, batch: GlobalBatch, grad_norm: float) -> dict[str, float]:
+        """The metrics since the last line; all ranks call this."""
+        return step_line(
+            self._metrics,
+            training_step=batch.step + 1,
+            learning_rate=self._recipe.learning_rate(batch.step),
+            epoch=batch.epochs_done,
+            grad_norm=grad_norm,
+        )
+
+    def evaluate(self, updates_done: int) -> dict[str, float]:
+        """Score all held-out pairs; all ranks call this."""
+        assert self._evaluation is not None
+        metrics = self._new_metrics(prefix="eval/")
+        num_pairs = self._evaluation.mixture.num_pairs
+        for start in range(0, num_pairs, self._recipe.global_batch_size):
+            rows = np.arange(start, min(start + self._recipe.global_batch_size, num_pairs))
+            for share in self._evaluation.of(rows):
+                metrics.add(self._engine.evaluate(self._evaluation.read(share)))
+        return {"training_step": updates_done, **metrics.reduce()}
+
+    def _new_metrics(self, prefix: str = "") -> PairMetrics:
+        return PairMetrics(
+            self._recipe.loss,
+            device=self._engine.device,
+            tie_margin=BOUNDS[self._recipe.dtype],
+            flops=model_flops(self._engine.scorer.model),
+            prefix=prefix,
+        )

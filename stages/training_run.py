@@ -1,0 +1,308 @@
+"""One training run, as one of its ranks sees it: set up, prove, train, save."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import torch
+from transformers.integrations import HfDeepSpeedConfig
+
+from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.mixture import Mixture
+from ..pipeline.cache.mixture_check import check_mixture
+from ..pipeline.scoring.layout_choice import choose_layout
+from ..pipeline.scoring.model_loading import load_config
+from ..pipeline.scoring.pair_scorer import PairScorer
+from ..pipeline.training.checkpoints import (
+    Checkpoint,
+    TrainerState,
+    check_same_run,
+    convert_checkpoint,
+    load_checkpoint,
+    needs_conversion,
+    newest_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+)
+from ..pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
+from ..pipeline.training.model_export import export_model
+from ..pipeline.training.policy_engine import PolicyEngine
+from ..pipeline.training.run_log import RunLog, TrackingSettings
+from ..pipeline.training.step_zero import StepZeroFigures, check_step_zero, write_step_zero
+from .output_folder import output_lock, refuse_overwriting, write_json
+from .policy import PolicyOrigin, check_policy, find_policy, load_policy
+from .process_group import all_or_none, any_rank
+from .ranks import Ranks
+from .recipe import resolve_recipe, warnings_of
+from .train_config import TrainConfig
+from .train_report import TrainReport
+from .training_loop import MicroBatches, TrainingLoop
+
+
+class TrainingRun:
+    """Everything between the settings and the trained model.
+
+    Args:
+        config: The settings.
+        ranks: Which rank of how many this is; the process group stands.
+        device: This rank's device.
+        stop_requested: Whether this process was asked to stop.
+    """
+
+    def __init__(
+        self, config: TrainConfig, ranks: Ranks, device: torch.device, stop_requested: Callable[[], bool]
+    ) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._device = device
+        self._stop_requested = stop_requested
+        self._is_main = ranks.rank == 0
+        self._started = time.monotonic()
+
+    def run(self) -> TrainReport:
+        """Run it to its end, or until it is asked to stop.
+
+        Raises:
+            DpoCacheError: On all ranks alike.
+            KeyboardInterrupt: Asked to stop; a checkpoint was saved.
+        """
+        with ExitStack() as held:
+            all_or_none(lambda: self._claim_output(held), on=self._is_main)
+            self._open_cache()
+            self._recipe = resolve_recipe(self._config, self._cache, self._mixture, num_ranks=self._ranks.num_ranks)
+            for warning in warnings_of(self._recipe):
+                self._say(f"warning: {warning}")
+            checkpoint = self._find_checkpoint()
+            origin = self._find_policy()
+            self._write_config(origin)
+            self._start_engine(origin, checkpoint)
+            return self._train(origin, checkpoint)
+
+    # ---- before the model is loaded --------------------------------------------------------------------------------
+
+    def _claim_output(self, held: ExitStack) -> None:
+        if self._config.resume is None:
+            refuse_overwriting(self._config.output)
+        held.enter_context(output_lock(self._config.output))
+
+    def _open_cache(self) -> None:
+        """Open cache and mixtures; one rank a node looks at every row of them first."""
+        names = [self._config.mixture, *([self._config.eval_mixture] if self._config.eval_mixture else [])]
+
+        def open_mixtures() -> tuple[ReferenceCache, list[Mixture]]:
+            cache = ReferenceCache.open(self._config.cache)
+            return cache, [cache.read_mixture(name) for name in names]
+
+        def check_mixtures() -> None:
+            cache, mixtures = open_mixtures()
+            for mixture in mixtures:
+                check_mixture(cache, mixture)
+
+        all_or_none(check_mixtures, on=self._ranks.rank_of_node == 0)
+        self._cache, mixtures = open_mixtures()
+        self._mixture = mixtures[0]
+        self._eval_mixture = mixtures[1] if self._config.eval_mixture else None
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to go on from, the same on all ranks; None for a fresh start."""
+        if self._config.resume is None:
+            return None
+        if self._config.resume == "latest":
+            checkpoint = newest_checkpoint(self._checkpoints)
+        else:
+            checkpoint = open_checkpoint(Path(self._config.resume))
+        if checkpoint is None:
+            self._say(f"no complete checkpoint in {self._checkpoints}: starting from the beginning")
+            return None
+        check_same_run(checkpoint, run=self._recipe.must_stay(self._config), zero_stage=self._config.zero_stage)
+        self._say(f"going on from {checkpoint.path}")
+        return checkpoint
+
+    def _find_policy(self) -> PolicyOrigin:
+        model = find_policy(self._config, self._cache)
+        # Hashing the weights is for one rank; what it finds, all have to know.
+        all_or_none(lambda: check_policy(self._config, self._cache, model), on=self._is_main)
+        differs = self._is_main and not check_policy(self._config, self._cache, model).is_reference
+        return PolicyOrigin(model=model, is_reference=not any_rank(differs, self._device))
+
+    def _write_config(self, origin: PolicyOrigin) -> None:
+        if self._is_main:
+            settings = {name: str(value) if isinstance(value, Path) else value for name, value in _fields(self._config)}
+            resolved = {"policy": origin.model.name, "policy_is_reference": origin.is_reference}
+            write_json(
+                self._config.output / "config.json",
+                {"settings": settings, "resolved": {**resolved, **self._recipe.to_json()}},
+            )
+
+    # ---- the model ---------------------------------------------------------------------------------------------------
+
+    def _start_engine(self, origin: PolicyOrigin, checkpoint: Checkpoint | None) -> None:
+        convert = checkpoint is not None and needs_conversion(checkpoint, num_ranks=self._ranks.num_ranks)
+        engine_config = deepspeed_config(
+            EngineSettings(
+                zero_stage=self._config.zero_stage,
+                dtype=self._recipe.dtype,
+                max_grad_norm=self._config.max_grad_norm,
+                num_ranks=self._ranks.num_ranks,
+                hidden_size=load_config(origin.model.folder).get_text_config().hidden_size,
+                on_gpu=self._device.type == "cuda",
+                load_universal=convert,
+            )
+        )
+        self._zero3 = HfDeepSpeedConfig(engine_config) if self._config.zero_stage == 3 else None
+        policy = load_policy(self._config, self._recipe, origin.model, self._device, zero3=self._zero3)
+        self._engine = PolicyEngine(
+            PairScorer(policy),
+            config=engine_config,
+            loss=self._recipe.loss,
+            weight_decay=self._config.weight_decay,
+            bad_batch_path=self._config.output / "bad_batch.json",
+        )
+        layout = choose_layout(self._engine.deepspeed, device=self._device)
+        if checkpoint is not None:
+            self._load(checkpoint, convert)
+
+        def micro_batches(mixture: Mixture) -> MicroBatches:
+            return MicroBatches(
+                self._cache,
+                mixture,
+                layout=layout,
+                engine=self._engine,
+                tokens_per_microbatch=self._recipe.tokens_per_microbatch,
+            )
+
+        self._loop = TrainingLoop(
+            self._engine,
+            self._recipe,
+            micro_batches(self._mixture),
+            micro_batches(self._eval_mixture) if self._eval_mixture else None,
+        )
+
+    def _load(self, checkpoint: Checkpoint, convert: bool) -> None:
+        if not convert:
+            load_checkpoint(self._engine, checkpoint)
+            return
+        self._say(f"converting a checkpoint of {checkpoint.state.num_ranks} ranks for {self._ranks.num_ranks}")
+        converted = self._checkpoints / "converted"
+        shutil.rmtree(converted, ignore_errors=True)
+        all_or_none(lambda: convert_checkpoint(checkpoint, converted), on=self._is_main)
+        load_checkpoint(self._engine, checkpoint, converted=converted)
+        if self._is_main:
+            shutil.rmtree(converted, ignore_errors=True)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def _train(self, origin: PolicyOrigin, checkpoint: Checkpoint | None) -> TrainReport:
+        first_step = checkpoint.state.step if checkpoint else 0
+        step_zero = self._prove_step_zero(origin) if checkpoint is None else None
+        log = RunLog(
+            self._config.output,
+            is_main=self._is_main,
+            total_steps=self._recipe.total_steps,
+            last_step=first_step,
+            tracking=self._tracking(checkpoint),
+        )
+        eval_before = self._evaluate(log, 0) if checkpoint is None else None
+        line: dict[str, float] = {}
+        for step in range(first_step, self._recipe.total_steps):
+            batch, grad_norm = self._loop.update(step)
+            log.advance()
+            done = step + 1
+            is_last = done == self._recipe.total_steps
+            if done % self._config.logging_steps == 0 or is_last:
+                line = self._loop.line(batch, grad_norm)
+                log.write(line)
+            if self._config.eval_steps and done % self._config.eval_steps == 0 and not is_last:
+                self._evaluate(log, done)
+            stop = any_rank(self._stop_requested(), self._device) and not is_last
+            if stop or is_last or (self._config.checkpointing_steps and done % self._config.checkpointing_steps == 0):
+                self._save(done, log)
+            if stop:
+                log.close()
+                self._say(f"stopped after update {done} of {self._recipe.total_steps}; --resume goes on from there")
+                raise KeyboardInterrupt
+        eval_after = self._evaluate(log, self._recipe.total_steps)
+        log.close()
+        export_model(self._engine, self._config.output / "model", base_folder=origin.model.folder)
+        return self._report(step_zero, eval_before, eval_after, line)
+
+    def _prove_step_zero(self, origin: PolicyOrigin) -> StepZeroFigures:
+        figures = self._loop.prove_step_zero()
+        if self._is_main:
+            write_step_zero(self._config.output / "step0.json", figures)
+        if origin.is_reference and not self._config.allow_numerics_mismatch:
+            check_step_zero(figures)
+        return figures
+
+    def _evaluate(self, log: RunLog, updates_done: int) -> dict[str, float] | None:
+        if self._eval_mixture is None:
+            return None
+        line = self._loop.evaluate(updates_done)
+        log.write(line)
+        return line
+
+    def _save(self, updates_done: int, log: RunLog) -> None:
+        keep = self._config.keep_last_n_checkpoints
+        save_checkpoint(
+            self._engine,
+            self._checkpoints,
+            TrainerState(
+                step=updates_done,
+                num_ranks=self._ranks.num_ranks,
+                zero_stage=self._config.zero_stage,
+                run=self._recipe.must_stay(self._config),
+                tracking_run_id=log.tracking_run_id,
+            ),
+            keep_last=None if keep == -1 else keep,
+        )
+
+    def _tracking(self, checkpoint: Checkpoint | None) -> TrackingSettings | None:
+        if not self._config.with_tracking:
+            return None
+        return TrackingSettings(
+            project=self._config.wandb_project,
+            entity=self._config.wandb_entity,
+            name=self._config.run_name or self._config.output.name,
+            run_id=checkpoint.state.tracking_run_id if checkpoint else None,
+            config=self._recipe.to_json(),
+        )
+
+    def _report(
+        self,
+        step_zero: StepZeroFigures | None,
+        eval_before: dict[str, float] | None,
+        eval_after: dict[str, float] | None,
+        last_line: dict[str, float],
+    ) -> TrainReport:
+        report = TrainReport(
+            output=str(self._config.output),
+            steps=self._recipe.total_steps,
+            pairs=round(last_line.get("epoch", 0.0) * self._recipe.num_pairs),
+            seconds=time.monotonic() - self._started,
+            reference_forwards=0,
+            step0=asdict(step_zero) if step_zero else None,
+            eval_before=eval_before,
+            eval_after=eval_after,
+            last=last_line,
+        )
+        if self._is_main:
+            report.write()
+        return report
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self._config.output / "checkpoints"
+
+    def _say(self, message: str) -> None:
+        if self._is_main:
+            click.echo(message, err=True)
+
+
+def _fields(config: TrainConfig) -> list[tuple[str, object]]:
+    return list(asdict(config).items())
