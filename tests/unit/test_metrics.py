@@ -1,0 +1,196 @@
+"""Log lines: the same numbers however the pairs are split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_run import run_ranks
+from dpo_cache.pipeline.cache.shard_file import ScoredPair
+from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.pipeline.scoring.scoring_batch import Layout, PairLogps
+from dpo_cache.pipeline.training.losses import preference_loss, resolve_loss
+from dpo_cache.pipeline.training.metrics import PairMetrics, step_line
+from dpo_cache.pipeline.training.micro_batch import ScoredMicroBatch, collate
+from dpo_cache.pipeline.training.throughput import ModelFlops
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _scored(
+    pairs: Sequence[tuple[float, float, float, float]], *, loss: str = "dpo", aux_loss: float | None = None
+) -> ScoredMicroBatch:
+    """Pairs given as (πc, πr, fc, fr), all of 2 prompt, 3 chosen and 4 rejected tokens."""
+    rows = [
+        ScoredPair(
+            key=bytes(32),
+            pair=TokenPair(
+                prompt_ids=np.array([number, 1], np.int32),
+                chosen_ids=np.arange(3, dtype=np.int32),
+                rejected_ids=np.arange(4, dtype=np.int32),
+            ),
+            ref_chosen_logps=pair[2],
+            ref_rejected_logps=pair[3],
+            ref_chosen_common_logps=pair[2],
+            ref_rejected_common_logps=pair[3],
+            chosen_tokens=3,
+            rejected_tokens=4,
+        )
+        for number, pair in enumerate(pairs)
+    ]
+    micro_batch = collate(rows, Layout.PREFIX_SHARED)
+    values = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 4)
+    policy = PairLogps(
+        chosen_logps_B=values[:, 0],
+        rejected_logps_B=values[:, 1],
+        chosen_common_logps_B=values[:, 0],
+        rejected_common_logps_B=values[:, 1],
+        chosen_tokens_B=torch.full((len(pairs),), 3),
+        rejected_tokens_B=torch.full((len(pairs),), 4),
+        token_logps_N=torch.zeros(7 * len(pairs)),
+        aux_loss=None if aux_loss is None else torch.tensor(aux_loss),
+    )
+    outcomes = preference_loss(resolve_loss(loss), policy, micro_batch.reference)
+    return ScoredMicroBatch(micro_batch=micro_batch, policy=policy, outcomes=outcomes)
+
+
+def _metrics(loss: str = "dpo", **options: Any) -> PairMetrics:
+    return PairMetrics(resolve_loss(loss), device=CPU, **{"tie_margin": 1e-4, **options})
+
+
+PAIRS = [(-10.0, -12.0, -11.0, -10.0), (-9.0, -8.0, -8.5, -9.0), (-7.0, -7.5, -7.25, -7.0), (-3.0, -4.0, -3.0, -4.5)]
+LEARNED = ("train_loss", "logps/", "rewards/")
+
+
+def _learned(line: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name.startswith(LEARNED)}
+
+
+def lines_of_my_share(splits: list[int]) -> list[dict[str, float]]:
+    return [line_of_my_share(num_micro_steps) for num_micro_steps in splits]
+
+
+def line_of_my_share(num_micro_steps: int) -> dict[str, float]:
+    """A step with five pairs, so one rank or micro-step has more than another, and some have none."""
+    pairs = [*PAIRS, PAIRS[0]]
+    metrics = _metrics()
+    shares = dist.get_world_size() * num_micro_steps
+    for micro_step in range(num_micro_steps):
+        metrics.add(_scored(pairs[dist.get_rank() * num_micro_steps + micro_step :: shares]))
+    return _learned(metrics.reduce())
+
+
+def test_numbers_do_not_depend_on_the_split_into_ranks_and_micro_steps() -> None:
+    expected = line_of_my_share(1)
+    assert line_of_my_share(4) == pytest.approx(expected, rel=1e-14)
+    for num_ranks, splits in ((2, [2]), (4, [1, 3])):
+        for of_rank in run_ranks(lines_of_my_share, splits, num_ranks=num_ranks):
+            for found in of_rank:
+                assert found == pytest.approx(expected, rel=1e-14)
+
+
+def test_the_fields_of_a_line() -> None:
+    metrics = _metrics()
+    metrics.add(_scored(PAIRS))
+    line = step_line(metrics, training_step=3, learning_rate=1e-6, epoch=0.5, grad_norm=2.0)
+    assert list(line) == [
+        "training_step",
+        "learning_rate",
+        "epoch",
+        "train_loss",
+        "logps/chosen",
+        "logps/rejected",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/average",
+        "rewards/accuracy",
+        "rewards/margin",
+        "perf/tokens_per_second",
+        "perf/pairs_per_second",
+        "perf/peak_memory_gib",
+        "grad_norm",
+    ]
+    # Log-ratios: chosen 1, −0.5, 0.25, 0; rejected −2, 1, −0.5, 0.5.
+    assert line["rewards/chosen"] == pytest.approx(0.1 * 0.75 / 4)
+    assert line["rewards/rejected"] == pytest.approx(0.1 * -1.0 / 4)
+    assert line["rewards/average"] == pytest.approx(0.1 * -0.25 / 8)
+    assert line["rewards/margin"] == pytest.approx(0.1 * 1.75 / 4)
+    assert line["rewards/accuracy"] == 0.5
+    assert line["logps/chosen"] == pytest.approx(-29 / 4)
+    assert line["train_loss"] == pytest.approx(sum(math.log1p(math.exp(-0.1 * m)) for m in (3, -1.5, 0.75, -0.5)) / 4)
+
+
+def test_logps_are_averages_for_a_loss_on_averages() -> None:
+    metrics = _metrics("dpo_norm")
+    metrics.add(_scored(PAIRS, loss="dpo_norm"))
+    line = metrics.reduce()
+    assert line["logps/chosen"] == pytest.approx(-29 / 3 / 4)
+    assert line["logps/rejected"] == pytest.approx(-31.5 / 4 / 4)
+
+
+def test_a_loss_without_reference_logs_no_rewards() -> None:
+    metrics = _metrics("simpo")
+    metrics.add(_scored(PAIRS, loss="simpo"))
+    assert not [name for name in metrics.reduce() if name.startswith("rewards/")]
+
+
+def test_ties_and_differences_within_rounding_count_half() -> None:
+    metrics = _metrics(tie_margin=1e-3)
+    metrics.add(_scored([(-5.0, -6.0, -5.0, -6.0), (-5.0, -6.0, -5.001, -6.0), (-5.0, -6.0, -5.1, -6.0)]))
+    assert metrics.reduce()["rewards/accuracy"] == pytest.approx((0.5 + 0.5 + 1.0) / 3)
+
+
+def test_a_line_starts_over_after_it_was_reduced() -> None:
+    metrics = _metrics()
+    metrics.add(_scored(PAIRS))
+    metrics.reduce()
+    metrics.add(_scored(PAIRS[:1]))
+    assert metrics.reduce()["logps/chosen"] == -10.0
+
+
+def test_evaluation_has_the_same_names_behind_a_prefix_and_no_train_loss() -> None:
+    metrics = _metrics(prefix="eval/")
+    metrics.add(_scored(PAIRS))
+    line = metrics.reduce()
+    assert "eval/loss" in line
+    assert "eval/rewards/accuracy" in line
+    assert all(name.startswith("eval/") for name in line)
+    assert "eval/train_loss" not in line
+
+
+def test_the_balancing_loss_is_weighted_by_pairs() -> None:
+    metrics = _metrics()
+    metrics.add(_scored(PAIRS[:3], aux_loss=1.0))
+    metrics.add(_scored(PAIRS[3:], aux_loss=5.0))
+    assert metrics.reduce()["aux_loss"] == pytest.approx(2.0)
+
+
+def test_model_flops_count_head_and_backbone_apart() -> None:
+    flops = ModelFlops(backbone_parameters=1000, head_parameters=10)
+    assert flops.training(tokens=7, scored_tokens=2) == 6 * (7000 + 20)
+
+
+def test_mfu_is_left_out_where_no_peak_is_known() -> None:
+    metrics = _metrics(flops=ModelFlops(backbone_parameters=1000, head_parameters=10))
+    metrics.add(_scored(PAIRS))
+    assert "perf/mfu" not in metrics.reduce()
+
+
+def test_perf_counts_a_shared_prompt_once() -> None:
+    metrics = _metrics()
+    metrics.add(_scored(PAIRS[:2]))
+    line = metrics.reduce()
+    assert line["perf/tokens_per_second"] / line["perf/pairs_per_second"] == pytest.approx(2 + 3 + 4)

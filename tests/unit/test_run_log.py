@@ -1,0 +1,128 @@
+"""metrics.jsonl survives kills and resumes; tracking never ends a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from dpo_cache.pipeline.training.run_log import MetricsFile, RunLog, Tracking, TrackingSettings
+
+SETTINGS = TrackingSettings(project="p", config={"beta": 5.0}, name="run")
+
+
+def _steps(path: Path) -> list[int]:
+    return [json.loads(line)["training_step"] for line in path.read_text().splitlines()]
+
+
+def _written(path: Path, steps: int) -> Path:
+    file = MetricsFile(path)
+    for step in range(1, steps + 1):
+        file.write({"training_step": step, "train_loss": 0.5})
+    file.close()
+    return path
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.write({"training_step": 1, "train_loss": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"training_step": 1, "train_loss": 0.5}\n'
+
+
+def test_resuming_cuts_the_lines_past_the_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = _written(tmp_path / "metrics.jsonl", 9)
+    with caplog.at_level(logging.WARNING):
+        MetricsFile(path, last_step=7).close()
+    assert _steps(path) == [1, 2, 3, 4, 5, 6, 7]
+    assert "dropped 2 lines that are torn or past step 7" in caplog.text
+
+
+@pytest.mark.parametrize("torn", [b'{"training_step": 5, "tra', b"{}\n", b"\xff\xfe\n", b"null\n"])
+def test_a_torn_tail_is_dropped_and_reported(tmp_path: Path, torn: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    path = _written(tmp_path / "metrics.jsonl", 4)
+    with path.open("ab") as file:
+        file.write(torn)
+    with caplog.at_level(logging.WARNING):
+        resumed = MetricsFile(path, last_step=10)
+    resumed.write({"training_step": 5, "train_loss": 0.5})
+    assert _steps(path) == [1, 2, 3, 4, 5]
+    assert "dropped 1 lines" in caplog.text
+
+
+def test_a_number_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    MetricsFile(tmp_path / "metrics.jsonl").write({"training_step": 1, "train_loss": float("nan")})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["train_loss"] is None
+
+
+def _wandb(monkeypatch: pytest.MonkeyPatch, init: Any) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+
+
+def test_tracking_that_cannot_start_falls_back_to_offline_then_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+
+    def init(**options: Any) -> Any:
+        modes.append(options["mode"])
+        raise ConnectionError("no route to host")
+
+    _wandb(monkeypatch, init)
+    tracking = Tracking(SETTINGS, folder=tmp_path)
+    tracking.write({"training_step": 1})
+    tracking.close()
+    assert modes == [None, "offline"]
+    assert tracking.run_id is None
+
+
+def test_tracking_that_breaks_later_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def log(line: Any, step: int) -> None:
+        calls.append(step)
+        raise BrokenPipeError("gone")
+
+    _wandb(monkeypatch, lambda **_: SimpleNamespace(id="abc", log=log, finish=lambda: None))
+    run_log = RunLog(tmp_path, is_main=True, total_steps=3, tracking=SETTINGS)
+    assert run_log.tracking_run_id == "abc"
+    for step in (1, 2, 3):
+        run_log.write({"training_step": step, "train_loss": 0.5})
+        run_log.advance()
+    run_log.close()
+    assert calls == [1]
+    assert _steps(tmp_path / "metrics.jsonl") == [1, 2, 3]
+
+
+def test_a_resumed_run_continues_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def init(**options: Any) -> Any:
+        seen.update(options)
+        return SimpleNamespace(id=options["id"], log=lambda *_, **__: None, finish=lambda: None)
+
+    _wandb(monkeypatch, init)
+    settings = TrackingSettings(project="p", config={}, run_id="abc")
+    assert Tracking(settings, folder=tmp_path).run_id == "abc"
+    assert (seen["id"], seen["resume"]) == ("abc", "allow")
+
+
+def test_offline_tracking_works_with_the_real_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracking = Tracking(SETTINGS, folder=tmp_path)
+    assert tracking.run_id
+    tracking.write({"training_step": 1, "train_loss": 0.5})
+    tracking.close()
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    run_log = RunLog(tmp_path, is_main=False, total_steps=3, tracking=SETTINGS)
+    run_log.write({"training_step": 1})
+    run_log.advance()
+    run_log.close()
+    assert list(tmp_path.iterdir()) == []

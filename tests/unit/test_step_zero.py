@@ -1,0 +1,101 @@
+"""The proof that policy and cache agree, on real processes and a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_run import run_ranks
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.training.losses import LOSSES, resolve_loss
+from dpo_cache.pipeline.training.micro_batch import collate
+from dpo_cache.pipeline.training.policy_engine import PolicyEngine
+from dpo_cache.pipeline.training.step_zero import StepZeroFigures, StepZeroProof, check_step_zero, write_step_zero
+from training_factory import LAYOUT, make_engine, plain_side_logps, random_pairs, scored_pair, tiny_policy
+
+FIGURES = StepZeroFigures(
+    dtype="float32",
+    pairs=5,
+    sides=10,
+    mean_per_token=1e-6,
+    max_per_token=5e-6,
+    bound_per_token=1e-4,
+    loss=math.log(2),
+    expected_loss=math.log(2),
+    within_bound=True,
+)
+
+
+def figures_against_references(folder: str) -> list[dict[str, Any]]:
+    """Step 0 of a policy against its own values, computed by plain PyTorch, and against those of other weights."""
+    engine = make_engine(Path(folder), zero_stage=3, num_ranks=torch.distributed.get_world_size())
+    return [_figures(engine, seed) for seed in (0, 1)]
+
+
+def _figures(engine: PolicyEngine, seed: int) -> dict[str, Any]:
+    reference = tiny_policy(seed=seed)
+    rows = []
+    for row in random_pairs(5):
+        with torch.no_grad():
+            chosen = plain_side_logps(reference, row.pair.prompt_ids, row.pair.chosen_ids)
+            rejected = plain_side_logps(reference, row.pair.prompt_ids, row.pair.rejected_ids)
+        rows.append(scored_pair(row.pair, float(chosen), float(rejected)))
+    proof = StepZeroProof(engine.loss, dtype="float32", device=engine.device)
+    mine = rows[engine.rank :: engine.num_ranks]
+    proof.add(engine.micro_step(collate(mine, LAYOUT), num_pairs=len(rows), is_last=False))
+    proof.add(engine.micro_step(collate([], LAYOUT), num_pairs=len(rows), is_last=True))
+    return asdict(proof.figures())
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_policy_that_is_the_reference_starts_at_ln_2_and_another_is_refused_on_every_rank(
+    tmp_path: Path, num_ranks: int
+) -> None:
+    for same, other in run_ranks(figures_against_references, str(tmp_path), num_ranks=num_ranks):
+        figures = StepZeroFigures(**same)
+        assert (figures.pairs, figures.sides) == (5, 10)
+        assert figures.loss == pytest.approx(math.log(2), abs=1e-5)
+        assert figures.expected_loss == math.log(2)
+        assert 0 < figures.mean_per_token <= figures.max_per_token < 1e-5
+        check_step_zero(figures)
+        with pytest.raises(DpoCacheError, match="policy and cached reference differ by") as caught:
+            check_step_zero(StepZeroFigures(**other))
+        assert "--allow-other-policy" in str(caught.value)
+
+
+def test_a_distance_that_is_not_a_number_is_no_agreement() -> None:
+    with pytest.raises(DpoCacheError, match="differ by nan nats per token"):
+        check_step_zero(replace(FIGURES, max_per_token=math.nan, within_bound=False))
+
+
+def test_figures_are_kept_as_json(tmp_path: Path) -> None:
+    write_step_zero(tmp_path / "step0.json", FIGURES)
+    assert StepZeroFigures(**json.loads((tmp_path / "step0.json").read_text())) == FIGURES
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_expected_loss_is_the_loss_of_no_difference(name: str) -> None:
+    from dpo_cache.pipeline.training.losses import PairTerms
+    from dpo_cache.pipeline.training.step_zero import _loss_of_no_difference
+
+    settings = resolve_loss(name)
+    zero_B = torch.zeros(1, dtype=torch.float64)
+    average_B = torch.full((1,), -2.0, dtype=torch.float64)
+    terms = PairTerms(
+        chosen_B=zero_B,
+        rejected_B=zero_B,
+        chosen_average_B=zero_B,
+        rejected_average_B=zero_B,
+        policy_chosen_average_B=average_B,
+        policy_rejected_average_B=average_B,
+    )
+    expected = _loss_of_no_difference(settings)
+    if name in ("simpo", "wpo"):
+        assert expected is None
+    else:
+        assert settings.spec.pair_losses(terms, settings).tolist() == pytest.approx([expected])
