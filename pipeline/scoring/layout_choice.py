@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import DpoCacheError
 from ..data.token_pair import TokenPair
 from .attention_masks import FULL, SLIDING, TREE_KERNELS
-from .layouts import padded_batch, scoring_batch
+from .layouts import FLEX_BLOCK_TOKENS, padded_batch, scoring_batch
 from .model_loading import find_causal_lm
 from .pair_scorer import PairScorer
 from .scoring_batch import Layout, PairLogps, token_logps_of_sides
@@ -33,7 +33,7 @@ def choose_layout(
     requested: Layout | None = None,
     pairs: Sequence[TokenPair] = (),
 ) -> Layout:
-    """The layout to score with, proved against plain one-by-one ``model(...).logits``.
+    """The layout to score with, proved against one-by-one scoring, the head against ``model(...).logits``.
 
     Under ZeRO-3 every rank has to call this alike, with the engine (its hooks gather the weights).
 
@@ -41,7 +41,7 @@ def choose_layout(
         scorer: A :class:`PairScorer`, or the DeepSpeed engine around one.
         device: Where batches go.
         requested: A layout the user insists on; None for the quickest that is right.
-        pairs: Real pairs to add to the built-in probe of a few tokens.
+        pairs: Real pairs to prove the layout on, besides a built-in probe of a few tokens.
 
     Raises:
         DpoCacheError: ``requested`` is wrong for this model, or the model's vocabulary head does something to its
@@ -50,39 +50,44 @@ def choose_layout(
     pair_scorer = scorer if isinstance(scorer, PairScorer) else scorer.module
     assert isinstance(pair_scorer, PairScorer)
     obstacle = tree_obstacle(pair_scorer)
-    layout = requested or _quickest_layout(pair_scorer, obstacle)
-    if layout is not Layout.PADDED and obstacle is not None:
-        raise DpoCacheError(f"the {layout} layout would be wrong here: {obstacle}", next_step="--layout padded")
-    if requested is None and obstacle is not None:
+    if requested is not None:
+        candidates = [requested]
+    elif obstacle is None:
+        candidates = [_quickest_layout(pair_scorer), Layout.PADDED]
+    else:
         log.info("padded layout: %s", obstacle)
+        candidates = [Layout.PADDED]
+    if obstacle is not None and candidates[0] is not Layout.PADDED:
+        raise DpoCacheError(
+            f"the {requested} layout would be wrong here: {obstacle}", next_step="use the padded layout"
+        )
 
     tolerance = MEAN_TOLERANCE_NATS[pair_scorer.dtype]
-    probe = [*_probe_pairs(pair_scorer.config.get_text_config().vocab_size), *pairs]
-    difference = _mean_difference(scorer, probe, layout, device)
-    if difference <= tolerance:
-        return layout
-    if requested is None and layout is not Layout.PADDED:
-        log.warning(
-            "the %s layout gives other values than one-by-one scoring (%.2g nats a token, %.0e allowed): "
-            "scoring in the padded layout, which is slower",
-            *(layout, difference, tolerance),
-        )
-        layout = Layout.PADDED
-        difference = _mean_difference(scorer, probe, layout, device)
+    self_test = _SelfTest(
+        scorer=scorer,
+        probe=_probe_pairs(pair_scorer.config.get_text_config().vocab_size),
+        real=pairs,
+        device=device,
+        # flex_attention would be compiled anew for every other length.
+        plain_row_multiple=FLEX_BLOCK_TOKENS if pair_scorer.attention == "flex_attention" else 1,
+    )
+    for layout in candidates:
+        difference = self_test.mean_difference(layout)
         if difference <= tolerance:
             return layout
+        log.warning(
+            "the %s layout and the model's own logits differ by %.2g nats a token (%.0e allowed)",
+            *(layout, difference, tolerance),
+        )
     raise DpoCacheError(
-        f"scoring in the {layout} layout and the model's own logits differ by {difference:.2g} nats a token",
+        f"{pair_scorer.config.model_type} models cannot be scored here: in the {layout} layout their values are "
+        f"{difference:.2g} nats a token away from the model's own logits",
         expected=f"at most {tolerance:.0e}",
-        next_step="--layout padded"
-        if layout is not Layout.PADDED
-        else f"nothing: the vocabulary head of {pair_scorer.config.model_type} models is not supported",
+        next_step="report the model: its vocabulary head does something that this version does not know",
     )
 
 
-def _quickest_layout(scorer: PairScorer, obstacle: str | None) -> Layout:
-    if obstacle is not None:
-        return Layout.PADDED
+def _quickest_layout(scorer: PairScorer) -> Layout:
     return Layout.PACKED if scorer.attention == "flex_attention" else Layout.PREFIX_SHARED
 
 
@@ -104,27 +109,42 @@ def tree_obstacle(scorer: PairScorer) -> str | None:
     return None
 
 
-def _mean_difference(scorer: Scorer, pairs: Sequence[TokenPair], layout: Layout, device: torch.device | str) -> float:
-    """Mean absolute difference a token, in nats, between a layout and plain one-by-one scoring; NaN if any is."""
-    with torch.no_grad():
-        batch = scoring_batch(pairs, layout).to(device)
-        ours = token_logps_of_sides(scorer(batch).token_logps_N, batch)
-        plain = [_plain_token_logps(scorer, pair, side, device) for side in ("chosen", "rejected") for pair in pairs]
-    return float((torch.cat(ours) - torch.cat(plain)).abs().mean())
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SelfTest:
+    """Pairs, scored in a layout and one by one; the few tokens of the probe through the model's full logits too."""
 
+    scorer: Scorer
+    probe: Sequence[TokenPair]
+    real: Sequence[TokenPair]
+    device: torch.device | str
+    plain_row_multiple: int
 
-def _plain_token_logps(scorer: Scorer, pair: TokenPair, side: str, device: torch.device | str) -> torch.Tensor:
-    """One sequence alone in its batch, through the model's full logits."""
-    response = pair.chosen_ids if side == "chosen" else pair.rejected_ids
-    scored = pair.chosen_scored if side == "chosen" else pair.rejected_scored
-    alone = replace(
-        pair,
-        chosen_ids=response,
-        rejected_ids=response,
-        scored_mask=np.concatenate([pair.prompt_scored, scored, scored]),
-    )
-    batch = padded_batch([alone]).to(device)
-    return token_logps_of_sides(scorer(batch, through_full_logits=True).token_logps_N, batch)[0]
+    @torch.no_grad()
+    def mean_difference(self, layout: Layout) -> float:
+        """Mean absolute difference a token, in nats; NaN if any value is."""
+        batch = scoring_batch([*self.probe, *self.real], layout).to(self.device)
+        ours = token_logps_of_sides(self.scorer(batch).token_logps_N, batch)
+        plain = [
+            # Whole logits of a long pair would take more memory than anything that comes later.
+            self._alone(pair, side, through_full_logits=pair in self.probe)
+            for side in ("chosen", "rejected")
+            for pair in [*self.probe, *self.real]
+        ]
+        return float((torch.cat(ours) - torch.cat(plain)).abs().mean())
+
+    def _alone(self, pair: TokenPair, side: str, *, through_full_logits: bool) -> torch.Tensor:
+        """Token logps of one sequence that is alone in its batch."""
+        response = pair.chosen_ids if side == "chosen" else pair.rejected_ids
+        scored = pair.chosen_scored if side == "chosen" else pair.rejected_scored
+        alone = replace(
+            pair,
+            chosen_ids=response,
+            rejected_ids=response,
+            scored_mask=np.concatenate([pair.prompt_scored, scored, scored]),
+        )
+        batch = padded_batch([alone], multiple=self.plain_row_multiple).to(self.device)
+        logps = self.scorer(batch, through_full_logits=through_full_logits)
+        return token_logps_of_sides(logps.token_logps_N, batch)[0]
 
 
 def _probe_pairs(vocabulary: int) -> list[TokenPair]:

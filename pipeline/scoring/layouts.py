@@ -25,15 +25,16 @@ Int64s = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 
-def padded_batch(pairs: Sequence[TokenPair]) -> ScoringBatch:
-    """One right-padded row for every distinct sequence."""
+def padded_batch(pairs: Sequence[TokenPair], *, multiple: int = 1) -> ScoringBatch:
+    """One right-padded row for every distinct sequence, the longest rounded up to ``multiple``."""
     groups = group_by_prompt(pairs)
     trees = [
         _Tree(prompt_ids=group.prompt_ids, responses=(response,)) for group in groups for response in group.responses
     ]
     first_tree = np.cumsum([0] + [len(group.responses) for group in groups])
     side_of = _sides(groups, lambda group, response: (int(first_tree[group]) + response, 0))
-    return _lay_out(Layout.PADDED, pairs, trees, side_of, rows=[[tree] for tree in range(len(trees))])
+    rows = [[tree] for tree in range(len(trees))]
+    return _lay_out(Layout.PADDED, pairs, trees, side_of, rows=rows, multiple=multiple)
 
 
 def prefix_shared_batch(pairs: Sequence[TokenPair]) -> ScoringBatch:

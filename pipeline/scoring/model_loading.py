@@ -44,7 +44,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def resolve_attention(choice: str | None, config: Any, device: torch.device) -> str:
-    """The attention kernel to load a model with: ``choice``, or the quickest exact one that it supports.
+    """The attention kernel to load a model with: ``choice``, or the quickest of those it surely runs with.
 
     Raises:
         DpoCacheError: ``choice`` is no kernel that we know.
@@ -58,9 +58,9 @@ def resolve_attention(choice: str | None, config: Any, device: torch.device) -> 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "sdpa"  # code from the Hub: transformers tells on loading whether it can
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if device.type == "cuda" and model_class._supports_flex_attn:
-        return "flex_attention"
-    return "sdpa" if model_class._supports_sdpa else "eager"
+    if model_class._supports_sdpa:
+        return "sdpa"
+    return "flex_attention" if device.type == "cuda" and model_class._supports_flex_attn else "eager"
 
 
 def load_causal_lm(
@@ -95,8 +95,8 @@ def load_causal_lm(
     config = load_config(path, trust_remote_code=trust_remote_code)
     set_dropout_to_zero(config)
     try:
-        model: Any
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        base: Any
+        base, loading = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -107,15 +107,15 @@ def load_causal_lm(
     except (OSError, ValueError, ImportError) as error:
         raise DpoCacheError(f"the model {path} cannot be loaded: {_first_line(error)}") from error
     _refuse_incomplete(path, loading)
-    if model.config._attn_implementation != attention:
+    loaded_with = base.config._attn_implementation
+    if loaded_with != attention:
         raise DpoCacheError(
-            f"the model {path} was loaded with {model.config._attn_implementation} attention",
+            f"the model {path} was loaded with {loaded_with} attention",
             expected=attention,
-            next_step=f"--attn-implementation {model.config._attn_implementation}",
+            next_step=f"--attn-implementation {loaded_with}",
         )
-    model.config.use_cache = False
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
+    base.config.use_cache = False
+    model: nn.Module = base if adapter is None else _with_adapter(base, adapter)
     set_module_dropout_to_zero(model)
     model.eval()
     if not is_deepspeed_zero3_enabled():

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from ...errors import DpoCacheError
 from .attention_masks import LayerWindows, attention_mask
 from .completion_head import CompletionHead, install_completion_head
 from .model_loading import find_backbone, find_causal_lm, find_head
+from .rope_limit import rope_limit
 from .scoring_batch import Layout, PairLogps, ScoringBatch, reduce_token_logps
 
 SCORING_VERSION = 1
@@ -43,6 +45,7 @@ class PairScorer(nn.Module):
         install_completion_head(find_head(causal_lm), self.config, chunk_tokens=head_chunk_tokens)
         self.load_balancing = load_balancing
         self.windows = LayerWindows.of_config(self.config)
+        self.rope_limit = rope_limit(self.config)
         self.takes_positions = "position_ids" in inspect.signature(find_backbone(causal_lm).forward).parameters
 
     @property
@@ -62,7 +65,16 @@ class PairScorer(nn.Module):
             batch: The pairs, on the model's device.
             through_full_logits: Take the slow way through ``model(...).logits``: the plain truth that the quick way
                 is tested against when a model is first used.
+
+        Raises:
+            DpoCacheError: A sequence is so long that the model's rotary embedding would change for its neighbours.
         """
+        if self.rope_limit is not None and batch.longest_sequence > self.rope_limit:
+            raise DpoCacheError(
+                f"a sequence of {batch.longest_sequence} tokens changes this model's rotary embedding for its batch",
+                expected=f"at most {self.rope_limit} tokens, so that a value depends on its own sequence alone",
+                next_step=f"--max-seq-length {self.rope_limit}",
+            )
         inputs = self._model_inputs(batch)
         causal_lm = find_causal_lm(self.model)
         if through_full_logits:

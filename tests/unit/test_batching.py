@@ -1,0 +1,82 @@
+"""Plans of batches: every pair once, within the budget, longest first."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.pipeline.scoring.batching import plan_batches
+from dpo_cache.pipeline.scoring.layouts import padded_batch, prefix_shared_batch
+from dpo_cache.pipeline.scoring.prompt_group import group_by_prompt
+from dpo_cache.pipeline.scoring.scoring_batch import Layout
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_model_factory import token_ids
+
+
+def some_pairs(seed: int, prompts: int, pairs_of_prompt: int) -> list[TokenPair]:
+    random = np.random.RandomState(seed)
+    pairs = []
+    for _ in range(prompts):
+        prompt, baseline = token_ids(random, random.randint(1, 30)), token_ids(random, random.randint(1, 20))
+        for _ in range(random.randint(1, pairs_of_prompt + 1)):
+            answer = token_ids(random, random.randint(1, 20))
+            pairs.append(TokenPair(prompt_ids=prompt, chosen_ids=baseline, rejected_ids=answer))
+    return [pairs[index] for index in random.permutation(len(pairs))]
+
+
+def computed_tokens(pairs: list[TokenPair], layout: Layout) -> int:
+    """Tokens of the rows, padding included; a packed row is rounded up only afterwards."""
+    if layout is Layout.PACKED:
+        return sum(group.num_tokens for group in group_by_prompt(pairs))
+    return (padded_batch if layout is Layout.PADDED else prefix_shared_batch)(pairs).input_ids_RT.numel()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 6), st.integers(20, 300), st.sampled_from(Layout))
+def test_every_pair_is_planned_once_and_no_batch_exceeds_the_budget_without_need(
+    seed: int, prompts: int, pairs_of_prompt: int, budget: int, layout: Layout
+) -> None:
+    pairs = some_pairs(seed, prompts, pairs_of_prompt)
+    plan = plan_batches(pairs, layout, tokens_per_batch=budget)
+    assert sorted(index for batch in plan for index in batch) == list(range(len(pairs)))
+    for batch in plan:
+        members = [pairs[index] for index in batch]
+        assert len(batch) == 1 or computed_tokens(members, layout) <= budget
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_the_longest_row_comes_first(layout: Layout) -> None:
+    pairs = some_pairs(1, prompts=20, pairs_of_prompt=3)
+    plan = plan_batches(pairs, layout, tokens_per_batch=200)
+    lengths = [
+        max(
+            group.longest_sequence if layout is Layout.PADDED else group.num_tokens
+            for group in group_by_prompt([pairs[index] for index in batch])
+        )
+        for batch in plan
+    ]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_pairs_of_a_prompt_stay_together_and_their_shared_response_is_counted_once() -> None:
+    pairs = some_pairs(2, prompts=1, pairs_of_prompt=6)
+    [group] = group_by_prompt(pairs)
+    assert len(group.responses) == len(pairs) + 1
+    assert plan_batches(pairs, Layout.PACKED, tokens_per_batch=group.num_tokens) == [list(group.pairs)]
+
+
+def test_packing_needs_no_more_batches_than_the_tokens_do() -> None:
+    pairs = some_pairs(3, prompts=400, pairs_of_prompt=1)
+    plan = plan_batches(pairs, Layout.PACKED, tokens_per_batch=1000)
+    assert len(plan) == math.ceil(sum(group.num_tokens for group in group_by_prompt(pairs)) / 1000)
+
+
+def test_the_plan_depends_on_nothing_but_its_input() -> None:
+    pairs = some_pairs(4, prompts=10, pairs_of_prompt=3)
+    assert plan_batches(pairs, Layout.PACKED, tokens_per_batch=100) == plan_batches(
+        pairs, Layout.PACKED, tokens_per_batch=100
+    )
+    assert plan_batches([], Layout.PACKED, tokens_per_batch=100) == []

@@ -1,0 +1,43 @@
+"""Operations counted, against sums written out and against torch's own counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dpo_cache.pipeline.scoring.flops import ModelCost, forward_flops
+from dpo_cache.pipeline.scoring.layouts import padded_batch
+from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
+from tiny_model_factory import tiny_model, token_pairs
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def test_a_llama_costs_its_matrices_its_visible_couples_and_its_scored_positions() -> None:
+    cost = ModelCost.of_model(tiny_model("llama"))
+    attention, mlp = 32 * 32 + 2 * 32 * 16 + 32 * 32, 3 * 32 * 48
+    assert cost == ModelCost(backbone_weights=2 * (attention + mlp), head_weights=97 * 32, attention_width=2 * 4 * 8)
+    assert forward_flops(cost, num_tokens=10, num_attended=55, num_scored=3) == (
+        2 * 10 * 2 * (attention + mlp) + 4 * 55 * 64 + 2 * 3 * 97 * 32
+    )
+
+
+def test_only_active_experts_count() -> None:
+    cost = ModelCost.of_model(tiny_model("mixtral"))
+    attention, router, experts = 2 * 32 * 32 + 2 * 32 * 16, 4 * 32, 2 * 3 * 32 * 48
+    assert cost.backbone_weights == 2 * (attention + router + experts)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gemma3", "phi"])
+def test_torch_counts_the_same_once_padding_and_hidden_couples_are_added(name: str) -> None:
+    model = tiny_model(name, attention="eager")
+    batch = padded_batch(token_pairs())
+    rows, width = batch.input_ids_RT.shape
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        PairScorer(model)(batch)
+    ours = forward_flops(
+        ModelCost.of_model(model),
+        num_tokens=rows * width,
+        num_attended=rows * width**2,
+        num_scored=batch.num_scored,
+    )
+    # Rotary embeddings multiply positions and frequencies as a matrix product.
+    assert 0 <= counter.get_total_flops() - ours <= 0.02 * ours

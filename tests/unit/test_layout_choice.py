@@ -1,0 +1,94 @@
+"""The self-test: what it refuses, and what it falls back to."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.scoring import attention_masks, pair_scorer
+from dpo_cache.pipeline.scoring.completion_head import LogitTransform
+from dpo_cache.pipeline.scoring.layout_choice import choose_layout, tree_obstacle
+from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
+from dpo_cache.pipeline.scoring.scoring_batch import Layout, ScoringBatch
+from tiny_model_factory import tiny_model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_rounding_is_no_disagreement(dtype: torch.dtype) -> None:
+    assert choose_layout(PairScorer(tiny_model("llama").to(dtype)), device="cpu") is Layout.PREFIX_SHARED
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mamba2", "take no position_ids"),
+        ("falcon_h1", "carry a state"),
+        ("bamba", "carry a state"),
+    ],
+)
+def test_architectures_that_leak_are_told_by_their_config(name: str, reason: str) -> None:
+    obstacle = tree_obstacle(PairScorer(tiny_model(name)))
+    assert obstacle is not None
+    assert reason in obstacle
+
+
+def test_layers_of_an_unknown_kind_are_an_obstacle() -> None:
+    scorer = PairScorer(tiny_model("llama"))
+    scorer.windows = attention_masks.LayerWindows(layer_types=frozenset(["full_attention", "conv"]), window=None)
+    assert tree_obstacle(scorer) == "llama has layers of conv"
+
+
+def causal_only(batch: ScoringBatch, **_: Any) -> torch.Tensor | None:
+    """A mask that forgets that responses must not see each other: what position_ids alone would give."""
+    if batch.layout is Layout.PADDED:
+        return None
+    width = batch.input_ids_RT.shape[1]
+    return torch.ones(width, width, dtype=torch.bool).tril().expand(len(batch.input_ids_RT), 1, -1, -1)
+
+
+def test_a_wrong_mask_falls_back_to_the_padded_layout_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pair_scorer, "attention_mask", causal_only)
+    with caplog.at_level(logging.WARNING):
+        assert choose_layout(PairScorer(tiny_model("llama")), device="cpu") is Layout.PADDED
+    assert "the prefix-shared layout and the model's own logits differ by" in caplog.text
+
+
+def test_a_window_measured_in_columns_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_columns(batch: ScoringBatch, window: int | None = None) -> torch.Tensor:
+        mask = right(batch)
+        return mask if window is None else mask.triu(1 - window)
+
+    right = attention_masks.dense_mask
+    monkeypatch.setattr(attention_masks, "dense_mask", by_columns)
+    assert choose_layout(PairScorer(tiny_model("mistral")), device="cpu") is Layout.PADDED
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere", "falcon_h1"])
+def test_a_head_that_does_more_to_its_logits_than_we_know_is_refused(name: str) -> None:
+    scorer = PairScorer(tiny_model(name))
+    scorer.model.lm_head.transform = LogitTransform()
+    with pytest.raises(DpoCacheError, match=r"nats a token away from the model's own logits"):
+        choose_layout(scorer, device="cpu")
+
+
+def test_a_requested_layout_is_used_or_refused_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_layout(PairScorer(tiny_model("llama")), device="cpu", requested=Layout.PADDED) is Layout.PADDED
+    assert choose_layout(PairScorer(tiny_model("llama")), device="cpu", requested=Layout.PACKED) is Layout.PACKED
+    with pytest.raises(DpoCacheError, match="prefix-shared layout would be wrong here: mamba2 models take no"):
+        choose_layout(PairScorer(tiny_model("mamba2")), device="cpu", requested=Layout.PREFIX_SHARED)
+    monkeypatch.setattr(pair_scorer, "attention_mask", causal_only)
+    with pytest.raises(DpoCacheError, match="in the packed layout"):
+        choose_layout(PairScorer(tiny_model("llama")), device="cpu", requested=Layout.PACKED)
+
+
+def test_values_that_are_not_finite_agree_with_nothing() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(DpoCacheError, match="nan nats"):
+        choose_layout(PairScorer(model), device="cpu")

@@ -1,0 +1,144 @@
+"""Loading a reference: what is switched off, what is asserted, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.scoring.layouts import padded_batch
+from dpo_cache.pipeline.scoring.model_loading import (
+    find_backbone,
+    find_causal_lm,
+    find_head,
+    load_causal_lm,
+    load_config,
+    resolve_attention,
+)
+from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
+from safetensors.torch import load_file, save_file
+from tiny_model_factory import CONFIGS, tiny_model, token_pairs
+from transformers import AutoConfig
+
+CPU = torch.device("cpu")
+
+
+def saved(folder: Path, name: str = "llama", **changes: Any) -> Path:
+    tiny_model(name, **changes).save_pretrained(folder)
+    return folder
+
+
+def load(path: Path, **changes: Any) -> Any:
+    settings = {"dtype": torch.float32, "attention": "sdpa", "device": "cpu", **changes}
+    return load_causal_lm(path, **settings)
+
+
+def test_a_loaded_model_has_the_dtype_and_kernel_asked_for_and_is_ready_to_score(tmp_path: Path) -> None:
+    model = load(saved(tmp_path), dtype=torch.bfloat16, attention="eager")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+    assert not model.training
+    assert not model.config.use_cache
+
+
+@pytest.mark.parametrize(
+    ("name", "noise"),
+    [
+        ("llama", {"attention_dropout": 0.5}),
+        ("gpt2", {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}),
+        ("phi", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attention_dropout": 0.5}),
+        ("mixtral", {"router_jitter_noise": 0.5, "attention_dropout": 0.5}),
+    ],
+)
+def test_training_mode_is_as_deterministic_as_evaluation(tmp_path: Path, name: str, noise: dict[str, float]) -> None:
+    model = load(saved(tmp_path, name, **noise))
+    scorer = PairScorer(model)
+    batch = padded_batch(token_pairs())
+    expected = scorer(batch).token_logps_N
+    model.train()
+    torch.testing.assert_close(scorer(batch).token_logps_N, expected, atol=1e-6, rtol=0)
+
+
+def test_weights_that_the_checkpoint_lacks_are_an_error_not_random(tmp_path: Path) -> None:
+    weights = load_file(saved(tmp_path) / "model.safetensors")
+    del weights["lm_head.weight"], weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DpoCacheError, match=r"lacks 2 of the model's weights: lm_head.weight, model.layers.1.mlp"):
+        load(tmp_path)
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+    model = load(saved(tmp_path, "qwen2"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_adapter_folder_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(DpoCacheError, match="holds an adapter, not a model") as error:
+        load(tmp_path)
+    assert f"--adapter {tmp_path}" in str(error.value)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DpoCacheError, match=f"no model can be read at {tmp_path}"):
+        load(tmp_path)
+
+
+def test_a_model_that_reads_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3"}))
+    with pytest.raises(DpoCacheError, match="gemma3 model, which reads more than text"):
+        load_config(tmp_path)
+
+
+def test_a_kernel_that_the_model_cannot_use_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DpoCacheError, match="cannot be loaded: Gemma2ForCausalLM does not support"):
+        load(saved(tmp_path, "gemma2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "kernel"),
+    [
+        ("llama", "cpu", "sdpa"),
+        ("llama", "cuda", "sdpa"),
+        ("gemma2", "cpu", "eager"),
+        ("gemma2", "cuda", "flex_attention"),
+        ("mamba2", "cpu", "eager"),
+    ],
+)
+def test_the_kernel_is_resolved_from_the_architecture(name: str, device: str, kernel: str) -> None:
+    config = AutoConfig.for_model(**CONFIGS[name])
+    assert resolve_attention(None, config, torch.device(device)) == kernel
+    assert resolve_attention("eager", config, torch.device(device)) == "eager"
+
+
+def test_an_unknown_kernel_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(DpoCacheError, match="--attn-implementation fast is not known") as error:
+        resolve_attention("fast", None, CPU)
+    assert "sdpa, eager, flex_attention, flash_attention_2" in str(error.value)
+
+
+def test_a_lora_reference_scores_like_its_merged_weights(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = saved(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        load(base), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.5)
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    model = load(base, adapter=tmp_path / "adapter")
+    batch = padded_batch(token_pairs())
+    logps = PairScorer(model).train()(batch).chosen_logps_B
+    assert find_causal_lm(model) is model.get_base_model()
+    assert find_head(model) is find_causal_lm(model).lm_head
+    assert find_backbone(model) is find_causal_lm(model).model
+    assert any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
+    assert abs(logps - PairScorer(load(base))(batch).chosen_logps_B).max() > 0.1
+    merged = PairScorer(adapted.merge_and_unload().eval())(batch).chosen_logps_B
+    torch.testing.assert_close(logps, merged, atol=1e-4, rtol=1e-4)
