@@ -1,0 +1,102 @@
+"""Small caches of random pairs for the tests: no model, made-up values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.cache.example_key import example_key, keys_array, prompt_hash_prefix
+from dpo_cache.pipeline.cache.mixture import Mixture, MixtureRows
+from dpo_cache.pipeline.cache.reference_identity import ReferenceIdentity
+from dpo_cache.pipeline.cache.shard_file import ScoredPair
+from dpo_cache.pipeline.data.token_pair import TokenPair
+
+
+def make_identity(**changes: object) -> ReferenceIdentity:
+    """An identity of nothing in particular."""
+    fields: dict[str, object] = {
+        "weights_sha256": "a" * 64,
+        "adapter_sha256": None,
+        "config": {"model_type": "llama", "rope_theta": 10000.0},
+        "weight_dtype": "float32",
+        "compute_dtype": "float32",
+        "attention": "sdpa",
+        "scoring_version": 1,
+    }
+    return ReferenceIdentity(**(fields | changes))  # type: ignore[arg-type]
+
+
+def make_cache(path: Path, **changes: object) -> ReferenceCache:
+    """An empty cache."""
+    return ReferenceCache.create(
+        path, identity=make_identity(**changes), recorded={"model": "made up"}, vocabulary_sha256="b" * 64
+    )
+
+
+def make_pair(random: np.random.RandomState, *, masked: bool = False, prompt: Sequence[int] | None = None) -> TokenPair:
+    """A pair of random ids; ``masked`` scores some of its tokens only."""
+    lengths = random.randint(1, 12, size=3)
+    ids = [random.randint(0, 1000, size=length).astype(np.int32) for length in lengths]
+    if prompt is not None:
+        ids[0] = np.asarray(prompt, dtype=np.int32)
+    mask = None
+    if masked:
+        mask = random.rand(sum(len(part) for part in ids)) < 0.5
+        mask[0] = False
+        mask[len(ids[0])] = mask[-1] = True
+    return TokenPair(prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2], scored_mask=mask)
+
+
+def make_row(pair: TokenPair, random: np.random.RandomState, **changes: object) -> ScoredPair:
+    """A pair with made-up values; every fourth key keeps them per token."""
+    key = example_key(pair)
+    kept = key[0] % 4 == 0
+    fields: dict[str, object] = {
+        "key": key,
+        "pair": pair,
+        "ref_chosen_logps": -float(random.rand()) - 0.5,
+        "ref_rejected_logps": -float(random.rand()) - 0.5,
+        "ref_chosen_common_logps": -float(random.rand()),
+        "ref_rejected_common_logps": 0.0,
+        "chosen_tokens": pair.chosen_tokens,
+        "rejected_tokens": pair.rejected_tokens,
+        "chosen_token_logps": -random.rand(pair.chosen_tokens).astype(np.float32) if kept else None,
+        "rejected_token_logps": -random.rand(pair.rejected_tokens).astype(np.float32) if kept else None,
+    }
+    return ScoredPair(**(fields | changes))  # type: ignore[arg-type]
+
+
+def make_rows(num_rows: int, *, seed: int = 0) -> list[ScoredPair]:
+    """Distinct rows, a third of them with a mask."""
+    random = np.random.RandomState(seed)
+    return [make_row(make_pair(random, masked=index % 3 == 0), random) for index in range(num_rows)]
+
+
+def mixture_rows(rows: Sequence[ScoredPair], *, source: int = 0) -> MixtureRows:
+    """The rows as a mixture is asked for them, one source row each."""
+    pairs = [row.pair for row in rows]
+    return MixtureRows(
+        example_keys=keys_array([row.key for row in rows]),
+        prompt_hashes=np.array([prompt_hash_prefix(pair.prompt_ids) for pair in pairs], dtype=np.uint64),
+        prompt_lengths=np.array([len(pair.prompt_ids) for pair in pairs], dtype=np.int32),
+        chosen_lengths=np.array([len(pair.chosen_ids) for pair in pairs], dtype=np.int32),
+        rejected_lengths=np.array([len(pair.rejected_ids) for pair in pairs], dtype=np.int32),
+        sources=np.full(len(rows), source, dtype=np.int32),
+        source_rows=np.arange(len(rows), dtype=np.int64),
+    )
+
+
+def fill_cache(cache: ReferenceCache, rows: Sequence[ScoredPair], *, shard_rows: int, name: str = "train") -> Mixture:
+    """Write rows as shards of ``shard_rows`` and a mixture of all of them."""
+    for start in range(0, len(rows), shard_rows):
+        cache.write_shard(rows[start : start + shard_rows])
+    return cache.write_mixture(
+        name,
+        mixture_rows(rows),
+        key_index=cache.key_index(),
+        tokenization={"tokenizer": "made up"},
+        sources=[{"path": "made up"}],
+        dropped={"empty-answer": 3},
+    )

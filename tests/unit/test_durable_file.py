@@ -1,0 +1,128 @@
+"""A file of a cache is absent or whole at every moment, whatever the operating system does."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.cache import durable_file
+from dpo_cache.pipeline.cache.durable_file import FileOperations, make_folder_durably, remove_durably, write_durably
+
+
+class Recorder(FileOperations):
+    """Does everything, writes down what, and fails at one call if told to."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.calls: list[str] = []
+        self._fail_at = fail_at
+
+    def _record(self, call: str) -> None:
+        if len(self.calls) == self._fail_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.calls.append(call)
+
+    def make_folder(self, path: Path) -> None:
+        self._record(f"make_folder {path.name}")
+        super().make_folder(path)
+
+    def create(self, path: Path) -> int:
+        self._record("create")
+        return super().create(path)
+
+    def write(self, file: int, data: durable_file.Bytes) -> None:
+        self._record(f"write {len(data)}")
+        super().write(file, data)
+
+    def sync(self, file: int) -> None:
+        self._record("sync")
+        super().sync(file)
+
+    def rename(self, source: Path, destination: Path) -> None:
+        self._record(f"rename to {destination.parent.name}/{destination.name}")
+        super().rename(source, destination)
+
+    def remove(self, path: Path) -> None:
+        self._record(f"remove {path.name}")
+        super().remove(path)
+
+    def sync_folder(self, path: Path) -> None:
+        self._record(f"sync_folder {path.name}")
+        super().sync_folder(path)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "tmp").mkdir()
+    return tmp_path / "shards", tmp_path / "tmp"
+
+
+def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, tmp = folders
+    recorder = Recorder()
+    monkeypatch.setattr(durable_file, "operations", recorder)
+    write_durably(shards / "a", [b"one", b"three"], temporary_folder=tmp)
+    assert recorder.calls == ["create", "write 3", "write 5", "sync", "rename to shards/a", "sync_folder shards"]
+    assert (shards / "a").read_bytes() == b"onethree"
+    assert list(tmp.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", range(5))
+def test_whichever_call_fails_the_old_file_or_the_new_one_is_there_whole_and_nothing_is_left_over(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    shards, tmp = folders
+    (shards / "a").write_bytes(b"old")
+    monkeypatch.setattr(durable_file, "operations", Recorder(fail_at=call))
+    with pytest.raises(DpoCacheError, match=r"cannot write .*shards/a: No space left on device"):
+        write_durably(shards / "a", b"new", temporary_folder=tmp)
+    renamed = call == 4  # only the sync of the folder failed
+    assert (shards / "a").read_bytes() == (b"new" if renamed else b"old")
+    assert list(tmp.iterdir()) == []
+
+
+def test_content_that_fails_half_way_leaves_nothing(folders: tuple[Path, Path]) -> None:
+    shards, tmp = folders
+
+    def content() -> Iterator[bytes]:
+        yield b"half"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_durably(shards / "a", content(), temporary_folder=tmp)
+    assert list(shards.iterdir()) == list(tmp.iterdir()) == []
+
+
+def test_a_link_in_the_place_of_the_destination_is_replaced_and_not_followed(folders: tuple[Path, Path]) -> None:
+    shards, tmp = folders
+    outside = tmp.parent / "outside"
+    outside.write_bytes(b"precious")
+    (shards / "a").symlink_to(outside)
+    write_durably(shards / "a", b"new", temporary_folder=tmp)
+    assert outside.read_bytes() == b"precious"
+    assert not (shards / "a").is_symlink()
+
+
+def test_new_folders_are_synced_into_their_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(durable_file, "operations", recorder)
+    make_folder_durably(tmp_path / "a" / "b")
+    make_folder_durably(tmp_path / "a" / "b")
+    assert recorder.calls == ["make_folder a", f"sync_folder {tmp_path.name}", "make_folder b", "sync_folder a"]
+
+
+def test_removal_is_synced(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, _ = folders
+    (shards / "a").write_bytes(b"")
+    recorder = Recorder()
+    monkeypatch.setattr(durable_file, "operations", recorder)
+    remove_durably(shards / "a")
+    assert recorder.calls == ["remove a", "sync_folder shards"]
+    with pytest.raises(DpoCacheError, match="cannot remove"):
+        remove_durably(shards / "a")
