@@ -131,7 +131,8 @@ def detect_format(column_names: Sequence[str], first_rows: Iterable[Row]) -> Pre
             return PreferenceFormat.EXPLICIT_MESSAGES
         if mostly(_is_text, prompts):
             return PreferenceFormat.EXPLICIT_TEXT
-        if not has_prompt:
+        # Without words in common there is no prompt in these texts; it stands in a column of another name.
+        if not has_prompt and mostly(lambda row: bool(_common_words(row["chosen"], row["rejected"])), rows):
             return PreferenceFormat.PLAIN_TEXT
     raise DpoCacheError(
         f"no preference format fits these columns: {', '.join(column_names) or 'none'}",

@@ -10,12 +10,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
@@ -58,10 +57,11 @@ def source_format(source: DatasetSource) -> PreferenceFormat:
 
 def tokenize_rows(
     source: DatasetSource, settings: TokenizationSettings, *, num_processes: int, chunk_rows: int
-) -> Iterator[TokenizedChunk]:
+) -> Generator[TokenizedChunk, None, None]:
     """Tokenize each distinct picked row of a source once, in the order in which they are picked.
 
-    The chunks are the same for any number of processes. Workers end with the generator, and with their parent.
+    The chunks are the same for any number of processes. Workers end with the generator, and at most a chunk after
+    their parent.
 
     Args:
         source: Open dataset.
@@ -70,12 +70,20 @@ def tokenize_rows(
         chunk_rows: Rows of a chunk.
 
     Raises:
-        DpoCacheError: No format fits the columns, the tokenizer cannot be used, or a worker died.
+        DpoCacheError: No format fits the columns, a chat template was chosen for plain text, the tokenizer cannot be
+            used, or a worker died.
     """
+    preference_format = source_format(source)
+    if settings.chat_template is not None and not preference_format.uses_chat_template:
+        raise DpoCacheError(
+            f"--chat-template {settings.chat_template} has nothing to render in --dataset {source.spec}: "
+            f"{preference_format.description}",
+            next_step="leave the option out, or turn the columns into messages",
+        )
     work = _Work(
         source=source,
         settings=settings,
-        preference_format=source_format(source),
+        preference_format=preference_format,
         rows=source.distinct_rows,
         chunk_rows=chunk_rows,
     )
@@ -166,7 +174,7 @@ class _Workers:
             raise DpoCacheError(
                 f"a tokenizing process ended with exit code {process.exitcode}",
                 expected="a chunk of tokens; -9 is mostly the system running out of memory",
-                next_step="run the same command again with fewer processes",
+                next_step="free some memory, then run the same command again",
             ) from None
         if isinstance(message, BaseException):
             raise message
@@ -190,21 +198,13 @@ class _Workers:
 def _run_worker(work: _Work, first: int, step: int, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         for chunk in work.chunks(first=first, step=step):
             connection.send(chunk)
     except BrokenPipeError:
-        return  # nobody is listening any more
+        return  # the parent is gone: its end of the pipe exists nowhere else
     except DpoCacheError as error:
         connection.send(error)
     except Exception as error:
         error.add_note(f"in a tokenizing process:\n{traceback.format_exc()}")
         connection.send(error)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)

@@ -158,13 +158,15 @@ def test_a_folder_without_a_train_split_wants_a_name(tmp_path: Path) -> None:
     assert error.value.next_step == f"--dataset {tmp_path}/folder,split=validation"
 
 
-def test_a_file_overwritten_between_two_openings_is_read_anew(tmp_path: Path) -> None:
-    path = write(tmp_path / "data.jsonl", [{"chosen": "a"}])
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_file_overwritten_between_two_openings_is_read_anew(tmp_path: Path, in_folder: bool) -> None:
+    path = write(tmp_path / "folder" / "data.jsonl", [{"chosen": "a"}])
+    name = path.parent if in_folder else path
     status = path.stat()
-    assert all_rows(opened(path)) == [{"chosen": "a"}]
+    assert all_rows(opened(name)) == [{"chosen": "a"}]
     write(path, [{"chosen": "b"}])
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert all_rows(opened(path)) == [{"chosen": "b"}]
+    assert all_rows(opened(name)) == [{"chosen": "b"}]
 
 
 def test_provenance_digests_the_bytes_of_a_file(tmp_path: Path) -> None:

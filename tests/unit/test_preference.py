@@ -70,12 +70,22 @@ def test_each_format_is_recognised(example: dict[str, Any], expected: Preference
 
 
 def test_one_odd_row_does_not_decide_the_format() -> None:
-    rows = [row("no transcript", "at all"), TURNS, TURNS, row("", None)]
-    assert detect_format(["chosen", "rejected"], rows) is TRANSCRIPT
+    odd, empty = row("Human: no", "Assistant: transcript"), row("", None)
+    plain = row("Hi: yes", "Hi: no")
+    assert detect_format(["chosen", "rejected"], [plain, TURNS, TURNS, empty]) is TRANSCRIPT
+    assert detect_format(["chosen", "rejected"], [odd, plain, plain, empty]) is PLAIN_TEXT
 
 
 @pytest.mark.parametrize(
-    "example", [{"text": "Hi"}, {"chosen": "Yes"}, row(1, 2), row(["Yes"], ["No"]), row("Yes", "No", prompt=3)]
+    "example",
+    [
+        {"text": "Hi"},
+        {"chosen": "Yes"},
+        row(1, 2),
+        row(["Yes"], ["No"]),
+        row("Yes", "No", prompt=3),
+        row("Yes", "No", question="Hi"),
+    ],
 )
 def test_other_columns_are_refused_with_what_would_fit(example: dict[str, Any]) -> None:
     with pytest.raises(DpoCacheError) as error:
