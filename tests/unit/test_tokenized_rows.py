@@ -97,7 +97,7 @@ def test_the_format_is_that_of_the_source(tmp_path: Path) -> None:
 
 def test_a_chat_template_chosen_for_plain_text_is_refused(tmp_path: Path, settings: TokenizationSettings) -> None:
     source = open_rows(tmp_path, [{"prompt": "Hi:", "chosen": " Yes", "rejected": " No"}])
-    with pytest.raises(DpoCacheError, match="--chat-template tulu has nothing to render in --dataset .*data.jsonl"):
+    with pytest.raises(DpoCacheError, match=r"--chat-template tulu has nothing to render in --dataset .*data.jsonl"):
         next(tokenize_rows(source, settings, num_processes=1, chunk_rows=5))
 
 
