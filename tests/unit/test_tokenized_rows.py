@@ -114,7 +114,7 @@ def test_an_error_of_ours_comes_through_whole(tmp_path: Path, num_processes: int
 
 
 def test_workers_end_when_nobody_takes_their_chunks(tmp_path: Path, settings: TokenizationSettings) -> None:
-    chunks = tokenize_rows(open_rows(tmp_path, transcripts(23)), settings, num_processes=2, chunk_rows=2)
+    chunks = tokenize_rows(open_rows(tmp_path, transcripts(3000)), settings, num_processes=2, chunk_rows=10)
     next(chunks)
     assert num_children() == 2
     chunks.close()
@@ -122,7 +122,8 @@ def test_workers_end_when_nobody_takes_their_chunks(tmp_path: Path, settings: To
 
 
 def test_a_worker_that_is_killed_is_an_error_with_its_exit_code(tmp_path: Path, settings: TokenizationSettings) -> None:
-    chunks = tokenize_rows(open_rows(tmp_path, transcripts(200)), settings, num_processes=2, chunk_rows=2)
+    # More than fits into the pipes, so that no worker is done before it is killed.
+    chunks = tokenize_rows(open_rows(tmp_path, transcripts(3000)), settings, num_processes=2, chunk_rows=10)
     next(chunks)
     for process in multiprocessing.active_children():
         process.kill()
@@ -141,7 +142,7 @@ from dpo_cache.pipeline.data.tokenized_rows import tokenize_rows
 if __name__ == "__main__":
     source = open_dataset(DatasetSpec(path=sys.argv[1]))
     settings = TokenizationSettings(tokenizer=sys.argv[2], chat_template="tulu")
-    chunks = tokenize_rows(source, settings, num_processes=2, chunk_rows=2)
+    chunks = tokenize_rows(source, settings, num_processes=2, chunk_rows=10)
     next(chunks)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     time.sleep(600)
@@ -149,7 +150,7 @@ if __name__ == "__main__":
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path, settings: TokenizationSettings) -> None:
-    open_rows(tmp_path, transcripts(50))
+    open_rows(tmp_path, transcripts(3000))
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     command = [sys.executable, str(script), str(tmp_path / "data.jsonl"), settings.tokenizer]
