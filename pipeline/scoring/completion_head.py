@@ -82,7 +82,13 @@ class CompletionHead(nn.Linear):
         if targets_N is None:
             return super().forward(hidden)
         logps: Tensor = _ChunkedLogps.apply(  # type: ignore[no-untyped-call]
-            hidden, self.weight, self.bias, targets_N, self.transform, self._chunk_tokens(hidden.device)
+            # Some backbones keep their residual stream in fp32.
+            hidden.to(self.weight.dtype),
+            self.weight,
+            self.bias,
+            targets_N,
+            self.transform,
+            self._chunk_tokens(hidden.device),
         )
         return logps
 

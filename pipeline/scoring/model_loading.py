@@ -74,8 +74,9 @@ def load_causal_lm(
 ) -> nn.Module:
     """Load a model in evaluation mode, every dropout set to zero, its cache of keys and values off.
 
-    While a DeepSpeed ZeRO-3 configuration of transformers is alive, weights are partitioned as they are read and
-    DeepSpeed decides where they lie; else they are moved to ``device``.
+    While a DeepSpeed ZeRO-3 configuration of transformers is alive (and ``deepspeed.init_distributed`` has been
+    called), weights are partitioned as they are read and DeepSpeed decides where they lie; else they are moved to
+    ``device``.
 
     Args:
         path: A folder, or the id of a model on the Hub.
@@ -130,10 +131,14 @@ def find_causal_lm(model: nn.Module) -> Any:
 
 
 def find_backbone(model: nn.Module) -> Any:
-    """All of a causal language model but its vocabulary head."""
+    """All of a causal language model but its vocabulary head; code from the Hub may not keep them apart."""
     causal_lm = find_causal_lm(model)
     backbone = causal_lm.base_model
-    assert backbone is not causal_lm, f"{type(causal_lm).__name__} has no separate backbone"
+    if backbone is causal_lm:
+        raise DpoCacheError(
+            f"{type(causal_lm).__name__} has no backbone under its base_model_prefix {causal_lm.base_model_prefix!r}",
+            expected="a causal language model built as backbone and vocabulary head",
+        )
     return backbone
 
 

@@ -115,6 +115,10 @@ def test_weight_gradients_of_many_chunks_are_summed_in_fp32() -> None:
     assert head.weight.grad[:, 0].tolist() == [2048.0, -2048.0]
 
 
+class LoraLinear(nn.Linear):
+    """Stands for any layer that computes something else than its weight says."""
+
+
 class LargestTensor(TorchDispatchMode):
     """Watches every operation for the largest tensor that it makes."""
 
@@ -131,14 +135,11 @@ class LargestTensor(TorchDispatchMode):
 def test_logits_of_more_than_one_chunk_never_exist() -> None:
     head, _, _ = head_and_inputs(Config(), chunk_tokens=16)
     hidden = torch.randn(400, HIDDEN, dtype=torch.float64, requires_grad=True)
-    with LargestTensor() as largest:
+    with LargestTensor() as largest:  # type: ignore[no-untyped-call]
         head(hidden, torch.zeros(400, dtype=torch.long)).sum().backward()
     assert largest.elements == max(400 * HIDDEN, 16 * VOCABULARY)
 
 
 def test_a_head_that_is_no_plain_linear_layer_is_refused() -> None:
-    class LoraLinear(nn.Linear):
-        pass
-
     with pytest.raises(DpoCacheError, match=r"vocabulary head is a .*LoraLinear"):
         install_completion_head(LoraLinear(2, 2), Config())

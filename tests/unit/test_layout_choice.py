@@ -21,6 +21,11 @@ def test_rounding_is_no_disagreement(dtype: torch.dtype) -> None:
     assert choose_layout(PairScorer(tiny_model("llama").to(dtype)), device="cpu") is Layout.PREFIX_SHARED
 
 
+def test_a_residual_stream_wider_than_the_head_is_narrowed_as_the_model_does() -> None:
+    model = tiny_model("mamba2", residual_in_fp32=True).bfloat16()
+    assert choose_layout(PairScorer(model), device="cpu") is Layout.PADDED
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -70,8 +75,9 @@ def test_a_window_measured_in_columns_is_found(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["gemma2", "granite", "cohere", "falcon_h1"])
 def test_a_head_that_does_more_to_its_logits_than_we_know_is_refused(name: str) -> None:
-    scorer = PairScorer(tiny_model(name))
-    scorer.model.lm_head.transform = LogitTransform()
+    model = tiny_model(name)
+    scorer = PairScorer(model)
+    model.lm_head.transform = LogitTransform()
     with pytest.raises(DpoCacheError, match=r"nats a token away from the model's own logits"):
         choose_layout(scorer, device="cpu")
 

@@ -58,6 +58,7 @@ def test_training_mode_is_as_deterministic_as_evaluation(tmp_path: Path, name: s
     scorer = PairScorer(model)
     batch = padded_batch(token_pairs())
     expected = scorer(batch).token_logps_N
+    assert not any(getattr(model.config, field) for field in noise)
     model.train()
     torch.testing.assert_close(scorer(batch).token_logps_N, expected, atol=1e-6, rtol=0)
 
@@ -73,6 +74,13 @@ def test_weights_that_the_checkpoint_lacks_are_an_error_not_random(tmp_path: Pat
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     model = load(saved(tmp_path, "qwen2"))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_model_that_does_not_keep_its_head_apart_is_refused() -> None:
+    model = tiny_model("llama")
+    model.base_model_prefix = "inside"
+    with pytest.raises(DpoCacheError, match="LlamaForCausalLM has no backbone under its base_model_prefix 'inside'"):
+        PairScorer(model)
 
 
 def test_an_adapter_folder_is_named_as_such(tmp_path: Path) -> None:

@@ -65,16 +65,15 @@ def test_gradients_equal_those_of_plain_scoring(name: str) -> None:
     if name in MIXTURES_OF_EXPERTS:
         model.set_experts_implementation("eager")  # the default one knows no float64
     pairs = token_pairs()
-    weighted_loss(
-        *([plain_side_logps(model, pair, side).sum() for pair in pairs] for side in ("chosen", "rejected"))
-    ).backward()
+    sums = [[plain_side_logps(model, pair, side).sum() for pair in pairs] for side in ("chosen", "rejected")]
+    torch.autograd.backward(weighted_loss(*sums))
     plain = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
     scorer = PairScorer(model, head_chunk_tokens=4)
     layout = Layout.PADDED if name in RECURRENT else Layout.PREFIX_SHARED
     logps: PairLogps = scorer(scoring_batch(pairs, layout))
-    weighted_loss(list(logps.chosen_logps_B), list(logps.rejected_logps_B)).backward()
+    torch.autograd.backward(weighted_loss(list(logps.chosen_logps_B), list(logps.rejected_logps_B)))
     for parameter_name, parameter in model.named_parameters():
         largest = plain[parameter_name].abs().max().clamp(min=1e-3)
         difference = (parameter.grad - plain[parameter_name]).abs().max() / largest
@@ -151,7 +150,6 @@ def test_flex_attention_scores_the_packed_layout(name: str, monkeypatch: pytest.
     monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda _: flex_attention)
     pairs = token_pairs()
     scorer = PairScorer(tiny_model(name, attention="flex_attention"))
-    assert choose_layout(scorer, device="cpu") is Layout.PACKED
     expected = score(PairScorer(tiny_model(name, attention="eager")), pairs, Layout.PADDED)
     ours = score(scorer, pairs, Layout.PACKED)
     torch.testing.assert_close(ours.chosen_logps_B, expected.chosen_logps_B, atol=1e-4, rtol=1e-5)
@@ -168,7 +166,7 @@ def test_flex_attention_trains_on_a_gpu(name: str) -> None:
     assert choose_layout(PairScorer(flex), device="cuda") is Layout.PACKED
     for model, layout in ((flex, Layout.PACKED), (eager, Layout.PADDED)):
         logps = PairScorer(model)(scoring_batch(pairs, layout).to("cuda"))
-        weighted_loss(list(logps.chosen_logps_B), list(logps.rejected_logps_B)).backward()
+        torch.autograd.backward(weighted_loss(list(logps.chosen_logps_B), list(logps.rejected_logps_B)))
     for (parameter_name, ours), theirs in zip(flex.named_parameters(), eager.parameters(), strict=True):
         largest = theirs.grad.abs().max().clamp(min=1e-3)
         assert (ours.grad - theirs.grad).abs().max() / largest < 1e-3, parameter_name
@@ -177,12 +175,13 @@ def test_flex_attention_trains_on_a_gpu(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     model = tiny_model(name)
-    scorer = PairScorer(model)
+    scorer = PairScorer(model, load_balancing=name in MIXTURES_OF_EXPERTS)
     batch = scoring_batch(token_pairs(), Layout.PREFIX_SHARED)
 
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()
-        scorer(batch).chosen_logps_B.sum().backward()
+        logps = scorer(batch)
+        torch.autograd.backward(logps.chosen_logps_B.sum() + (0 if logps.aux_loss is None else logps.aux_loss))
         return [parameter.grad.clone() for parameter in model.parameters()]
 
     plain = gradients()
@@ -197,7 +196,7 @@ def test_a_batch_without_pairs_gives_zero_gradients_everywhere(layout: Layout) -
     model = tiny_model("llama")
     logps = PairScorer(model)(empty_batch(layout))
     assert logps.chosen_logps_B.shape == (0,)
-    (logps.chosen_logps_B.sum() + logps.rejected_logps_B.sum()).backward()
+    torch.autograd.backward(logps.chosen_logps_B.sum() + logps.rejected_logps_B.sum())
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
@@ -213,7 +212,7 @@ def test_the_load_balancing_loss_counts_real_tokens_only(name: str, layout: Layo
 
     logps = PairScorer(model, load_balancing=True)(scoring_batch([pair], layout))
     torch.testing.assert_close(logps.aux_loss, expected)
-    logps.aux_loss.backward()
+    torch.autograd.backward(logps.aux_loss)
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
     assert PairScorer(model)(scoring_batch([pair], layout)).aux_loss is None
 
