@@ -162,7 +162,11 @@ class ReferenceCache:
         return shard
 
     def key_index(self, *, without: Collection[Path] = ()) -> KeyIndex:
-        """Where each key stands, in all shards but those named. Only footers and keys are read.
+        """Where each key stands. Of the shards only footers and keys are read.
+
+        Args:
+            without: Shards that :meth:`usable_shards` found unusable. One that has been written anew since, as
+                scoring its rows again does, counts.
 
         Raises:
             DpoCacheError: A shard cannot be read or belongs to another reference; :meth:`usable_shards` finds
@@ -170,7 +174,7 @@ class ReferenceCache:
         """
         indexed = []
         for path in self.shard_paths():
-            if path not in without:
+            if path not in without or self._unusable_because(path) is None:
                 with self.open_shard(path) as shard:
                     indexed.append((_ref_of(shard), shard.keys()))
         return build_key_index(indexed)
@@ -190,11 +194,11 @@ class ReferenceCache:
         """Hash every shard and open it: which ones can be relied on, and what is wrong with the others."""
         usable, unusable = [], []
         for path in self._shard_entries():
-            try:
-                verify_shard(path)
+            reason = self._unusable_because(path)
+            if reason is None:
                 usable.append(self._shard_ref(path))
-            except DpoCacheError as error:
-                unusable.append(UnusableShard(path=path, reason=error.found))
+            else:
+                unusable.append(UnusableShard(path=path, reason=reason))
         return ShardSurvey(usable=usable, unusable=unusable)
 
     def mixture_names(self) -> list[str]:
@@ -274,6 +278,14 @@ class ReferenceCache:
     def maintaining(self, work: str) -> AbstractContextManager[None]:
         """The lock of what deletes; see :func:`~.folder_lock.maintenance_lock`."""
         return maintenance_lock(self.path / "tmp", work)
+
+    def _unusable_because(self, path: Path) -> str | None:
+        try:
+            verify_shard(path)
+            self._shard_ref(path)
+        except DpoCacheError as error:
+            return error.found
+        return None
 
     def _shard_ref(self, path: Path) -> ShardRef:
         with self.open_shard(path) as shard:

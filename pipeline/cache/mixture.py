@@ -152,7 +152,8 @@ class MixtureTable:
                 )
             reader = ParquetReader(self.path, TABLE_SCHEMA)
             starts = np.arange(len(reader.group_starts)) * self.block_rows
-            if reader.num_rows != self.num_rows or not np.array_equal(reader.group_starts, starts):
+            in_blocks = np.array_equal(reader.group_starts, starts) and reader.group_rows[-1] <= self.block_rows
+            if reader.num_rows != self.num_rows or not in_blocks:
                 raise DpoCacheError(f"{self.path} does not have the rows or blocks that its pointer states")
             self._reader = reader
         return self._reader

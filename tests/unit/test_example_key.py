@@ -62,7 +62,7 @@ def test_any_change_of_a_token_or_of_the_mask_makes_another_key(
     place = data.draw(st.integers(0, len(parts[part]) - 1))
     changed = [list(ids) for ids in parts]
     changed[part][place] ^= 1
-    assert example_key(pair_of(*changed)) != key
+    assert example_key(pair_of(changed[0], changed[1], changed[2])) != key
     mask = [False] * len(a) + [True] * (len(b) + len(c))
     flipped = data.draw(st.integers(0, len(mask) - 1))
     mask[flipped] = not mask[flipped]

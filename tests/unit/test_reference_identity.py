@@ -44,7 +44,12 @@ def write_adapter(folder: Path, value: float = 1.0, **changes: Any) -> Path:
 
 
 def identify(folder: Path, *, adapter: Path | None = None, **changes: Any) -> ReferenceIdentity:
-    arguments = {"weight_dtype": "float32", "compute_dtype": "float32", "attention": "sdpa", "scoring_version": 1}
+    arguments: dict[str, Any] = {
+        "weight_dtype": "float32",
+        "compute_dtype": "float32",
+        "attention": "sdpa",
+        "scoring_version": 1,
+    }
     return identify_reference(folder, adapter_folder=adapter, **(arguments | changes))
 
 

@@ -37,7 +37,7 @@ def model(tmp_path: Path) -> Path:
 
 def save_in_parts(folder: Path, parts: list[dict[str, torch.Tensor]]) -> Path:
     folder.mkdir()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(parts):
         save_file(tensors, folder / f"part-{number}.safetensors")
         weight_map |= dict.fromkeys(tensors, f"part-{number}.safetensors")
@@ -52,7 +52,12 @@ def write_file(path: Path, header: dict[str, Any] | bytes, data: bytes = b"", *,
 
 def test_the_digest_is_that_of_the_sorted_names_types_shapes_and_bytes(model: Path) -> None:
     entries = [
-        [name, dtype, list(TENSORS[name].shape), hashlib.sha256(TENSORS[name].view(torch.uint8).numpy()).hexdigest()]
+        [
+            name,
+            dtype,
+            list(TENSORS[name].shape),
+            hashlib.sha256(TENSORS[name].view(torch.uint8).numpy().tobytes()).hexdigest(),
+        ]
         if name != "scalar"
         else [name, dtype, [], hashlib.sha256(struct.pack("<q", 7)).hexdigest()]
         for name, dtype in (("a.weight", "BF16"), ("b.weight", "F32"), ("empty", "F32"), ("scalar", "I64"))
@@ -93,7 +98,12 @@ def test_any_change_of_the_weights_makes_another_digest(
 def test_unchanged_files_are_not_read_again_and_changed_ones_are(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     hash_range = module._hash_range
-    monkeypatch.setattr(module, "_hash_range", lambda *args: (read.append(args[0]), hash_range(*args))[1])
+
+    def recording(file: Path, start: int, stop: int) -> str:
+        read.append(file)
+        return hash_range(file, start, stop)
+
+    monkeypatch.setattr(module, "_hash_range", recording)
     monkeypatch.setattr("dpo_cache.pipeline.cache.digest_memo._SETTLED_NS", -1)
     first = weights_digest(model)
     assert len(read) == len(TENSORS)

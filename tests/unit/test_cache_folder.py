@@ -1,0 +1,306 @@
+"""A cache belongs to one reference, keeps its files to itself, and says what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cache_factory import fill_cache, make_cache, make_identity, make_rows
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.cache.canonical_json import read_sealed_json, write_sealed_json
+from dpo_cache.pipeline.cache.mixture_check import check_mixture
+
+
+def test_a_cache_is_opened_as_it_was_made_and_holds_nothing_but_its_four_parts(tmp_path: Path) -> None:
+    made = make_cache(tmp_path / "new" / "cache")
+    fill_cache(made, make_rows(10), shard_rows=5)
+    opened = ReferenceCache.open(made.path)
+    assert opened.identity == made.identity == make_identity()
+    assert opened.reference_id == make_identity().digest
+    assert opened.vocabulary_sha256 == "b" * 64
+    assert opened.recorded == {"model": "made up"}
+    assert opened.mixture_names() == ["train"]
+    assert sorted(os.listdir(made.path)) == ["cache.json", "mixtures", "shards", "tmp"]
+    assert all(path.name.endswith(".lock") for path in (made.path / "tmp").iterdir())
+    assert len(opened.key_index()) == 10
+
+
+def test_making_a_cache_again_opens_it_and_changes_nothing(tmp_path: Path) -> None:
+    first = make_cache(tmp_path / "cache")
+    before = (first.path / "cache.json").read_bytes()
+    again = ReferenceCache.create(
+        first.path, identity=make_identity(), recorded={"other": 1}, vocabulary_sha256="c" * 64
+    )
+    assert (first.path / "cache.json").read_bytes() == before
+    assert again.recorded == {"model": "made up"}
+
+
+def test_another_reference_is_refused_with_every_field_that_differs(tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache")
+    config = {"model_type": "llama", "rope_theta": 500000.0}
+    with pytest.raises(DpoCacheError) as caught:
+        make_cache(tmp_path / "cache", config=config, attention="eager")
+    assert "attention: cached 'sdpa', asked for 'eager'" in caught.value.found
+    assert "config.rope_theta: cached 10000.0, asked for 500000.0" in caught.value.found
+    assert "weight_dtype" not in caught.value.found
+
+
+def test_a_folder_of_something_else_is_not_made_a_cache(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(DpoCacheError, match=r"not a cache and not empty: it holds thesis\.tex"):
+        make_cache(tmp_path)
+    with pytest.raises(DpoCacheError, match="cannot be a cache"):
+        make_cache(tmp_path / "thesis.tex")
+    assert sorted(os.listdir(tmp_path)) == ["thesis.tex"]
+
+
+def test_opening_what_is_no_cache_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(DpoCacheError, match=r"cache\.json is missing") as caught:
+        ReferenceCache.open(tmp_path / "none")
+    assert "dpo-cache build" in str(caught.value)
+
+
+def test_every_flipped_bit_of_cache_json_is_found(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "cache").path / "cache.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole) * 8, 13):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DpoCacheError, match="is damaged"):
+            ReferenceCache.open(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("format_version", 2, "has format version 2"),
+        ("format_version", "1", "has format version 1"),
+        ("reference_id", "0" * 64, "is not the digest of 'identity'"),
+        ("identity", [], "'identity'"),
+        ("recorded", None, "'recorded'"),
+        ("vocabulary_sha256", 1, "'vocabulary_sha256'"),
+    ],
+)
+def test_a_cache_json_that_lies_is_refused(tmp_path: Path, field: str, value: object, message: str) -> None:
+    path = make_cache(tmp_path / "cache").path / "cache.json"
+    described = read_sealed_json(path, max_bytes=10**6)
+    write_sealed_json(path, described | {field: value}, temporary_folder=tmp_path)
+    with pytest.raises(DpoCacheError, match=message):
+        ReferenceCache.open(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["shards", "mixtures", "tmp"])
+def test_a_link_in_the_place_of_a_subfolder_is_refused(tmp_path: Path, name: str) -> None:
+    """Else a cache from a stranger could make us write, or clean up, somewhere else."""
+    cache = make_cache(tmp_path / "cache")
+    outside = tmp_path / "outside"
+    (cache.path / name).rename(outside)
+    (cache.path / name).symlink_to(outside)
+    with pytest.raises(DpoCacheError, match="is a symbolic link"):
+        ReferenceCache.open(cache.path)
+    with pytest.raises(DpoCacheError, match="is a symbolic link"):
+        make_cache(cache.path)
+
+
+def test_a_cache_is_read_without_writing_a_byte_or_taking_a_lock(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    fill_cache(cache, make_rows(10), shard_rows=5)
+    before = {path: path.stat().st_mtime_ns for path in cache.path.rglob("*")}
+    with cache.maintaining("a test"):
+        opened = ReferenceCache.open(cache.path)
+        check_mixture(opened, opened.read_mixture("train"))
+        opened.usable_shards()
+    after = {path: path.stat().st_mtime_ns for path in cache.path.rglob("*") if path.suffix != ".lock"}
+    assert {path: time_ns for path, time_ns in before.items() if path in after and path.name != "tmp"} == {
+        path: time_ns for path, time_ns in after.items() if path.name != "tmp"
+    }
+
+
+def test_a_survey_tells_usable_shards_from_damaged_foreign_and_stray_ones(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    fill_cache(cache, make_rows(30), shard_rows=10)
+    damaged = cache.shard_paths()[1]
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    foreign = make_cache(tmp_path / "other", attention="eager").write_shard(make_rows(3, seed=5))
+    (cache.path / "shards" / foreign.file_name).write_bytes(
+        (tmp_path / "other" / "shards" / foreign.file_name).read_bytes()
+    )
+    (cache.path / "shards" / "notes.txt").write_text("x")
+    survey = cache.usable_shards()
+    assert len(survey.usable) == 2
+    assert all(shard.num_rows == 10 for shard in survey.usable)
+    reasons = {entry.path.name: entry.reason for entry in survey.unusable}
+    assert reasons.keys() == {damaged.name, foreign.file_name, "notes.txt"}
+    assert "is damaged" in reasons[damaged.name]
+    assert "belongs to the reference" in reasons[foreign.file_name]
+    assert "not a shard" in reasons["notes.txt"]
+    assert len(cache.key_index(without=[entry.path for entry in survey.unusable])) == 20
+    with pytest.raises(DpoCacheError):
+        cache.key_index()
+
+
+def test_a_damaged_shard_that_is_scored_again_is_whole_again(tmp_path: Path) -> None:
+    """The same rows are the same file, so the new one takes the damaged one's place."""
+    cache = make_cache(tmp_path / "cache")
+    fill_cache(cache, make_rows(20), shard_rows=10)
+    damaged = cache.shard_paths()[0]
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    unusable = [entry.path for entry in cache.usable_shards().unusable]
+    assert len(cache.key_index(without=unusable)) == 10
+    for start in (0, 10):
+        cache.write_shard(make_rows(20)[start : start + 10])
+    assert len(cache.key_index(without=unusable)) == 20
+    check_mixture(cache, cache.read_mixture("train"))
+
+
+def test_another_folder_of_the_same_reference_can_be_united_with_this_one(tmp_path: Path) -> None:
+    ours, theirs = make_cache(tmp_path / "ours"), make_cache(tmp_path / "theirs")
+    rows = make_rows(40)
+    fill_cache(ours, rows[:25], shard_rows=10)
+    fill_cache(theirs, rows[15:], shard_rows=10, name="held-out")
+    for path in theirs.shard_paths():
+        ours.import_shard(path)
+        ours.import_shard(path)  # again changes nothing
+    ours.import_mixture(theirs.read_mixture("held-out"))
+    assert ours.mixture_names() == ["held-out", "train"]
+    for name in ours.mixture_names():
+        check_mixture(ours, ours.read_mixture(name))
+    index = ours.key_index()
+    assert (len(index), index.num_duplicates) == (40, 10)
+
+
+def test_only_whole_shards_of_this_reference_are_imported(tmp_path: Path) -> None:
+    ours, theirs = make_cache(tmp_path / "ours"), make_cache(tmp_path / "theirs", attention="eager")
+    fill_cache(theirs, make_rows(5), shard_rows=5)
+    with pytest.raises(DpoCacheError, match="belongs to the reference"):
+        ours.import_shard(theirs.shard_paths()[0])
+    with pytest.raises(DpoCacheError, match="belongs to another reference"):
+        ours.import_mixture(theirs.read_mixture("train"))
+    same = make_cache(tmp_path / "same")
+    mixture = fill_cache(same, make_rows(5), shard_rows=5)
+    with pytest.raises(DpoCacheError, match="1 shards of mixture train are missing"):
+        ours.import_mixture(mixture)
+    path = same.shard_paths()[0]
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DpoCacheError, match="is damaged"):
+        ours.import_shard(path)
+    assert ours.shard_paths() == []
+    assert not list((ours.path / "tmp").glob("*.partial"))
+
+
+def test_a_retired_mixture_is_gone_and_the_others_are_named(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    fill_cache(cache, make_rows(5), shard_rows=5)
+    fill_cache(cache, make_rows(5), shard_rows=5, name="other")
+    cache.retire_mixture("train")
+    with pytest.raises(DpoCacheError, match="no mixture 'train'") as caught:
+        cache.read_mixture("train")
+    assert caught.value.expected == "one of: other"
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+cache = ReferenceCache.open(Path(sys.argv[1]))
+with cache.building(sys.argv[2]) if sys.argv[2] != "gc" else cache.maintaining("gc"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(path: Path, what: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path), what], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_builders_of_different_mixtures_share_a_cache_and_of_the_same_do_not(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    process = hold(cache.path, "train")
+    try:
+        with cache.building("held-out"):
+            pass
+        with (
+            pytest.raises(DpoCacheError, match=rf"in use by a build of mixture train \(process {process.pid} on"),
+            cache.building("train"),
+        ):
+            pass
+        with (
+            pytest.raises(DpoCacheError, match=rf"gc cannot start: .* mixture train \(process {process.pid}"),
+            cache.maintaining("gc"),
+        ):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with cache.building("train"):  # whoever dies lets go
+        pass
+
+
+def test_nobody_builds_while_files_are_removed(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    process = hold(cache.path, "gc")
+    try:
+        with pytest.raises(DpoCacheError, match=rf"in use by gc \(process {process.pid}"), cache.building("train"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+
+
+CREATE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from cache_factory import make_cache, make_rows
+cache = make_cache(Path(sys.argv[1]))
+cache.write_shard(make_rows(20, seed=int(sys.argv[3])))
+cache.write_shard(make_rows(20, seed=99))
+"""
+
+
+def test_builders_that_start_at_once_make_one_cache_and_lose_no_row(tmp_path: Path) -> None:
+    helpers = str(Path(__file__).resolve().parents[1])
+    processes = [
+        subprocess.Popen([sys.executable, "-c", CREATE, str(tmp_path / "cache"), helpers, str(number)])
+        for number in range(4)
+    ]
+    assert [process.wait() for process in processes] == [0] * 4
+    cache = ReferenceCache.open(tmp_path / "cache")
+    survey = cache.usable_shards()
+    assert survey.unusable == []
+    assert len(survey.usable) == 5  # the shard all of them wrote is one file
+    index = cache.key_index()
+    assert (len(index), index.num_duplicates) == (100, 0)
+
+
+def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root writes everywhere")
+    cache = make_cache(tmp_path / "cache")
+    (cache.path / "shards").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(DpoCacheError, match="Permission denied"):
+        cache.write_shard(make_rows(1))
+
+
+def test_what_a_cache_holds_is_told_from_pointers_alone(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    fill_cache(cache, make_rows(20), shard_rows=5)
+    for path in [*cache.shard_paths(), *(cache.path / "mixtures").glob("*.parquet")]:
+        path.unlink()
+    start = time.perf_counter()
+    mixture = ReferenceCache.open(cache.path).read_mixture("train")
+    assert mixture.num_pairs == 20
+    assert sum(shard.num_rows for shard in mixture.shards) == 20
+    assert time.perf_counter() - start < 1

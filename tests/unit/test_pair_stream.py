@@ -1,0 +1,194 @@
+"""Reading by mixture row gives the right pairs, decodes little, and believes nothing it has not checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.cache import mixture as mixture_module
+from dpo_cache.pipeline.cache import pair_stream, shard_file
+from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.cache.example_key import key_at
+from dpo_cache.pipeline.cache.mixture import Mixture, MixtureRows
+from dpo_cache.pipeline.cache.pair_order import epoch_order
+from dpo_cache.pipeline.cache.pair_stream import PairStream
+from dpo_cache.pipeline.cache.shard_file import ScoredPair, ShardReader
+
+
+@pytest.fixture
+def small_grain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixture_module, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(shard_file, "MAX_ROW_GROUP_PAIRS", 8)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, small_grain: None) -> ReferenceCache:
+    return make_cache(tmp_path / "cache")
+
+
+def count_decoding(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
+    decoded: Counter[tuple[str, int]] = Counter()
+    read_row_group = ShardReader.read_row_group
+
+    def counting(shard: ShardReader, group: int) -> shard_file.RowGroup:
+        decoded[shard.path.name, group] += 1
+        return read_row_group(shard, group)
+
+    monkeypatch.setattr(ShardReader, "read_row_group", counting)
+    return decoded
+
+
+def test_an_epoch_gives_each_pair_its_own_ids_and_values(cache: ReferenceCache) -> None:
+    rows = make_rows(150)
+    cache.write_shard(rows[:70])
+    cache.write_shard(rows[70:])
+    asked = mixture_rows(rows)
+    mixture = cache.write_mixture(
+        "train",
+        MixtureRows.concatenate([asked, asked.take(np.arange(40))]),
+        key_index=cache.key_index(),
+        tokenization={},
+        sources=[{}],
+        dropped={},
+    )
+    order = epoch_order(num_pairs=190, block_rows=16, seed=0, epoch=0, mixture_digest=mixture.digest, window_blocks=4)
+    stream = PairStream(cache, mixture)
+    read = [pair for start in range(0, 190, 32) for pair in stream.read(order[start : start + 32])]
+    keys = mixture.table.column("example_key")
+    assert [pair.key for pair in read] == [key_at(keys, row) for row in order]
+    by_key = {row.key: row for row in rows}
+    for pair in read:
+        row = by_key[pair.key]
+        assert pair.pair.prompt_ids.tolist() == row.pair.prompt_ids.tolist()
+        assert pair.pair.rejected_scored.tolist() == row.pair.rejected_scored.tolist()
+        for field in dataclasses.fields(ScoredPair):
+            if field.name.endswith(("_logps", "_tokens")) and "token_logps" not in field.name:
+                assert getattr(pair, field.name) == getattr(row, field.name)
+    stream.close()
+
+
+def test_a_row_may_be_asked_for_twice_and_no_row_gives_none(cache: ReferenceCache) -> None:
+    stream = PairStream(cache, fill_cache(cache, make_rows(20), shard_rows=20))
+    first, again = stream.read(np.array([3, 3]))
+    assert first.key == again.key
+    assert stream.read(np.array([], dtype=np.int64)) == []
+
+
+def test_one_read_decodes_each_row_group_once_even_with_no_room_to_keep_them(
+    cache: ReferenceCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = fill_cache(cache, make_rows(200), shard_rows=50)
+    decoded = count_decoding(monkeypatch)
+    stream = PairStream(cache, mixture, cached_bytes=1)
+    stream.read(np.random.RandomState(0).permutation(200))
+    assert set(decoded.values()) == {1}
+    assert len(decoded) == 4 * 7
+
+
+def test_going_along_an_epoch_decodes_each_row_group_about_once(
+    cache: ReferenceCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards in the order of the mixture, as a build writes them."""
+    rows = sorted(make_rows(400), key=lambda row: row.key)
+    in_order = fill_cache(cache, rows, shard_rows=400, name="order").table.column("example_key")
+    place = {key_at(in_order, index): index for index in range(400)}
+    other = make_cache(cache.path.parent / "other")
+    mixture = fill_cache(other, sorted(rows, key=lambda row: place[row.key]), shard_rows=100)
+    decoded = count_decoding(monkeypatch)
+    stream = PairStream(other, mixture, cached_bytes=60_000)
+    order = epoch_order(num_pairs=400, block_rows=16, seed=0, epoch=0, mixture_digest="x", window_blocks=4)
+    for start in range(0, 400, 8):
+        stream.read(order[start : start + 8])
+    assert len(decoded) == 4 * 13
+    assert sum(decoded.values()) < 2 * len(decoded)
+
+
+def test_memory_does_not_grow_with_the_cache(tmp_path: Path, small_grain: None) -> None:
+    def peak(num_rows: int) -> int:
+        cache = make_cache(tmp_path / str(num_rows))
+        mixture = fill_cache(cache, make_rows(num_rows), shard_rows=100)
+        stream = PairStream(cache, mixture, cached_bytes=20_000)
+        stream.read(np.arange(16))  # what is imported and opened once
+        tracemalloc.start()
+        for start in range(0, num_rows, 16):
+            stream.read(np.arange(start, min(start + 16, num_rows)))
+        return tracemalloc.get_traced_memory()[1]
+
+    try:
+        assert peak(1000) < 1.5 * peak(200) + 100_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_each_shard_is_hashed_once_and_before_its_first_row(
+    cache: ReferenceCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = fill_cache(cache, make_rows(60), shard_rows=20)
+    hashed: list[str] = []
+    verify = shard_file.verify_shard
+
+    def recording(path: Path) -> None:
+        hashed.append(path.name)
+        verify(path)
+
+    monkeypatch.setattr(pair_stream, "verify_shard", recording)
+    monkeypatch.setattr(pair_stream, "MAX_OPEN_SHARDS", 1)
+    stream = PairStream(cache, mixture)
+    for row in range(60):
+        stream.read(np.array([row]))
+    assert sorted(hashed) == sorted(shard.file_name for shard in mixture.shards)
+
+
+def test_no_flipped_bit_of_a_shard_is_ever_handed_out(cache: ReferenceCache) -> None:
+    rows = make_rows(4)
+    mixture = fill_cache(cache, rows, shard_rows=4)
+    path = cache.shard_paths()[0]
+    whole = path.read_bytes()
+    for place in np.random.RandomState(0).choice(len(whole) * 8, size=150, replace=False):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DpoCacheError, match="is damaged"):
+            PairStream(cache, mixture).read(np.array([0]))
+    path.unlink()
+    with pytest.raises(DpoCacheError, match="is missing"):
+        PairStream(cache, mixture).read(np.array([0]))
+
+
+def test_a_mixture_that_points_at_other_rows_is_refused(cache: ReferenceCache) -> None:
+    """As a stranger could forge it: digests are right, places are not."""
+    rows = make_rows(20)
+    cache.write_shard(rows)
+    index = cache.key_index()
+    asked = mixture_rows(rows)
+
+    def forged(**changes: object) -> Mixture:
+        shifted = dataclasses.replace(index, **changes)  # type: ignore[arg-type]
+        return cache.write_mixture("x", asked, key_index=shifted, tokenization={}, sources=[{}], dropped={})
+
+    for changes in ({"rows": np.roll(index.rows, 1)}, {"rows": index.rows + 20}, {"rows": index.rows - 20}):
+        with pytest.raises(DpoCacheError, match="which holds another"):
+            PairStream(cache, forged(**changes)).read(np.array([0]))
+    longer = dataclasses.replace(asked, prompt_lengths=asked.prompt_lengths + 1)
+    mixture = cache.write_mixture("x", longer, key_index=index, tokenization={}, sources=[{}], dropped={})
+    with pytest.raises(DpoCacheError, match="which holds another"):
+        PairStream(cache, mixture).read(np.array([0]))
+    mixture = forged()
+    mixture.shards.clear()
+    with pytest.raises(DpoCacheError, match="names a shard that it does not list"):
+        PairStream(cache, mixture).read(np.array([0]))
+
+
+def test_a_shard_of_another_reference_under_its_right_digest_is_refused(cache: ReferenceCache, tmp_path: Path) -> None:
+    other = make_cache(tmp_path / "other", attention="eager")
+    mixture = fill_cache(other, make_rows(5), shard_rows=5)
+    shard = other.shard_paths()[0]
+    (cache.path / "shards" / shard.name).write_bytes(shard.read_bytes())
+    with pytest.raises(DpoCacheError, match="belongs to the reference"):
+        PairStream(cache, mixture).read(np.array([0]))
