@@ -11,9 +11,10 @@ import torch
 from dpo_cache.pipeline.cache.example_key import example_key
 from dpo_cache.pipeline.cache.shard_file import ScoredPair
 from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.pipeline.scoring.model_loading import load_causal_lm
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.scoring.scoring_batch import Layout
-from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
+from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspeed_config, partitioned_loading
 from dpo_cache.pipeline.training.losses import LossSettings, resolve_loss
 from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
@@ -82,9 +83,9 @@ def make_engine(
     weight_decay: float = 0.1,
     tied: bool = False,
     load_universal: bool = False,
+    load_from: Path | None = None,
 ) -> PolicyEngine:
-    """An engine around the tiny policy."""
-    policy = tiny_policy(tied=tied)
+    """An engine around the tiny policy, or around the model in a folder, partitioned while it is read."""
     config = deepspeed_config(
         EngineSettings(
             zero_stage=zero_stage,
@@ -96,8 +97,15 @@ def make_engine(
             load_universal=load_universal,
         )
     )
+    if load_from is None:
+        policy: nn.Module = tiny_policy(tied=tied)
+        for parameter in policy.parameters():  # and not the table of rotary frequencies, as in loading
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    else:
+        with partitioned_loading(config):
+            policy = load_causal_lm(load_from, dtype=getattr(torch, dtype), attention="sdpa", device="cpu")
     return PolicyEngine(
-        PairScorer(policy if dtype == "float32" else policy.bfloat16()),
+        PairScorer(policy),
         config=config,
         loss=loss or resolve_loss("dpo_norm"),
         weight_decay=weight_decay,

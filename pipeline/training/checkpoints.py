@@ -116,22 +116,21 @@ def _save_engine(engine: PolicyEngine, path: Path) -> None:
 def _complete(path: Path, state: TrainerState) -> None:
     """Bring everything to the disk, then say so."""
     write_durably(path / STATE_FILE, _json_bytes(asdict(state)), temporary_folder=path)
-    sizes = {}
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            _sync(file)
-            sizes[str(file.relative_to(path))] = file.stat().st_size
-    _sync(path / ENGINE_FOLDER)
-    write_durably(path / MARKER, _json_bytes({"files": sizes}), temporary_folder=path)
-    _sync(path.parent)
+    files = {str(file.relative_to(path)): file.stat().st_size for file in sync_tree(path)}
+    write_durably(path / MARKER, _json_bytes({"files": files}), temporary_folder=path)
+    sync_tree(path.parent, deep=False)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync_tree(folder: Path, *, deep: bool = True) -> list[Path]:
+    """Bring a folder and, if ``deep``, all within it to the disk; returns its files in order of their names."""
+    entries = sorted(folder.rglob("*")) if deep else []
+    for path in (*entries, folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return [path for path in entries if path.is_file()]
 
 
 def _json_bytes(value: Any) -> bytes:
@@ -251,10 +250,7 @@ def load_checkpoint(engine: PolicyEngine, checkpoint: Checkpoint, *, converted: 
         checkpoint: What to go on from.
         converted: The folder that :func:`convert_checkpoint` filled, where it was needed.
     """
-    source = converted or checkpoint.path
-    loaded, _ = engine.deepspeed.load_checkpoint(str(source), tag=ENGINE_FOLDER)
-    if loaded is None:
-        raise DpoCacheError(f"DeepSpeed found no state in {source}.")
+    engine.load_state(converted or checkpoint.path, tag=ENGINE_FOLDER)
     assert engine.updates_done == checkpoint.state.step
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +90,27 @@ def deepspeed_config(settings: EngineSettings) -> Json:
         # DeepSpeed accumulates in the weights' dtype unless told otherwise; at stage 0 it knows no other way.
         config["data_types"] = {"grad_accum_dtype": "fp32" if settings.zero_stage else "bf16"}
     return config
+
+
+@contextmanager
+def partitioned_loading(config: Json) -> Iterator[None]:
+    """While this is open, transformers partitions a model's weights over the ranks as it reads them, at stage 3.
+
+    Host memory per rank then stays near the largest file of the checkpoint instead of the whole model.
+    """
+    if config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    deepspeed.init_distributed(verbose=False)  # adopts the process group there is; without it, one rank is assumed
+    registered = HfDeepSpeedConfig(config)  # transformers itself only keeps a weak reference
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del registered
 
 
 def _zero(settings: EngineSettings) -> Json:

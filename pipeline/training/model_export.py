@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from ...errors import DpoCacheError
+from .checkpoints import sync_tree
 from .policy_engine import PolicyEngine
 
 TOKENIZER_FILES = (
@@ -190,9 +191,11 @@ def check_headers(folder: Path, expected: Mapping[str, TensorHeader]) -> None:
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
+    sync_tree(temporary)  # a power cut must not leave the new name with old nothing behind it
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
+    sync_tree(folder.parent, deep=False)
     shutil.rmtree(old, ignore_errors=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class PolicyEngine:
         """
         training_step = self.updates_done + 1
         self._refuse_nonfinite_losses(training_step)
-        for group in self._optimizer.param_groups:
+        for group in self._groups():
             group["lr"] = learning_rate
         norm = self._gradient_norm() if self.zero_stage == 0 else None
         if norm is None or math.isfinite(norm):
@@ -134,6 +135,27 @@ class PolicyEngine:
         policy: PairLogps = self.deepspeed(micro_batch.batch)
         self.deepspeed.train()
         return _scored(micro_batch, policy, preference_loss(self.loss, policy, micro_batch.reference))
+
+    def load_state(self, folder: Path, *, tag: str) -> None:
+        """Load what DeepSpeed saved, right after this engine was made.
+
+        Raises:
+            DpoCacheError: There is nothing to load.
+        """
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
+        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag)
+        if loaded is None:
+            raise DpoCacheError(f"DeepSpeed found no state in {folder / tag}.")
+        # From a converted state, stage 3 gives all groups the settings of the first (a weight decay of their own is
+        # lost) and one and the same step counter (which then counts every group's update).
+        for group, before in zip(self._groups(), settings, strict=True):
+            group.update(before)
+        for state in self._optimizer.state.values():
+            state["step"] = deepcopy(state["step"])
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
+        return groups
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The policy's parameters; under ZeRO-3 their shape is ``ds_shape``."""
@@ -161,7 +183,7 @@ class PolicyEngine:
         if self.zero_stage == 3:
             masters: list[Tensor] = self.deepspeed.optimizer.fp32_partitioned_groups_flat
         else:
-            masters = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+            masters = [weight for group in self._groups() for weight in group["params"]]
         assert masters
         assert all(weight.dtype == torch.float32 for weight in masters), "master weights are not float32"
 

@@ -1,0 +1,208 @@
+"""Checkpoints: whole or skipped by name, and going on from one is going on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import pytest
+import torch.distributed as dist
+from distributed_run import run_ranks
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.training.checkpoints import (
+    MARKER,
+    Checkpoint,
+    TrainerState,
+    check_free_space,
+    check_same_run,
+    convert_checkpoint,
+    load_checkpoint,
+    needs_conversion,
+    newest_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+)
+from dpo_cache.pipeline.training.policy_engine import PolicyEngine
+from training_factory import make_engine, random_pairs, train_steps
+
+RUN = {"mixture": "a1b2", "seed": 42, "global_batch_size": 6}
+STATE = TrainerState(step=3, num_ranks=2, zero_stage=3, run=RUN, tracking_run_id="wandb-id")
+BATCHES = [random_pairs(6, seed=step) for step in range(5)]
+CASES = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")]
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _fake_engine(*, fails: bool = False) -> Any:
+    """Saves one small file, or dies half way through it."""
+
+    def save(folder: str, tag: str, **_: Any) -> None:
+        (Path(folder) / tag).mkdir(parents=True)
+        (Path(folder) / tag / "weights.pt").write_bytes(b"w" * (3 if fails else 100))
+        if fails:
+            raise OSError(28, "No space left on device")
+
+    return SimpleNamespace(rank=0, zero_stage=0, deepspeed=SimpleNamespace(save_checkpoint=save))
+
+
+def _saved(folder: Path, step: int, *, keep_last: int | None = None) -> Path:
+    return save_checkpoint(_fake_engine(), folder, replace(STATE, step=step), keep_last=keep_last)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_was_saved_is_what_is_found(tmp_path: Path) -> None:
+    path = _saved(tmp_path, 3)
+    assert newest_checkpoint(tmp_path) == Checkpoint(path=path, state=STATE)
+    assert open_checkpoint(path).state == STATE
+    assert set(json.loads((path / MARKER).read_text())["files"]) == {"engine/weights.pt", "trainer_state.json"}
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "absent") is None
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: (path / MARKER).unlink(), "it has no COMPLETE, so saving it was cut short"),
+        (lambda path: (path / MARKER).write_text('{"fil'), "its COMPLETE cannot be read"),
+        (lambda path: (path / "engine/weights.pt").unlink(), "engine/weights.pt is missing"),
+        (lambda path: (path / "engine/weights.pt").write_bytes(b"w" * 99), "has 99 bytes instead of 100"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_skipped_and_named(
+    tmp_path: Path, damage: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, damaged = _saved(tmp_path, 9), _saved(tmp_path, 10)
+    damage(damaged)
+    with caplog.at_level(logging.WARNING):
+        newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.path == whole
+    assert f"skipped checkpoint {damaged}" in caplog.text
+    assert reason in caplog.text
+    with pytest.raises(DpoCacheError, match=f"{damaged} cannot be resumed from"):
+        open_checkpoint(damaged)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_save_that_fails_leaves_the_last_one_and_can_be_repeated(tmp_path: Path) -> None:
+    good = _saved(tmp_path, 1)
+    with pytest.raises(DpoCacheError, match=r"step_2 could not be written: .*No space left on device"):
+        save_checkpoint(_fake_engine(fails=True), tmp_path, replace(STATE, step=2), keep_last=1)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.path == good
+    assert _saved(tmp_path, 2) == tmp_path / "step_2"
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.path == tmp_path / "step_2"
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_only_the_last_k_are_kept_and_steps_are_numbers_not_words(tmp_path: Path) -> None:
+    (tmp_path / "step_8").mkdir()  # what a kill left
+    for step in (7, 9, 10, 11):
+        _saved(tmp_path, step, keep_last=2)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_10", "step_11"]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_saving_a_step_twice_keeps_the_first(tmp_path: Path) -> None:
+    before = (_saved(tmp_path, 3) / MARKER).stat().st_mtime_ns
+    assert (_saved(tmp_path, 3) / MARKER).stat().st_mtime_ns == before
+
+
+def test_another_run_is_refused_by_field() -> None:
+    checkpoint = Checkpoint(path=Path("step_3"), state=STATE)
+    check_same_run(checkpoint, run=RUN, zero_stage=3)
+    with pytest.raises(DpoCacheError, match="mixture was 'a1b2' and is 'ffff'; seed was 42 and is 7"):
+        check_same_run(checkpoint, run={**RUN, "mixture": "ffff", "seed": 7}, zero_stage=3)
+    with pytest.raises(DpoCacheError, match="zero_stage was 3 and is 2"):
+        check_same_run(checkpoint, run=RUN, zero_stage=2)
+    with pytest.raises(DpoCacheError, match="loss was None and is 'dpo'"):
+        check_same_run(checkpoint, run={**RUN, "loss": "dpo"}, zero_stage=3)
+
+
+def test_a_disk_that_is_too_small_is_refused_at_the_start(tmp_path: Path) -> None:
+    check_free_space(tmp_path, num_parameters=1000, weight_bytes=2, keep_last=3)
+    with pytest.raises(DpoCacheError, match="GiB free"):
+        check_free_space(tmp_path, num_parameters=10**15, weight_bytes=2, keep_last=3)
+
+
+def _weights(engine: PolicyEngine) -> list[float]:
+    weights: list[float] = []
+    for parameter in engine.parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            weights += parameter.detach().double().flatten().tolist()
+    return weights
+
+
+def _engine(folder: str, stage: int, dtype: str, *, load_universal: bool = False) -> PolicyEngine:
+    num_ranks = dist.get_world_size()
+    return make_engine(Path(folder), zero_stage=stage, num_ranks=num_ranks, dtype=dtype, load_universal=load_universal)
+
+
+def _train(engine: PolicyEngine, first: int, last: int) -> list[tuple[float, float]]:
+    return [
+        train_steps(engine, [BATCHES[step]], learning_rate=1e-3 * (step + 1), micro_steps=2)[0]
+        for step in range(first, last)
+    ]
+
+
+def save_and_go_on(folder: str) -> list[Any]:
+    """Three steps, a checkpoint, two more steps; and the two more steps by an engine that loads the checkpoint."""
+    results = []
+    for stage, dtype in CASES:
+        path = Path(folder) / f"{stage}_{dtype}"
+        engine = _engine(folder, stage, dtype)
+        _train(engine, 0, 3)
+        state = TrainerState(step=3, num_ranks=dist.get_world_size(), zero_stage=stage, run=RUN)
+        checkpoint = open_checkpoint(save_checkpoint(engine, path, state, keep_last=1))
+        straight = (_train(engine, 3, 5), _weights(engine))
+        resumed_engine = _engine(folder, stage, dtype)
+        load_checkpoint(resumed_engine, checkpoint)
+        results.append((straight, (_train(resumed_engine, 3, 5), _weights(resumed_engine))))
+    return results
+
+
+def go_on_with_other_ranks(folder: str) -> list[Any]:
+    results = []
+    for stage, dtype in CASES:
+        path = Path(folder) / f"{stage}_{dtype}"
+        checkpoint = newest_checkpoint(path)
+        assert checkpoint is not None
+        converted = path / "universal" if needs_conversion(checkpoint, num_ranks=dist.get_world_size()) else None
+        if converted is not None and dist.get_rank() == 0:
+            convert_checkpoint(checkpoint, converted)
+        dist.barrier()
+        engine = _engine(folder, stage, dtype, load_universal=converted is not None)
+        load_checkpoint(engine, checkpoint, converted=converted)
+        results.append((_train(engine, 3, 5), _weights(engine)))
+    return results
+
+
+@pytest.mark.parametrize(("saved_by", "resumed_by"), [(2, 1), (1, 2)])
+def test_resuming_is_exact_and_works_on_another_number_of_ranks(tmp_path: Path, saved_by: int, resumed_by: int) -> None:
+    of_ranks = run_ranks(save_and_go_on, str(tmp_path), num_ranks=saved_by)
+    for of_rank in of_ranks:
+        for case, (straight, resumed) in zip(CASES, of_rank, strict=True):
+            assert resumed == straight, case
+    for of_rank in run_ranks(go_on_with_other_ranks, str(tmp_path), num_ranks=resumed_by):
+        for (stage, dtype), (straight, _), (figures, weights) in zip(CASES, of_ranks[0], of_rank, strict=True):
+            tolerance = 2e-5 if dtype == "float32" else 2e-2
+            for found, wanted in zip(figures, straight[0], strict=True):
+                assert found == pytest.approx(wanted, rel=tolerance), (stage, dtype)
+            assert weights == pytest.approx(straight[1], abs=tolerance), (stage, dtype)

@@ -1,0 +1,127 @@
+"""The exported model is the trained one, whole, in the base checkpoint's dtype."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_run import run_ranks
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.training.model_export import (
+    TensorHeader,
+    _expected_headers,
+    check_headers,
+    checkpoint_dtype,
+    export_model,
+    read_headers,
+)
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from training_factory import make_engine, random_pairs, tiny_policy, train_steps
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+BATCHES = [random_pairs(4, seed=step) for step in range(2)]
+IDS = torch.tensor([[5, 9, 3, 17, 60]])
+
+
+def _write_base(folder: Path, *, tied: bool) -> Path:
+    """A bf16 base checkpoint with a tokenizer."""
+    policy = tiny_policy(tied=tied).bfloat16()
+    policy.config.use_cache = True
+    policy.config.attention_dropout = 0.1
+    policy.save_pretrained(folder)
+    words = {f"w{number}": number for number in range(64)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def train_and_export(folder: str) -> list[Any]:
+    """Export after two steps, replacing a stale model; what the policy itself says stays to compare with."""
+    answers = []
+    for stage, tied in ((3, False), (3, True), (1, False)):
+        base = Path(folder) / f"base_{tied}"
+        output = Path(folder) / f"{stage}_{tied}"
+        engine = make_engine(Path(folder), zero_stage=stage, num_ranks=2, tied=tied)
+        train_steps(engine, BATCHES, learning_rate=1e-2, micro_steps=1)
+        if engine.rank == 0:
+            (output / "model").mkdir(parents=True)
+            (output / "model" / "stale").touch()
+        torch.distributed.barrier()
+        export_model(engine, output / "model", base_folder=base)
+        engine.deepspeed.eval()
+        policy: Any = engine.scorer.model
+        with torch.no_grad():
+            answers.append(policy(input_ids=IDS).logits.flatten().tolist())
+    return answers
+
+
+def test_a_trained_model_loads_with_from_pretrained_and_answers_as_the_policy(tmp_path: Path) -> None:
+    for tied in (False, True):
+        _write_base(tmp_path / f"base_{tied}", tied=tied)
+    answers, _ = run_ranks(train_and_export, str(tmp_path), num_ranks=2)
+    for (stage, tied), expected in zip(((3, False), (3, True), (1, False)), answers, strict=True):
+        output, base = tmp_path / f"{stage}_{tied}", tmp_path / f"base_{tied}"
+        assert [path.name for path in output.iterdir()] == ["model"]
+        assert not (output / "model" / "stale").exists()
+        model, loading = AutoModelForCausalLM.from_pretrained(output / "model", output_loading_info=True)
+        assert not loading["missing_keys"]
+        assert not loading["unexpected_keys"]
+        assert model.dtype == torch.bfloat16
+        assert model.config.tie_word_embeddings == tied
+        assert read_headers(output / "model") == read_headers(base)
+        with torch.no_grad():
+            found = model.float()(input_ids=IDS).logits
+            untrained = tiny_policy(tied=tied)(input_ids=IDS).logits
+        # Rounded to bf16 on the way; training moved the answers much further.
+        expected_logits = torch.tensor(expected).view_as(found)
+        assert (found - expected_logits).abs().max() < 0.1
+        assert (untrained - expected_logits).abs().max() > 0.3
+        assert PreTrainedTokenizerFast.from_pretrained(output / "model").chat_template == "{{ messages }}"
+        config = json.loads((output / "model" / "config.json").read_text())
+        assert (config["dtype"], config["use_cache"], config["attention_dropout"]) == ("bfloat16", True, 0.1)
+
+
+def test_a_file_that_lacks_a_tensor_or_has_another_shape_or_dtype_is_refused(tmp_path: Path) -> None:
+    tiny_policy().save_pretrained(tmp_path)
+    expected = read_headers(tmp_path)
+    check_headers(tmp_path, expected)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(DpoCacheError, match="2 tensors differ") as caught:
+        check_headers(tmp_path, expected)
+    assert "lm_head.weight: None instead of TensorHeader(dtype='F32', shape=(64, 16))" in str(caught.value)
+    assert "model.norm.weight: TensorHeader(dtype='F16'" in str(caught.value)
+
+
+def test_an_architecture_that_fuses_its_experts_is_checked_under_the_names_it_is_saved_with(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+    )
+    model = MixtralForCausalLM(config)
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    expected = _expected_headers(model, state)
+    assert expected == read_headers(tmp_path)
+    assert expected["lm_head.weight"] == TensorHeader(dtype="F32", shape=(32, 16))
+    assert len([name for name in expected if "experts" in name]) == 4 * 3
+
+
+def test_the_dtype_of_a_checkpoint_is_that_of_most_of_its_numbers(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(9, dtype=torch.bfloat16), "b": torch.zeros(8)}, tmp_path / "x.safetensors")
+    assert checkpoint_dtype(tmp_path) == torch.bfloat16
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DpoCacheError, match="holds no safetensors file"):
+        checkpoint_dtype(tmp_path / "empty")
