@@ -13,14 +13,22 @@ from .layouts import best_fit
 from .prompt_group import PromptGroup, group_by_prompt, prompt_group
 from .scoring_batch import Layout
 
+CPU_FILL_TOKENS = 512
+"""Batches of more than this only fall out of a CPU's caches: one prompt group is work enough for its cores."""
 
-def plan_batches(pairs: Sequence[TokenPair], layout: Layout, *, tokens_per_batch: int) -> list[list[int]]:
+
+def plan_batches(
+    pairs: Sequence[TokenPair], layout: Layout, *, tokens_per_batch: int, fill_tokens: int | None = None
+) -> list[list[int]]:
     """Split pairs into batches, every pair in exactly one, pairs of one prompt together as far as the budget goes.
 
     Args:
         pairs: What is to be scored.
         layout: The layout the batches will have.
         tokens_per_batch: Budget of a batch. A pair that is longer alone gets a batch of its own.
+        fill_tokens: Prompt groups are put together only up to this many tokens; None for the budget. Below the
+            budget it makes batches smaller without splitting a group, whose shared responses would then be scored
+            more than once.
 
     Returns:
         For each batch the indices of its pairs, the batch with the longest row first.
@@ -30,10 +38,11 @@ def plan_batches(pairs: Sequence[TokenPair], layout: Layout, *, tokens_per_batch
         for group in group_by_prompt(pairs)
         for part in split_group(group, pairs, layout, tokens_per_batch=tokens_per_batch)
     ]
+    fill_tokens = min(fill_tokens or tokens_per_batch, tokens_per_batch)
     if layout is Layout.PACKED:
-        batches = best_fit([group.num_tokens for group in groups], tokens_per_batch)
+        batches = best_fit([group.num_tokens for group in groups], fill_tokens)
     else:
-        batches = _fill_rectangles(groups, layout, tokens_per_batch)
+        batches = _fill_rectangles(groups, layout, fill_tokens)
     return [[pair for number in batch for pair in groups[number].pairs] for batch in batches]
 
 
@@ -54,12 +63,12 @@ def split_group(
     return [*parts, prompt_group(pairs, indices)]
 
 
-def _fill_rectangles(groups: Sequence[PromptGroup], layout: Layout, tokens_per_batch: int) -> list[list[int]]:
+def _fill_rectangles(groups: Sequence[PromptGroup], layout: Layout, fill_tokens: int) -> list[list[int]]:
     """Neighbours in length share a batch: hardly any padding, and every batch is as full as the budget lets it."""
     by_length = sorted(range(len(groups)), key=lambda number: -_row_tokens(groups[number], layout))
     batches: list[list[int]] = []
     for number in by_length:
-        if batches and _rectangle([groups[member] for member in [*batches[-1], number]], layout) <= tokens_per_batch:
+        if batches and _rectangle([groups[member] for member in [*batches[-1], number]], layout) <= fill_tokens:
             batches[-1].append(number)
         else:
             batches.append([number])

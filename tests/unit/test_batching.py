@@ -68,6 +68,16 @@ def test_pairs_of_a_prompt_stay_together_and_their_shared_response_is_counted_on
     assert plan_batches(pairs, Layout.PACKED, tokens_per_batch=group.num_tokens) == [list(group.pairs)]
 
 
+@pytest.mark.parametrize("layout", [Layout.PACKED, Layout.PREFIX_SHARED])
+def test_a_fill_below_the_budget_joins_less_and_splits_nothing(layout: Layout) -> None:
+    pairs = some_pairs(5, prompts=30, pairs_of_prompt=5)
+    plan = plan_batches(pairs, layout, tokens_per_batch=1000, fill_tokens=60)
+    groups = [group_by_prompt([pairs[index] for index in batch]) for batch in plan]
+    assert sum(map(len, groups)) == len(group_by_prompt(pairs))
+    assert any(group.num_tokens > 60 for members in groups for group in members)
+    assert all(len(members) == 1 or sum(group.num_tokens for group in members) <= 60 for members in groups)
+
+
 def test_packing_needs_no_more_batches_than_the_tokens_do() -> None:
     pairs = some_pairs(3, prompts=400, pairs_of_prompt=1)
     plan = plan_batches(pairs, Layout.PACKED, tokens_per_batch=1000)

@@ -119,7 +119,7 @@ class LoraLinear(nn.Linear):
     """Stands for any layer that computes something else than its weight says."""
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches every operation for the largest tensor that it makes."""
 
     elements = 0
