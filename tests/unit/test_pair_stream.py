@@ -14,7 +14,7 @@ from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import mixture as mixture_module
 from dpo_cache.pipeline.cache import pair_stream, shard_file
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
-from dpo_cache.pipeline.cache.example_key import key_at
+from dpo_cache.pipeline.cache.example_key import example_key, key_at
 from dpo_cache.pipeline.cache.mixture import Mixture, MixtureRows
 from dpo_cache.pipeline.cache.pair_order import epoch_order
 from dpo_cache.pipeline.cache.pair_stream import PairStream
@@ -182,6 +182,27 @@ def test_a_mixture_that_points_at_other_rows_is_refused(cache: ReferenceCache) -
     mixture = forged()
     mixture.shards.clear()
     with pytest.raises(DpoCacheError, match="names a shard that it does not list"):
+        PairStream(cache, mixture).read(np.array([0]))
+
+
+def test_a_row_whose_ids_are_not_those_of_its_key_is_refused(cache: ReferenceCache) -> None:
+    """Digests, places and lengths are right; somebody changed a token and made the shard anew."""
+    rows = make_rows(3)
+    changed = dataclasses.replace(rows[1].pair, prompt_ids=rows[1].pair.prompt_ids ^ 1)
+    mixture = fill_cache(cache, [rows[0], dataclasses.replace(rows[1], pair=changed), rows[2]], shard_rows=3)
+    with pytest.raises(DpoCacheError, match=f"the key {rows[1].key.hex()} is not that of its token ids"):
+        PairStream(cache, mixture).read(np.arange(3))
+
+
+def test_a_row_of_the_right_lengths_and_another_key_is_refused(cache: ReferenceCache) -> None:
+    row = make_rows(1)[0]
+    other_pair = dataclasses.replace(row.pair, prompt_ids=row.pair.prompt_ids ^ 1)
+    rows = [row, dataclasses.replace(row, pair=other_pair, key=example_key(other_pair))]
+    cache.write_shard(rows)
+    index = cache.key_index()
+    swapped = dataclasses.replace(index, rows=index.rows[::-1])
+    mixture = cache.write_mixture("x", mixture_rows(rows), key_index=swapped, tokenization={}, sources=[{}], dropped={})
+    with pytest.raises(DpoCacheError, match="which holds another"):
         PairStream(cache, mixture).read(np.array([0]))
 
 
