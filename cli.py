@@ -5,11 +5,11 @@ Nothing heavy is imported here: ``--help`` answers at once, torch arrives with t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,13 @@ def build_command(as_json: bool, **values: Any) -> None:
       dpo-cache build --model allenai/Llama-3.1-Tulu-3-8B-SFT \\
           --dataset allenai/llama-3.1-tulu-3-8b-preference-mixture --cache tulu3-cache
     """
-    with faults_explained():
+    with faults_explained(), stdout_for_reports():
         config = BuildConfig(**values)
         from .stages.build import build
 
         report = build(config)
-        if report is not None:
-            _print_report(report.summary(), report.to_json() if as_json else None)
+    if report is not None:
+        _print_report(report.summary(), report.to_json() if as_json else None)
 
 
 @dpo_cache.command("score", hidden=True)
@@ -96,16 +96,16 @@ def dpo_train(as_json: bool, **values: Any) -> None:
     Example:
       dpo-train --cache tulu3-cache --output runs/beta-5 --beta 5 --global-batch-size 128
     """
-    with faults_explained():
+    with faults_explained(), stdout_for_reports():
         config = TrainConfig(**values)
         from .stages.train import train
 
         report = train(config)
-        if report is not None:
-            _print_report(report.summary(), report.to_json() if as_json else None)
+    if report is not None:
+        _print_report(report.summary(), report.to_json() if as_json else None)
 
 
-@contextmanager
+@contextlib.contextmanager
 def faults_explained() -> Iterator[None]:
     """A fault the user can mend ends in its message and exit code 1, without a traceback."""
     try:
@@ -114,8 +114,13 @@ def faults_explained() -> Iterator[None]:
         _tell(f"Error: {fault}")
         sys.exit(1)
     except KeyboardInterrupt:
-        _tell("Stopped.")
+        _tell("Stopped: what is finished stays.")
         sys.exit(1)
+
+
+def stdout_for_reports() -> contextlib.redirect_stdout[Any]:
+    """Send what libraries print to stderr while they work, some of it as early as their import."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _tell(message: str) -> None:

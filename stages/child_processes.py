@@ -6,7 +6,6 @@ parent is, and takes its siblings with it when it fails: a rank whose peers are 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -15,12 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from ..errors import DpoCacheError
+from .stop_request import stop_requests
 
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.1
@@ -59,7 +58,7 @@ def run_children(
         DpoCacheError: A child failed and the others do not go on.
         KeyboardInterrupt: This process was asked to stop (Ctrl-C or SIGTERM) and the children have stopped.
     """
-    with tempfile.TemporaryDirectory(prefix="dpo-cache-") as folder, _stop_requests() as stop_requested:
+    with tempfile.TemporaryDirectory(prefix="dpo-cache-") as folder, stop_requests() as stop_requested:
         children = [
             _start(command, environment, Path(folder) / f"fault-{number}")
             for number, (command, environment) in enumerate(zip(commands, environments, strict=True))
@@ -79,6 +78,11 @@ def run_children(
         if faults and not survivors_go_on:
             raise DpoCacheError("\n".join(faults))
         return faults
+
+
+def is_child() -> bool:
+    """Whether :func:`run_children` started this process; then its parent reports."""
+    return "DPO_CACHE_FAULT_FILE" in os.environ
 
 
 def python_command(*arguments: str) -> list[str]:
@@ -125,17 +129,19 @@ def _start(command: Sequence[str], environment: Mapping[str, str], fault_file: P
 
 
 def _stop_all(children: Sequence[Child], grace_s: float) -> None:
-    """Ask, wait, insist."""
+    """Ask, wait, insist. Once one has failed, the others can only wait for it: they get the usual grace at most."""
     for child in children:
         if child.process.poll() is None:
             child.process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
+    asked = time.monotonic()
+    while any(child.process.poll() is None for child in children):
+        has_failure = any(child.process.poll() for child in children)
+        if time.monotonic() - asked > (min(grace_s, GRACE_S) if has_failure else grace_s):
+            break
+        time.sleep(POLL_S)
     for child in children:
-        try:
-            child.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.process.kill()
-            child.process.wait()
+        child.process.kill()
+        child.process.wait()
 
 
 def _faults(children: Sequence[Child]) -> list[str]:
@@ -149,21 +155,3 @@ def _faults(children: Sequence[Child]) -> list[str]:
 
 def _how(return_code: int) -> str:
     return f"exit code {return_code}" if return_code > 0 else signal.Signals(-return_code).name
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a question one can ask; a second one takes effect at once."""
-    requested: list[int] = []
-
-    def remember(signum: int, _frame: FrameType | None) -> None:
-        if requested:
-            raise KeyboardInterrupt
-        requested.append(signum)
-
-    previous = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(requested)
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import DpoCacheError
 
 LOCK = ".lock"
-BEFORE_FIRST_STEP = {LOCK, "config.json", "step0.json"}
+BEFORE_FIRST_STEP = {LOCK, "config.json", "step0.json", "dry-run.json"}
 """What a run that failed before its first update leaves: nothing to lose, nothing to resume."""
 
 

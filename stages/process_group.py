@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +28,7 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
     if ranks.num_ranks == 1 and "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())  # alone: two runs on one machine must not meet
     os.environ.update(rendezvous_environment(ranks))
+    _quiet_deepspeed()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", ranks.rank_of_node) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -74,3 +77,9 @@ def any_rank(value: bool, device: torch.device) -> bool:
     flag = torch.tensor(int(value), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
+
+
+def _quiet_deepspeed() -> None:
+    """Its notes at level INFO, and torch's about calls that DeepSpeed makes, are not for people who train."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed.* is deprecated", category=FutureWarning)

@@ -6,34 +6,31 @@ is one of the ranks itself.
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+import os
 
 import torch
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
-from .child_processes import free_port, python_command, run_children, threads_for
-from .process_group import process_group
+from .child_processes import free_port, is_child, python_command, run_children, threads_for
 from .progress import quiet_libraries
 from .ranks import Ranks, ranks_from_environment
 from .recipe import Recipe, resolve_recipe
 from .setting import command_line_of
 from .train_config import TrainConfig
+from .train_dry_run import DryRunReport
 from .train_report import TrainReport
-from .training_run import TrainingRun
 
 SAVING_GRACE_S = 600.0
 """How long ranks that are asked to stop may take to finish their step and save."""
 
 
-def train(config: TrainConfig) -> TrainReport | Recipe | None:
+def train(config: TrainConfig) -> TrainReport | DryRunReport | Recipe | None:
     """Run stage two.
 
     Returns:
-        The finished run; the resolved numbers with ``--plan``; None on ranks that do not report.
+        The finished run; what was measured with ``--dry-run``; the resolved numbers with ``--plan``; None on ranks
+        that do not report.
 
     Raises:
         DpoCacheError: A fault of the settings, the cache, the model or the machine.
@@ -61,7 +58,7 @@ def _plan(config: TrainConfig, num_ranks: int) -> Recipe:
     return resolve_recipe(config, cache, cache.read_mixture(config.mixture), num_ranks=num_ranks)
 
 
-def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport:
+def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport | DryRunReport:
     """One child a rank; this process waits, passes on what it is asked, and reports."""
     on_gpu = torch.cuda.is_available()
     if on_gpu and num_ranks > torch.cuda.device_count():
@@ -80,26 +77,16 @@ def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport:
         [{**rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)],
         grace_s=SAVING_GRACE_S,
     )
-    return TrainReport.read(config.output)
+    return DryRunReport.read(config.output) if config.dry_run else TrainReport.read(config.output)
 
 
-def _train_rank(config: TrainConfig, ranks: Ranks) -> TrainReport | None:
-    with stop_requests() as stop_requested, process_group(ranks) as device:
-        run = TrainingRun(config, ranks, device, stop_requested)
-        report = run.run()
-    return report if ranks.rank == 0 else None
+def _train_rank(config: TrainConfig, ranks: Ranks) -> TrainReport | DryRunReport | None:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks once, when it is imported
+    from .process_group import process_group
+    from .training_run import TrainingRun
 
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM and Ctrl-C into a question, asked after each update; a second one takes effect at once."""
-    requested: list[int] = []
-
-    def remember(signum: int, _frame: FrameType | None) -> None:
-        if requested:
-            raise KeyboardInterrupt
-        requested.append(signum)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, remember)
-    yield lambda: bool(requested)
+    with process_group(ranks) as device:
+        run = TrainingRun(config, ranks, device)
+        report = run.dry_run() if config.dry_run else run.run()
+    return report if ranks.rank == 0 and not is_child() else None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
@@ -63,9 +66,9 @@ class MicroBatches:
         """Tokens of these rows, each prompt once."""
         return int(self._lengths[rows].sum())
 
-    def close(self) -> None:
-        """Close the shards."""
-        self._stream.close()
+    def longest(self, rows: npt.NDArray[np.int64]) -> int:
+        """Tokens of the longest of these rows."""
+        return int(self._lengths[rows].max())
 
 
 class TrainingLoop:
@@ -130,6 +133,34 @@ class TrainingLoop:
             for share in self._evaluation.of(rows):
                 metrics.add(self._engine.evaluate(self._evaluation.read(share)))
         return {"training_step": updates_done, **metrics.reduce()}
+
+    def time_heaviest_batches(self) -> float:
+        """Forward and backward on the first epoch's batch of most tokens and on that of the longest pair.
+
+        Nothing is updated: the gradients are left lying.
+
+        Returns:
+            Seconds of the slower one.
+        """
+        batches = [self._plan.batch(step) for step in range(self._plan.steps_per_epoch)]
+        heaviest = {
+            max(batches, key=lambda batch: self._training.tokens(batch.rows)).step,
+            max(batches, key=lambda batch: self._training.longest(batch.rows)).step,
+        }
+        return max(self._time_batch(batches[step]) for step in sorted(heaviest))
+
+    def peak_memory_gib(self) -> float:
+        """The most memory any rank has held; all ranks call this."""
+        return self._new_metrics().reduce()["perf/peak_memory_gib"]
+
+    def _time_batch(self, batch: GlobalBatch) -> float:
+        started = time.perf_counter()
+        shares = self._training.of(batch.rows)
+        for rows in shares:
+            self._engine.micro_step(self._training.read(rows), num_pairs=len(batch.rows), is_last=False)
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
 
     def _new_metrics(self, prefix: str = "") -> PairMetrics:
         return PairMetrics(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -40,7 +42,9 @@ from .policy import PolicyOrigin, check_policy, find_policy, load_policy
 from .process_group import all_or_none, any_rank
 from .ranks import Ranks
 from .recipe import resolve_recipe, warnings_of
+from .stop_request import stop_requests
 from .train_config import TrainConfig
+from .train_dry_run import DryRunReport
 from .train_report import TrainReport
 from .training_loop import MicroBatches, TrainingLoop
 
@@ -52,16 +56,12 @@ class TrainingRun:
         config: The settings.
         ranks: Which rank of how many this is; the process group stands.
         device: This rank's device.
-        stop_requested: Whether this process was asked to stop.
     """
 
-    def __init__(
-        self, config: TrainConfig, ranks: Ranks, device: torch.device, stop_requested: Callable[[], bool]
-    ) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
         self._config = config
         self._ranks = ranks
         self._device = device
-        self._stop_requested = stop_requested
         self._is_main = ranks.rank == 0
         self._started = time.monotonic()
 
@@ -73,16 +73,45 @@ class TrainingRun:
             KeyboardInterrupt: Asked to stop; a checkpoint was saved.
         """
         with ExitStack() as held:
-            all_or_none(lambda: self._claim_output(held), on=self._is_main)
-            self._open_cache()
-            self._recipe = resolve_recipe(self._config, self._cache, self._mixture, num_ranks=self._ranks.num_ranks)
-            for warning in warnings_of(self._recipe):
-                self._say(f"warning: {warning}")
+            self._prepare(held)
             checkpoint = self._find_checkpoint()
             origin = self._find_policy()
             self._write_config(origin)
             self._start_engine(origin, checkpoint)
             return self._train(origin, checkpoint)
+
+    def dry_run(self) -> DryRunReport:
+        """Forward and backward on the heaviest global batches, and one save; nothing is trained or kept.
+
+        Raises:
+            DpoCacheError: On all ranks alike.
+        """
+        with ExitStack() as held:
+            self._prepare(held)
+            origin = self._find_policy()
+            self._start_engine(origin, None)
+            seconds_per_step = self._loop.time_heaviest_batches()
+            trial = self._config.output / "model.dry-run"
+            saving = time.monotonic()
+            export_model(self._engine, trial, base_folder=origin.model.folder)
+            report = DryRunReport(
+                seconds_per_step=seconds_per_step,
+                hours=seconds_per_step * self._recipe.total_steps / 3600,
+                seconds_per_save=time.monotonic() - saving,
+                peak_memory_gib=self._loop.peak_memory_gib(),
+                steps=self._recipe.total_steps,
+            )
+            if self._is_main:
+                shutil.rmtree(trial, ignore_errors=True)
+                report.write(self._config.output)
+            return report
+
+    def _prepare(self, held: ExitStack) -> None:
+        all_or_none(lambda: self._claim_output(held), on=self._is_main)
+        self._open_cache()
+        self._recipe = resolve_recipe(self._config, self._cache, self._mixture, num_ranks=self._ranks.num_ranks)
+        for warning in warnings_of(self._recipe):
+            self._say(f"warning: {warning}")
 
     # ---- before the model is loaded --------------------------------------------------------------------------------
 
@@ -209,28 +238,33 @@ class TrainingRun:
             tracking=self._tracking(checkpoint),
         )
         eval_before = self._evaluate(log, 0) if checkpoint is None else None
-        line: dict[str, float] = {}
-        for step in range(first_step, self._recipe.total_steps):
-            batch, grad_norm = self._loop.update(step)
-            log.advance()
-            done = step + 1
-            is_last = done == self._recipe.total_steps
-            if done % self._config.logging_steps == 0 or is_last:
-                line = self._loop.line(batch, grad_norm)
-                log.write(line)
-            if self._config.eval_steps and done % self._config.eval_steps == 0 and not is_last:
-                self._evaluate(log, done)
-            stop = any_rank(self._stop_requested(), self._device) and not is_last
-            if stop or is_last or (self._config.checkpointing_steps and done % self._config.checkpointing_steps == 0):
-                self._save(done, log)
-            if stop:
-                log.close()
-                self._say(f"stopped after update {done} of {self._recipe.total_steps}; --resume goes on from there")
-                raise KeyboardInterrupt
+        with stop_requests() as stop_requested:
+            line = self._update_until_done(log, first_step, stop_requested)
         eval_after = self._evaluate(log, self._recipe.total_steps)
         log.close()
         export_model(self._engine, self._config.output / "model", base_folder=origin.model.folder)
         return self._report(step_zero, eval_before, eval_after, line)
+
+    def _update_until_done(self, log: RunLog, first_step: int, stop_requested: Callable[[], bool]) -> dict[str, float]:
+        """All updates from ``first_step`` on; the last logged line."""
+        line: dict[str, float] = {}
+        for step in range(first_step, self._recipe.total_steps):
+            batch, grad_norm = self._loop.update(step)
+            log.advance()
+            done, is_last = step + 1, step + 1 == self._recipe.total_steps
+            if is_last or done % self._config.logging_steps == 0:
+                line = self._loop.line(batch, grad_norm)
+                log.write(line)
+            if self._config.eval_steps and done % self._config.eval_steps == 0 and not is_last:
+                self._evaluate(log, done)
+            stop = any_rank(stop_requested(), self._device) and not is_last
+            if stop or is_last or (self._config.checkpointing_steps and done % self._config.checkpointing_steps == 0):
+                self._save(done, log)
+            if stop:
+                log.close()
+                self._say(f"saved after update {done} of {self._recipe.total_steps}; --resume goes on from there")
+                raise KeyboardInterrupt
+        return line
 
     def _prove_step_zero(self, origin: PolicyOrigin) -> StepZeroFigures:
         figures = self._loop.prove_step_zero()
@@ -286,7 +320,7 @@ class TrainingRun:
             pairs=round(last_line.get("epoch", 0.0) * self._recipe.num_pairs),
             seconds=time.monotonic() - self._started,
             reference_forwards=0,
-            step0=asdict(step_zero) if step_zero else None,
+            step0=asdict(step_zero) if step_zero else self._recorded_step_zero(),
             eval_before=eval_before,
             eval_after=eval_after,
             last=last_line,
@@ -294,6 +328,11 @@ class TrainingRun:
         if self._is_main:
             report.write()
         return report
+
+    def _recorded_step_zero(self) -> dict[str, Any] | None:
+        """The proof of a resumed run was made when it began."""
+        recorded = self._config.output / "step0.json"
+        return json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else None
 
     @property
     def _checkpoints(self) -> Path:

@@ -1,0 +1,52 @@
+"""What a dry run measured, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .output_folder import write_json
+
+FILE = "dry-run.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DryRunReport:
+    """Measured on the heaviest global batches.
+
+    Attributes:
+        seconds_per_step: Forward and backward of the slowest global batch, without the update.
+        hours: What the whole run would take if every batch were as heavy.
+        seconds_per_save: Writing the model once.
+        peak_memory_gib: The most memory any rank held, on its GPU, or in all on a CPU.
+        steps: Updates of the run.
+    """
+
+    seconds_per_step: float
+    hours: float
+    seconds_per_save: float
+    peak_memory_gib: float
+    steps: int
+
+    def write(self, output: Path) -> None:
+        """Leave it in the run's folder, where a run may still begin."""
+        write_json(output / FILE, asdict(self))
+
+    @classmethod
+    def read(cls, output: Path) -> DryRunReport:
+        """Read what :meth:`write` wrote."""
+        return cls(**json.loads((output / FILE).read_text(encoding="utf-8")))
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """The closing lines on a terminal."""
+        return (
+            f"the heaviest global batch takes {self.seconds_per_step:.1f} s; {self.steps} such updates would take "
+            f"{self.hours:.2f} h\nat most {self.peak_memory_gib:.2f} GiB on a rank; saving the model takes "
+            f"{self.seconds_per_save:.1f} s\nnothing was trained; the same command without --dry-run starts the run"
+        )
