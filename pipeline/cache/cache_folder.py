@@ -15,7 +15,7 @@ from .canonical_json import JsonObject, read_sealed_json, take, write_sealed_jso
 from .durable_file import make_folder_durably, remove_durably, write_durably
 from .folder_lock import building_lock, creation_lock, maintenance_lock
 from .key_index import KeyIndex, build_key_index
-from .mixture import Mixture, MixtureRows, check_name, read_mixture, write_mixture, write_pointer
+from .mixture import MIXTURE_NAME, Mixture, MixtureRows, check_name, read_mixture, write_mixture, write_pointer
 from .parquet_file import reading
 from .reference_identity import ReferenceIdentity, differences
 from .shard_file import FORMAT_VERSION, SHARD_NAME, ScoredPair, ShardReader, ShardRef, verify_shard, write_shard
@@ -202,10 +202,11 @@ class ReferenceCache:
         return ShardSurvey(usable=usable, unusable=unusable)
 
     def mixture_names(self) -> list[str]:
-        """Names of the mixtures that have a pointer, sorted."""
+        """Names of the mixtures that have a pointer, sorted; files of other names are none of ours."""
         folder = self.path / "mixtures"
         with reading(folder):
-            return sorted(path.stem for path in folder.glob("*.json")) if folder.exists() else []
+            pointers = sorted(folder.glob("*.json")) if folder.exists() else []
+            return [path.stem for path in pointers if MIXTURE_NAME.fullmatch(path.stem)]
 
     def read_mixture(self, name: str) -> Mixture:
         """Read a mixture's pointer; see :func:`~.mixture.read_mixture`.

@@ -29,7 +29,7 @@ BLOCK_ROWS = 1024
 """Training pairs of one block: a row group of the table, the grain of shuffled reading."""
 MAX_POINTER_BYTES = 64 << 20
 MAX_NAMED_KEYS = 10
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MIXTURE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 TABLE_SCHEMA = pa.schema(
@@ -358,7 +358,7 @@ def read_mixture(cache_path: Path, name: str) -> Mixture:
 
 def check_name(name: str) -> None:
     """Refuse a mixture name that could name anything but one file of the folder."""
-    if not _NAME.fullmatch(name):
+    if not MIXTURE_NAME.fullmatch(name):
         raise DpoCacheError(
             f"{name[:128]!r} cannot name a mixture",
             expected="up to 128 letters, digits, '.', '_' and '-', starting with a letter or digit",

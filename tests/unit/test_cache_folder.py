@@ -25,6 +25,7 @@ def test_a_cache_is_opened_as_it_was_made_and_holds_nothing_but_its_four_parts(t
     assert opened.reference_id == make_identity().digest
     assert opened.vocabulary_sha256 == "b" * 64
     assert opened.recorded == {"model": "made up"}
+    (made.path / "mixtures" / ".train.json.swp.json").touch()
     assert opened.mixture_names() == ["train"]
     assert sorted(os.listdir(made.path)) == ["cache.json", "mixtures", "shards", "tmp"]
     assert all(path.name.endswith(".lock") for path in (made.path / "tmp").iterdir())
