@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..pipeline.cache.mixture import MixtureRows
 from ..pipeline.cache.pair_spool import PairSpoolWriter
 from ..pipeline.data.dataset_source import DatasetSource
 from ..pipeline.data.pair_tokenizer import PairTokenizer, TokenizationSettings
-from ..pipeline.data.preference import UnusableRow
+from ..pipeline.data.preference import UnusableRow, unused_columns
 from ..pipeline.data.token_pair import TokenPair
 from ..pipeline.data.tokenized_rows import TokenizedChunk, source_format, tokenize_rows
 from .progress import Progress
@@ -124,11 +124,21 @@ def _read_source(collector: _Collector, number: int, source: DatasetSource, sett
     )
     done = 0
     with Progress(len(row_numbers), unit="row", title=f"tokenise {source.spec.path}") as progress:
-        progress.say(f"{source.spec}: {source_format(source).description}")
+        for line in _described(source):
+            progress.say(line)
         for chunk in chunks:
             collector.add(number, str(source.spec), chunk, repeats_of)
             done += len(chunk.source_rows)
             progress.reach(done)
+
+
+def _described(source: DatasetSource) -> Iterator[str]:
+    """How a source is read, and what of it is not."""
+    preference_format = source_format(source)
+    yield f"{source.spec}: {preference_format.description}"
+    unused = unused_columns(source.column_names, preference_format)
+    if unused:
+        yield f"{source.spec}: columns that are not used: {', '.join(unused)}"
 
 
 class _Collector:

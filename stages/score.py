@@ -16,7 +16,7 @@ from ..pipeline.cache.example_key import example_key
 from ..pipeline.cache.pair_spool import PairSpool
 from ..pipeline.cache.shard_file import VALUE_COLUMNS, ScoredPair, unusable_values
 from ..pipeline.data.token_pair import TokenPair
-from ..pipeline.scoring.batching import plan_batches
+from ..pipeline.scoring.batching import CPU_FILL_TOKENS, plan_batches
 from ..pipeline.scoring.layout_choice import choose_layout
 from ..pipeline.scoring.layouts import scoring_batch
 from ..pipeline.scoring.model_loading import load_causal_lm
@@ -69,6 +69,7 @@ class UnitScorer:
         self._cache = ReferenceCache.open(Path(plan.cache))
         self._spool = PairSpool(Path(plan.spool))
         self._device = _device_of(rank_of_node)
+        self._fill_tokens = CPU_FILL_TOKENS if self._device.type == "cpu" else None
         model = load_causal_lm(
             plan.model_folder,
             dtype=getattr(torch, plan.dtype),
@@ -84,7 +85,10 @@ class UnitScorer:
         """Score one unit and write its shard; pairs without finite values are reported instead."""
         pairs = self._spool.read(self._plan.order[unit.start : unit.stop])
         rows: dict[int, ScoredPair] = {}
-        for members in plan_batches(pairs, self._layout, tokens_per_batch=self._plan.tokens_per_batch):
+        batches = plan_batches(
+            pairs, self._layout, tokens_per_batch=self._plan.tokens_per_batch, fill_tokens=self._fill_tokens
+        )
+        for members in batches:
             batch_pairs = [pairs[member] for member in members]
             rows.update(zip(members, self._forward(batch_pairs), strict=True))
             self._queue.add("forwards", 1)

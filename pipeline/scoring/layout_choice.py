@@ -121,7 +121,10 @@ class _SelfTest:
 
     @torch.no_grad()
     def mean_difference(self, layout: Layout) -> float:
-        """Mean absolute difference a token, in nats; NaN if any value is."""
+        """Mean absolute difference a token, in nats; NaN if a value is NaN in the layout alone.
+
+        A pair that the model itself has no finite value for says nothing about the layout.
+        """
         batch = scoring_batch([*self.probe, *self.real], layout).to(self.device)
         ours = token_logps_of_sides(self.scorer(batch).token_logps_N, batch)
         plain = [
@@ -130,7 +133,9 @@ class _SelfTest:
             for side in ("chosen", "rejected")
             for pair in [*self.probe, *self.real]
         ]
-        return float((torch.cat(ours) - torch.cat(plain)).abs().mean())
+        ours_N, plain_N = torch.cat(ours), torch.cat(plain)
+        ours_N = torch.where(plain_N.isnan(), plain_N, ours_N)
+        return float((ours_N - plain_N)[~plain_N.isnan()].abs().sum() / len(plain_N))
 
     def _alone(self, pair: TokenPair, side: str, *, through_full_logits: bool) -> torch.Tensor:
         """Token logps of one sequence that is alone in its batch."""

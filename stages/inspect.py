@@ -1,0 +1,108 @@
+"""What a cache holds, from its pointers alone: quick at any size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.mixture import Mixture
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheReport:
+    """A cache at a glance.
+
+    Attributes:
+        path: The folder.
+        reference_id: Digest of the reference's identity.
+        identity: What the digest is made of.
+        recorded: Names and versions beside it.
+        shards: Number of shard files.
+        shard_bytes: Their bytes together.
+        mixtures: The mixtures by name.
+    """
+
+    path: Path
+    reference_id: str
+    identity: dict[str, Any]
+    recorded: dict[str, Any]
+    shards: int
+    shard_bytes: int
+    mixtures: dict[str, Mixture]
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        return {
+            "path": str(self.path),
+            "reference_id": self.reference_id,
+            "identity": self.identity,
+            "recorded": self.recorded,
+            "shards": self.shards,
+            "shard_bytes": self.shard_bytes,
+            "mixtures": {name: _mixture_json(mixture) for name, mixture in self.mixtures.items()},
+        }
+
+    def text(self) -> str:
+        """For an 80-column terminal."""
+        identity = self.identity
+        lines = [
+            f"cache      {self.path}",
+            f"reference  {self.recorded.get('model')}" + (f" @ {c[:12]}" if (c := self.recorded.get("commit")) else ""),
+            f"           id {self.reference_id[:16]}…  weights {identity['weights_sha256'][:16]}…",
+            f"           {identity['compute_dtype']}, attention {identity['attention']}",
+            f"shards     {self.shards} files, {self.shard_bytes / 2**20:,.1f} MiB",
+        ]
+        for mixture in self.mixtures.values():
+            lines += _mixture_lines(mixture)
+        if not self.mixtures:
+            lines.append("mixtures   none: no build has finished")
+        return "\n".join(lines)
+
+
+def inspect_cache(path: Path) -> CacheReport:
+    """Read what a cache says of itself; no row is read and nothing is verified.
+
+    Raises:
+        DpoCacheError: There is no cache, or a pointer is damaged.
+    """
+    cache = ReferenceCache.open(path)
+    shards = cache.shard_paths()
+    return CacheReport(
+        path=path,
+        reference_id=cache.reference_id,
+        identity=cache.identity.to_json(),
+        recorded=cache.recorded,
+        shards=len(shards),
+        shard_bytes=sum(shard.stat().st_size for shard in shards),
+        mixtures={name: cache.read_mixture(name) for name in cache.mixture_names()},
+    )
+
+
+def _mixture_json(mixture: Mixture) -> dict[str, Any]:
+    return {
+        "digest": mixture.digest,
+        "pairs": mixture.num_pairs,
+        "distinct_pairs": mixture.num_distinct_pairs,
+        "tokens": mixture.num_ids,
+        "dropped": mixture.dropped,
+        "sources": mixture.sources,
+        "tokenization": mixture.tokenization,
+        "shards": len(mixture.shards),
+    }
+
+
+def _mixture_lines(mixture: Mixture) -> list[str]:
+    settings = mixture.tokenization.get("settings", {})
+    tokens = sum(mixture.num_ids.values())
+    dropped = ", ".join(f"{count} {reason}" for reason, count in mixture.dropped.items()) or "nothing"
+    distinct = "" if mixture.num_distinct_pairs == mixture.num_pairs else f" ({mixture.num_distinct_pairs:,} distinct)"
+    return [
+        f"mixture    {mixture.name}",
+        f"           {mixture.num_pairs:,} pairs{distinct}, {tokens:,} tokens, "
+        f"{tokens / mixture.num_pairs:,.0f} a pair",
+        f"           max length {settings.get('max_seq_length')}, {settings.get('truncation')}, {settings.get('mask')}",
+        f"           dropped: {dropped}",
+        *(f"           from {source.get('path')} ({source.get('picked_rows')} rows)" for source in mixture.sources),
+    ]

@@ -1,0 +1,96 @@
+"""Run the real commands as real processes, and read what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Arguments = Sequence[str | Path | int | float]
+
+
+def dpo_cache(*arguments: str | Path | int | float) -> list[str]:
+    """``dpo-cache …`` with this interpreter."""
+    return [sys.executable, "-m", "dpo_cache", *map(str, arguments)]
+
+
+def dpo_train(*arguments: str | Path | int | float) -> list[str]:
+    """``dpo-train …`` with this interpreter."""
+    return dpo_cache("train", *arguments)
+
+
+def run(command: list[str], *, environment: dict[str, str] | None = None, timeout_s: float = 300) -> dict[str, Any]:
+    """Run a command to its end and return its ``--json`` report."""
+    done = subprocess.run(
+        [*command, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        env={**os.environ, **(environment or {})},
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-4000:]}"
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def fails(command: list[str], *, timeout_s: float = 300) -> str:
+    """Run a command that is to fail with a message, and return the message."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    assert done.returncode == 1, f"exit code {done.returncode}\n{done.stderr[-4000:]}"
+    assert "Traceback" not in done.stderr, done.stderr[-4000:]
+    return done.stderr[done.stderr.rindex("Error: ") :]
+
+
+def kill_when(command: list[str], condition: Callable[[], bool], *, timeout_s: float = 120) -> bool:
+    """Start a command and kill it with SIGKILL once the condition holds; False if it ended before."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + timeout_s
+    while process.poll() is None:
+        assert time.monotonic() < deadline, "the condition never held"
+        if condition():
+            process.kill()
+            process.wait()
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def shard_rows(cache: Path) -> pa.Table:
+    """All rows of a cache, read with pyarrow alone."""
+    return pa.concat_tables(pq.read_table(path) for path in sorted((cache / "shards").glob("*.parquet")))
+
+
+def logps_by_key(cache: Path) -> dict[bytes, tuple[float, float]]:
+    """Key to (chosen, rejected) of all rows; no key stands twice."""
+    rows = shard_rows(cache)
+    keys, chosen, rejected = (
+        rows.column(name).to_pylist() for name in ("example_key", "ref_chosen_logps", "ref_rejected_logps")
+    )
+    values = {key: (one, other) for key, one, other in zip(keys, chosen, rejected, strict=True)}
+    assert len(values) == len(keys), "a key stands in two rows"
+    return values
+
+
+def assert_same_logps(
+    ours: dict[bytes, tuple[float, float]], theirs: dict[bytes, tuple[float, float]], *, relative: float
+) -> None:
+    """The same keys, and values that agree."""
+    assert ours.keys() == theirs.keys()
+    keys = sorted(ours)
+    np.testing.assert_allclose([ours[key] for key in keys], [theirs[key] for key in keys], rtol=relative, atol=0)
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, evaluations left out."""
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if "train_loss" in line]

@@ -1,0 +1,201 @@
+"""Stage one on real processes and files: values, reuse, growth, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import assert_same_logps, dpo_cache, fails, logps_by_key, run, shard_rows
+from tiny_model import message_pairs, plain_logps, rendered_pair, write_rows, write_tiny_model
+
+from .conftest import NUM_PAIRS, real_rows
+
+
+def build(reference: Path, dataset: Path | str, cache: Path, *more: str | Path | int) -> list[str]:
+    return dpo_cache("build", "--model", reference, "--dataset", dataset, "--cache", cache, *more)
+
+
+# ---- values ----------------------------------------------------------------------------------------------------
+
+
+def test_cached_values_equal_plain_forwards_of_hand_rendered_text(
+    shared_cache: Path, reference: Path, pairs_file: Path
+) -> None:
+    rows = shard_rows(shared_cache).to_pylist()
+    cached = {tuple(row["prompt_ids"]): row for row in rows}
+    for line in pairs_file.read_text(encoding="utf-8").splitlines():
+        prompt, chosen, rejected = rendered_pair(reference, json.loads(line))
+        row = cached[tuple(prompt)]
+        assert (row["chosen_ids"], row["rejected_ids"]) == (chosen, rejected)
+        assert (row["chosen_tokens"], row["rejected_tokens"]) == (len(chosen), len(rejected))
+        assert row["ref_chosen_logps"] == pytest.approx(plain_logps(reference, prompt, chosen), rel=1e-5)
+        assert row["ref_rejected_logps"] == pytest.approx(plain_logps(reference, prompt, rejected), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "amount", "usable"), [("hh_harmless", 1200, 1195), ("alpaca_eval_pairs", 600, None)])
+def test_real_data_gives_the_same_values_with_1_2_and_3_workers_and_one_row_at_a_time(
+    real_reference: Path, tmp_path: Path, name: str, amount: int, usable: int | None
+) -> None:
+    rows = real_rows(name)[:amount]
+    dataset = write_rows(tmp_path / "rows.jsonl", rows)
+    caches = []
+    for workers in (1, 2, 3):
+        caches.append(tmp_path / f"cache-{workers}")
+        report = run(build(real_reference, dataset, caches[-1], "--num-workers", workers))
+        assert usable in (None, report["distinct_pairs"])
+    first = logps_by_key(caches[0])
+    assert len(first) == report["distinct_pairs"]
+    for other in caches[1:]:
+        assert_same_logps(first, logps_by_key(other), relative=1e-5)
+    for row in shard_rows(caches[0]).to_pylist()[::7]:
+        for side in ("chosen", "rejected"):
+            plain = plain_logps(real_reference, row["prompt_ids"], row[f"{side}_ids"])
+            assert row[f"ref_{side}_logps"] == pytest.approx(plain, rel=1e-5)
+
+
+def test_dropout_in_the_config_does_not_reach_the_values(pairs_file: Path, tmp_path: Path) -> None:
+    noisy = write_tiny_model(tmp_path / "noisy", attention_dropout=0.5)
+    plain = write_tiny_model(tmp_path / "plain")
+    for model, name in ((noisy, "a"), (plain, "b")):
+        run(build(model, pairs_file, tmp_path / name))
+    assert_same_logps(logps_by_key(tmp_path / "a"), logps_by_key(tmp_path / "b"), relative=0)
+
+
+# ---- reuse -----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_build_again_runs_no_forward_and_needs_no_weights(
+    cache: Path, reference: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = sorted(path.name for path in cache.rglob("*.*"))
+    report = run(build(reference, pairs_file, cache))
+    assert (report["pairs_scored"], report["pairs_reused"], report["reference_forwards"]) == (0, NUM_PAIRS, 0)
+    assert sorted(path.name for path in cache.rglob("*.*")) == before
+
+
+def test_more_rows_cost_only_themselves(cache: Path, reference: Path, pairs_file: Path, tmp_path: Path) -> None:
+    more = write_rows(tmp_path / "more.jsonl", message_pairs(50))  # its first forty are the cached ones
+    report = run(build(reference, more, cache, "--replace"))
+    assert (report["pairs_scored"], report["pairs_reused"], report["training_pairs"]) == (10, NUM_PAIRS, 50)
+    others = write_rows(tmp_path / "others.jsonl", message_pairs(5, seed=9))
+    for scored in (5, 0):  # extending twice adds nothing the second time
+        report = run(build(reference, others, cache, "--extend"))
+        assert (report["pairs_scored"], report["training_pairs"]) == (scored, 55)
+
+
+def test_row_order_batch_size_and_number_of_workers_change_no_key_and_no_mixture(
+    shared_cache: Path, reference: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    lines = pairs_file.read_text(encoding="utf-8").splitlines()
+    shuffled = tmp_path / "shuffled.jsonl"
+    shuffled.write_text("\n".join(np.random.default_rng(0).permutation(lines)) + "\n", encoding="utf-8")
+    cache = tmp_path / "cache"
+    run(build(reference, shuffled, cache, "--num-workers", 2, "--tokens-per-batch", 64))
+    assert_same_logps(logps_by_key(cache), logps_by_key(shared_cache), relative=1e-5)
+    digests = [json.loads((folder / "mixtures/train.json").read_text())["digest"] for folder in (cache, shared_cache)]
+    assert digests[0] == digests[1]
+
+
+def test_a_dry_run_counts_and_writes_nothing(reference: Path, pairs_file: Path, tmp_path: Path) -> None:
+    report = run(build(reference, pairs_file, tmp_path / "none", "--dry-run"))
+    assert (report["pairs_scored"], report["pairs_reused"], report["reference_forwards"]) == (NUM_PAIRS, 0, 0)
+    assert not (tmp_path / "none").exists()
+
+
+def test_upsampled_rows_are_scored_once_and_stand_as_often_as_asked(
+    reference: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    report = run(build(reference, f"{pairs_file},amount=2.5", cache))
+    assert (report["pairs_scored"], report["training_pairs"]) == (NUM_PAIRS, int(2.5 * NUM_PAIRS))
+    assert len(logps_by_key(cache)) == NUM_PAIRS
+
+
+def test_two_mixtures_of_one_cache_share_their_rows(cache: Path, reference: Path, pairs_file: Path) -> None:
+    report = run(build(reference, f"{pairs_file},amount=15", cache, "--mixture", "small"))
+    assert (report["pairs_scored"], report["pairs_reused"], report["training_pairs"]) == (0, 15, 15)
+    assert run(dpo_cache("info", cache))["mixtures"].keys() == {"small", "train"}
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------
+
+
+def test_another_models_weights_are_refused_even_under_the_same_path(
+    cache: Path, reference: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    overwritten = tmp_path / "model"
+    shutil.copytree(reference, overwritten)
+    write_tiny_model(overwritten, seed=1)
+    message = fails(build(overwritten, pairs_file, cache))
+    assert "holds the values of another reference (weights_sha256:" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field"),
+    [("--dtype", "bfloat16", "compute_dtype: cached 'float32'"), ("--attn-implementation", "eager", "attention: ")],
+)
+def test_other_numerics_are_refused_by_name(
+    cache: Path, reference: Path, pairs_file: Path, option: str, value: str, field: str
+) -> None:
+    message = fails(build(reference, pairs_file, cache, option, value))
+    assert field in message
+    assert "use another --cache folder" in message
+
+
+def test_a_changed_template_makes_other_keys_and_is_named(
+    cache: Path, reference: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "other.jinja"
+    template.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}")
+    changed = build(reference, pairs_file, cache, "--chat-template", template)
+    message = fails(changed)
+    assert re.search(r"40 are new and 40 are gone, because of chat_template \(was .*, now .*\)", message)
+    assert "--replace" in message
+    report = run([*changed, "--replace"])
+    assert (report["pairs_scored"], report["pairs_reused"]) == (NUM_PAIRS, 0)
+
+
+def test_unusable_rows_are_counted_by_reason_listed_and_refused_beyond_a_share(reference: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = message_pairs(10)
+    rows[3]["rejected"] = rows[3]["chosen"]
+    rows[7]["chosen"] = rows[7]["chosen"][:-1]
+    dataset = write_rows(tmp_path / "rows.jsonl", rows)
+    message = fails(build(reference, dataset, tmp_path / "cache", "--verbose"))
+    assert "2 of 10 rows make no pair: 1 identical-answers, 1 no-assistant-answer" in message
+    report = run(build(reference, dataset, tmp_path / "cache", "--max-unusable-share", "0.2"))
+    assert report["dropped"] == {"identical-answers": 1, "no-assistant-answer": 1}
+    info = run(dpo_cache("info", tmp_path / "cache"))
+    assert info["mixtures"]["train"]["dropped"] == report["dropped"]
+
+
+def test_a_folder_with_something_else_in_it_is_no_cache(reference: Path, pairs_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert "is not a cache and not empty: it holds" in fails(build(reference, pairs_file, tmp_path))
+
+
+def test_a_model_that_yields_nan_names_the_pairs_and_keeps_the_rest(
+    reference: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    model = AutoModelForCausalLM.from_pretrained(reference)
+    poisoned = tokenizer("7 yes", add_special_tokens=False).input_ids[0]  # only in some pairs
+    with torch.no_grad():
+        model.model.embed_tokens.weight[poisoned] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    command = build(tmp_path / "nan", pairs_file, tmp_path / "cache")
+    message = fails(command)
+    assert "no finite log-probability" in message
+    kept = len(logps_by_key(tmp_path / "cache"))
+    assert 0 < kept < NUM_PAIRS
+    assert not (tmp_path / "cache/mixtures/train.json").exists()
+    report = run([*command, "--drop-nonfinite"])
+    assert (report["pairs_reused"], report["training_pairs"]) == (kept, kept)
