@@ -174,7 +174,7 @@ class ReferenceCache:
         """
         indexed = []
         for path in self.shard_paths():
-            if path not in without or self._unusable_because(path) is None:
+            if path not in without or isinstance(self._examine(path), ShardRef):
                 with self.open_shard(path) as shard:
                     indexed.append((_ref_of(shard), shard.keys()))
         return build_key_index(indexed)
@@ -192,14 +192,11 @@ class ReferenceCache:
 
     def usable_shards(self) -> ShardSurvey:
         """Hash every shard and open it: which ones can be relied on, and what is wrong with the others."""
-        usable, unusable = [], []
-        for path in self._shard_entries():
-            reason = self._unusable_because(path)
-            if reason is None:
-                usable.append(self._shard_ref(path))
-            else:
-                unusable.append(UnusableShard(path=path, reason=reason))
-        return ShardSurvey(usable=usable, unusable=unusable)
+        found = [self._examine(path) for path in self._shard_entries()]
+        return ShardSurvey(
+            usable=[shard for shard in found if isinstance(shard, ShardRef)],
+            unusable=[shard for shard in found if isinstance(shard, UnusableShard)],
+        )
 
     def mixture_names(self) -> list[str]:
         """Names of the mixtures that have a pointer, sorted; files of other names are none of ours."""
@@ -280,13 +277,12 @@ class ReferenceCache:
         """The lock of what deletes; see :func:`~.folder_lock.maintenance_lock`."""
         return maintenance_lock(self.path / "tmp", work)
 
-    def _unusable_because(self, path: Path) -> str | None:
+    def _examine(self, path: Path) -> ShardRef | UnusableShard:
         try:
             verify_shard(path)
-            self._shard_ref(path)
+            return self._shard_ref(path)
         except DpoCacheError as error:
-            return error.found
-        return None
+            return UnusableShard(path=path, reason=error.found)
 
     def _shard_ref(self, path: Path) -> ShardRef:
         with self.open_shard(path) as shard:

@@ -34,7 +34,7 @@ from .parquet_file import (
 
 FORMAT_VERSION = 1
 SHARD_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
-MAX_ROW_GROUP_PAIRS = 256
+MAX_ROW_GROUP_PAIRS = 512
 MAX_ROW_GROUP_IDS = 32_768
 """Small row groups: shuffled reading decodes a whole one for a single pair."""
 
