@@ -81,12 +81,13 @@ def save_checkpoint(engine: PolicyEngine, folder: Path, state: TrainerState, *, 
         DpoCacheError: It could not be written. Earlier checkpoints are as they were.
     """
     path = folder / f"step_{state.step}"
-    if engine.rank == 0 and _why_incomplete(path) is not None:
+    exists = [_why_incomplete(path) is None]
+    dist.broadcast_object_list(exists)  # rank 0's view: on a shared file system the others' may be out of date
+    if exists[0]:
+        return path
+    if engine.rank == 0:
         _refuse_failure(lambda: _start_afresh(path), path)
     dist.barrier()
-    # Every rank is past the barrier before rank 0 can write the marker, so all see the same here.
-    if (path / MARKER).exists():
-        return path
     _refuse_failure(lambda: _save_engine(engine, path), path)
     dist.barrier()  # every rank has written its files
     if engine.rank == 0:

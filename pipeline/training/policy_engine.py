@@ -163,8 +163,12 @@ class PolicyEngine:
 
     def _gradient_norm(self) -> float:
         """Norm of the gradient that all ranks hold after the last backward pass of stage 0."""
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        norms = [
+            torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)  # of bf16 gradients too
+            for parameter in self.parameters()
+            if parameter.grad is not None
+        ]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def _refuse_nonfinite_losses(self, training_step: int) -> None:
         """One reduction an update: a rank that stopped alone would leave the others waiting."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.training.global_batches import GlobalBatchPlan, Rows, deal
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -67,6 +67,7 @@ lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
 
 @settings(deadline=None)
 @given(tokens=lengths, num_ranks=st.integers(1, 9), budget=st.integers(1, 5000))
+@example(tokens=[3000] * 3, num_ranks=1, budget=5000)  # two micro-batches have room for all, but no two pairs fit one
 def test_dealing_gives_every_pair_once_the_same_micro_steps_to_all_and_keeps_the_budget(
     tokens: list[int], num_ranks: int, budget: int
 ) -> None:

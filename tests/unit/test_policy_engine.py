@@ -96,9 +96,12 @@ def load_partitioned(folder: str) -> list[Any]:
         loaded = make_engine(Path(folder), zero_stage=3, num_ranks=2, dtype=dtype, load_from=Path(folder) / "policy")
         partitioned = all(parameter.numel() == 0 for parameter in loaded.parameters())
         given = make_engine(Path(folder), zero_stage=3, num_ranks=2, dtype=dtype)
+        recomputing = make_engine(Path(folder), zero_stage=3, num_ranks=2, dtype=dtype)
+        policy: Any = recomputing.scorer.model
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
         figures = [
             train_steps(engine, GLOBAL_BATCHES, learning_rate=LEARNING_RATE, micro_steps=1)
-            for engine in (loaded, given)
+            for engine in (loaded, given, recomputing)
         ]
         results.append((partitioned, *figures))
     return results

@@ -56,7 +56,9 @@ def _figures(engine: PolicyEngine, seed: int) -> dict[str, Any]:
 def test_a_policy_that_is_the_reference_starts_at_ln_2_and_another_is_refused_on_every_rank(
     tmp_path: Path, num_ranks: int
 ) -> None:
-    for same, other in run_ranks(figures_against_references, str(tmp_path), num_ranks=num_ranks):
+    of_ranks = run_ranks(figures_against_references, str(tmp_path), num_ranks=num_ranks)
+    assert all(of_rank == of_ranks[0] for of_rank in of_ranks)
+    for same, other in of_ranks:
         figures = StepZeroFigures(**same)
         assert (figures.pairs, figures.sides) == (5, 10)
         assert figures.loss == pytest.approx(math.log(2), abs=1e-5)

@@ -1,0 +1,35 @@
+"""FLOPs and peaks behind the performance fields."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dpo_cache.pipeline.training.throughput import model_flops, peak_flops_per_second, peak_memory_bytes
+from training_factory import HIDDEN, VOCABULARY, tiny_policy
+
+# Two layers of: q and o (16×16), k and v (8×16), three projections of the MLP (24×16), two norms (16); one last norm.
+BACKBONE = 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16 + 2 * 16) + 16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_are_no_work_and_the_head_is_counted_apart(tied: bool) -> None:
+    flops = model_flops(tiny_policy(tied=tied))
+    assert flops.backbone_parameters == BACKBONE
+    assert flops.head_parameters == VOCABULARY * HIDDEN
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA Nonesuch", None)],
+)
+def test_peaks_are_known_by_name_or_not_at_all(
+    name: str, teraflops: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    expected = None if teraflops is None else teraflops * 1e12
+    assert peak_flops_per_second(torch.device("cuda")) == expected
+    assert peak_flops_per_second(torch.device("cpu")) is None
+
+
+def test_peak_memory_of_a_cpu_process_is_in_bytes() -> None:
+    assert 2**24 < peak_memory_bytes(torch.device("cpu")) < 2**40
