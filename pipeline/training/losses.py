@@ -16,33 +16,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ...errors import DpoCacheError
+from ..scoring.scoring_batch import PairLogps
 
 
-class SideLogps(Protocol):
-    """Log-probabilities of both sides summed over scored tokens, float64, shape (B,)."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ReferenceLogps:
+    """The cached log-probabilities of the reference, float64 of shape (B,), sums in nats."""
 
-    @property
-    def chosen_logps_B(self) -> Tensor: ...
+    chosen_logps_B: Tensor
+    rejected_logps_B: Tensor
 
-    @property
-    def rejected_logps_B(self) -> Tensor: ...
-
-
-class CountedSideLogps(SideLogps, Protocol):
-    """Side sums together with the numbers of scored tokens behind them, int64, shape (B,)."""
-
-    @property
-    def chosen_tokens_B(self) -> Tensor: ...
-
-    @property
-    def rejected_tokens_B(self) -> Tensor: ...
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> ReferenceLogps:
+        """The same values on ``device``."""
+        return ReferenceLogps(
+            chosen_logps_B=self.chosen_logps_B.to(device, non_blocking=non_blocking),
+            rejected_logps_B=self.rejected_logps_B.to(device, non_blocking=non_blocking),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,18 +80,16 @@ class PairTerms:
     policy_chosen_average_B: Tensor
     policy_rejected_average_B: Tensor
 
-    @property
-    def margin_B(self) -> Tensor:
-        """Δ, in nats."""
+    def margin(self) -> Tensor:
+        """Δ in nats, shape (B,)."""
         return self.chosen_B - self.rejected_B
 
-    @property
-    def average_margin_B(self) -> Tensor:
-        """avgΔ, in nats per token."""
+    def average_margin(self) -> Tensor:
+        """avgΔ in nats per token, shape (B,)."""
         return self.chosen_average_B - self.rejected_average_B
 
 
-def pair_terms(policy: CountedSideLogps, reference: SideLogps) -> PairTerms:
+def pair_terms(policy: PairLogps, reference: ReferenceLogps) -> PairTerms:
     """Put policy and reference together, pair by pair."""
     chosen_B = policy.chosen_logps_B - reference.chosen_logps_B
     rejected_B = policy.rejected_logps_B - reference.rejected_logps_B
@@ -121,7 +114,7 @@ def dpo(terms: PairTerms, settings: LossSettings) -> Tensor:
     Rafailov et al. 2023 (arXiv 2305.18290), equation 7; with ε > 0 the conservative form of Mitchell 2023
     ("A note on DPO with noisy preferences", equation 3).
     """
-    return _smoothed_log_sigmoid_loss(settings.beta * terms.margin_B, settings.label_smoothing)
+    return _smoothed_log_sigmoid_loss(settings.beta * terms.margin(), settings.label_smoothing)
 
 
 def dpo_norm(terms: PairTerms, settings: LossSettings) -> Tensor:
@@ -129,7 +122,7 @@ def dpo_norm(terms: PairTerms, settings: LossSettings) -> Tensor:
 
     Length-normalised DPO of Tülu 3 (Lambert et al. 2024, arXiv 2411.15124, equation 6), where β = 5.
     """
-    return _smoothed_log_sigmoid_loss(settings.beta * terms.average_margin_B, settings.label_smoothing)
+    return _smoothed_log_sigmoid_loss(settings.beta * terms.average_margin(), settings.label_smoothing)
 
 
 def ipo(terms: PairTerms, settings: LossSettings) -> Tensor:
@@ -138,18 +131,18 @@ def ipo(terms: PairTerms, settings: LossSettings) -> Tensor:
     Azar et al. 2023 (arXiv 2310.12036), equation 17, with log-probabilities averaged over tokens, as its authors
     confirmed to the makers of trainers and as most of those implement it.
     """
-    return (terms.average_margin_B - 1 / (2 * settings.beta)) ** 2
+    return (terms.average_margin() - 1 / (2 * settings.beta)) ** 2
 
 
 def ipo_sum(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``(Δ − 1/(2β))²``, on sums: the letter of Azar et al. 2023 (arXiv 2310.12036), equation 17."""
-    return (terms.margin_B - 1 / (2 * settings.beta)) ** 2
+    return (terms.margin() - 1 / (2 * settings.beta)) ** 2
 
 
 def hinge(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``max(0, 1 − βΔ)``: SLiC's ranking term (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin, as in RSO
     (Liu et al. 2023, arXiv 2309.06657, equation 9)."""
-    return torch.relu(1 - settings.beta * terms.margin_B)
+    return torch.relu(1 - settings.beta * terms.margin())
 
 
 def robust(terms: PairTerms, settings: LossSettings) -> Tensor:
@@ -158,7 +151,7 @@ def robust(terms: PairTerms, settings: LossSettings) -> Tensor:
     Chowdhury et al. 2024 (arXiv 2403.00409), equation 9. Single terms can be negative.
     """
     epsilon = settings.label_smoothing
-    logits_B = settings.beta * terms.margin_B
+    logits_B = settings.beta * terms.margin()
     return (-(1 - epsilon) * logsigmoid(logits_B) + epsilon * logsigmoid(-logits_B)) / (1 - 2 * epsilon)
 
 
@@ -299,7 +292,7 @@ class PairOutcomes:
         return replace(self, losses_B=self.losses_B.detach())
 
 
-def preference_loss(settings: LossSettings, policy: CountedSideLogps, reference: SideLogps) -> PairOutcomes:
+def preference_loss(settings: LossSettings, policy: PairLogps, reference: ReferenceLogps) -> PairOutcomes:
     """The loss of each pair, and the rewards that go with it."""
     spec = settings.spec
     terms = pair_terms(policy, reference)
@@ -311,7 +304,7 @@ def preference_loss(settings: LossSettings, policy: CountedSideLogps, reference:
             rejected_rewards_B=_reward(spec, settings, terms.rejected_B, terms.rejected_average_B),
             chosen_logps_B=(terms.policy_chosen_average_B if spec.averages else policy.chosen_logps_B).detach(),
             rejected_logps_B=(terms.policy_rejected_average_B if spec.averages else policy.rejected_logps_B).detach(),
-            average_margin_B=terms.average_margin_B,
+            average_margin_B=terms.average_margin(),
         )
 
 

@@ -76,9 +76,7 @@ class PairMetrics:
                 outcomes.chosen_rewards_B.sum(),
                 outcomes.rejected_rewards_B.sum(),
             )
-            right = self._right_B(
-                outcomes.chosen_rewards_B, outcomes.rejected_rewards_B, outcomes.average_margin_B
-            ).sum()
+            right = self._right(outcomes.chosen_rewards_B, outcomes.rejected_rewards_B, outcomes.average_margin_B).sum()
         if scored.policy.aux_loss is not None:
             self._has_aux_loss = True
             aux_loss = scored.policy.aux_loss * scored.micro_batch.num_pairs
@@ -96,7 +94,7 @@ class PairMetrics:
         )
         self._sums += torch.cat([counts, values])
 
-    def _right_B(self, chosen_rewards_B: Tensor, rejected_rewards_B: Tensor, average_margin_B: Tensor) -> Tensor:
+    def _right(self, chosen_rewards_B: Tensor, rejected_rewards_B: Tensor, average_margin_B: Tensor) -> Tensor:
         """1 where chosen has the higher reward, 0 where rejected has, 1/2 for a tie."""
         tie_B = (average_margin_B.abs() < self._tie_margin) | (chosen_rewards_B == rejected_rewards_B)
         return torch.where(tie_B, 0.5, (chosen_rewards_B > rejected_rewards_B).double())

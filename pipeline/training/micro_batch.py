@@ -9,27 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from ..cache.shard_file import ScoredPair
 from ..scoring.layouts import scoring_batch
 from ..scoring.scoring_batch import Layout, PairLogps, ScoringBatch
-from .losses import PairOutcomes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ReferenceLogps:
-    """The cached log-probabilities of the reference, float64 of shape (B,), sums in nats."""
-
-    chosen_logps_B: Tensor
-    rejected_logps_B: Tensor
-
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> ReferenceLogps:
-        """The same values on ``device``."""
-        return ReferenceLogps(
-            chosen_logps_B=self.chosen_logps_B.to(device, non_blocking=non_blocking),
-            rejected_logps_B=self.rejected_logps_B.to(device, non_blocking=non_blocking),
-        )
+from .losses import PairOutcomes, ReferenceLogps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

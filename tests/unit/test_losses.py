@@ -8,32 +8,40 @@ and −3.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.training.losses import LOSSES, beta_warning, preference_loss, resolve_loss
-from torch import Tensor
+from dpo_cache.pipeline.scoring.scoring_batch import PairLogps
+from dpo_cache.pipeline.training.losses import LOSSES, ReferenceLogps, beta_warning, preference_loss, resolve_loss
 
 
-class Logps(NamedTuple):
-    chosen_logps_B: Tensor
-    rejected_logps_B: Tensor
-    chosen_tokens_B: Tensor
-    rejected_tokens_B: Tensor
-
-
-def _logps(chosen: float, rejected: float, *, chosen_tokens: int = 5, rejected_tokens: int = 4) -> Logps:
-    return Logps(
-        torch.tensor([chosen], dtype=torch.float64, requires_grad=True),
-        torch.tensor([rejected], dtype=torch.float64, requires_grad=True),
-        torch.tensor([chosen_tokens]),
-        torch.tensor([rejected_tokens]),
+def _policy(chosen: Any, rejected: Any, *, chosen_tokens: Any = 5, rejected_tokens: Any = 4) -> PairLogps:
+    """One pair, or several given as lists; the sums are leaves of the graph."""
+    chosen_B, rejected_B = (
+        torch.tensor(value, dtype=torch.float64).reshape(-1).requires_grad_() for value in (chosen, rejected)
+    )
+    return PairLogps(
+        chosen_logps_B=chosen_B,
+        rejected_logps_B=rejected_B,
+        chosen_common_logps_B=chosen_B,
+        rejected_common_logps_B=rejected_B,
+        chosen_tokens_B=torch.tensor(chosen_tokens).reshape(-1),
+        rejected_tokens_B=torch.tensor(rejected_tokens).reshape(-1),
+        token_logps_N=torch.empty(0),
+        aux_loss=None,
     )
 
 
-POLICY, REFERENCE = _logps(-10.0, -12.0), _logps(-11.0, -10.0)
+def _reference(chosen: Any, rejected: Any) -> ReferenceLogps:
+    return ReferenceLogps(
+        chosen_logps_B=torch.tensor(chosen, dtype=torch.float64).reshape(-1),
+        rejected_logps_B=torch.tensor(rejected, dtype=torch.float64).reshape(-1),
+    )
+
+
+POLICY, REFERENCE = _policy(-10.0, -12.0), _reference(-11.0, -10.0)
 
 
 def _log_sigmoid(x: float) -> float:
@@ -70,8 +78,8 @@ def test_the_worked_figures_themselves() -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_swapping_the_sides_flips_the_margin(name: str) -> None:
-    swapped_policy = _logps(-12.0, -10.0, chosen_tokens=4, rejected_tokens=5)
-    swapped_reference = _logps(-10.0, -11.0, chosen_tokens=4, rejected_tokens=5)
+    swapped_policy = _policy(-12.0, -10.0, chosen_tokens=4, rejected_tokens=5)
+    swapped_reference = _reference(-10.0, -11.0)
     straight = preference_loss(resolve_loss(name), POLICY, REFERENCE)
     swapped = preference_loss(resolve_loss(name), swapped_policy, swapped_reference)
     assert swapped.average_margin_B.tolist() == (-straight.average_margin_B).tolist() == pytest.approx([-0.7])
@@ -101,7 +109,7 @@ def test_a_loss_without_reference_has_no_rewards() -> None:
 
 
 def test_wpo_weights_pass_no_gradient() -> None:
-    policy = _logps(-10.0, -12.0)
+    policy = _policy(-10.0, -12.0)
     torch.autograd.backward(preference_loss(resolve_loss("wpo", beta=0.1), policy, REFERENCE).losses_B)
     # d/dπc of w·(−log σ(0.1·Δ)) with w = e⁻⁵ held: −w · 0.1 · σ(−0.3)
     assert policy.chosen_logps_B.grad is not None
@@ -109,20 +117,24 @@ def test_wpo_weights_pass_no_gradient() -> None:
 
 
 def test_wpo_weights_are_at_most_one() -> None:
-    likely = _logps(5.0, 4.0)  # no log-probabilities, but the bound must hold
-    assert preference_loss(resolve_loss("wpo"), likely, likely).losses_B.tolist() == pytest.approx([math.log(2)])
+    likely = _policy(5.0, 4.0)  # no log-probabilities, but the bound must hold
+    assert preference_loss(resolve_loss("wpo"), likely, _reference(5.0, 4.0)).losses_B.tolist() == pytest.approx(
+        [math.log(2)]
+    )
 
 
 def test_the_sum_over_pairs_is_the_sum_of_single_pairs() -> None:
     """A pair's loss must not depend on its neighbours."""
-    both = Logps(*(torch.cat(pair) for pair in zip(POLICY, REFERENCE, strict=True)))
-    reference = Logps(*(torch.cat(pair) for pair in zip(REFERENCE, POLICY, strict=True)))
+    both = _policy([-10.0, -3.0], [-12.0, -2.0], chosen_tokens=[5, 2], rejected_tokens=[4, 1])
+    other = _policy(-3.0, -2.0, chosen_tokens=2, rejected_tokens=1)
     for name in LOSSES:
         settings = resolve_loss(name)
         alone = [
-            preference_loss(settings, *sides).losses_B.item() for sides in ((POLICY, REFERENCE), (REFERENCE, POLICY))
+            preference_loss(settings, policy, reference).losses_B.item()
+            for policy, reference in ((POLICY, REFERENCE), (other, _reference(-3.5, -1.0)))
         ]
-        assert preference_loss(settings, both, reference).losses_B.tolist() == pytest.approx(alone)
+        together = preference_loss(settings, both, _reference([-11.0, -3.5], [-10.0, -1.0])).losses_B
+        assert together.tolist() == pytest.approx(alone)
 
 
 def test_each_loss_brings_its_own_beta() -> None:
