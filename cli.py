@@ -96,7 +96,7 @@ def dpo_train(as_json: bool, **values: Any) -> None:
     Example:
       dpo-train --cache tulu3-cache --output runs/beta-5 --beta 5 --global-batch-size 128
     """
-    with faults_explained(), stdout_for_reports():
+    with faults_explained(to_go_on="--resume goes on from the last checkpoint"), stdout_for_reports():
         config = TrainConfig(**values)
         from .stages.train import train
 
@@ -106,7 +106,7 @@ def dpo_train(as_json: bool, **values: Any) -> None:
 
 
 @contextlib.contextmanager
-def faults_explained() -> Iterator[None]:
+def faults_explained(*, to_go_on: str = "the same command goes on from there") -> Iterator[None]:
     """A fault the user can mend ends in its message and exit code 1, without a traceback."""
     try:
         yield
@@ -114,7 +114,7 @@ def faults_explained() -> Iterator[None]:
         _tell(f"Error: {fault}")
         sys.exit(1)
     except KeyboardInterrupt:
-        _tell("Stopped: what is finished stays.")
+        _tell(f"Stopped: what is finished stays; {to_go_on}.")
         sys.exit(1)
 
 

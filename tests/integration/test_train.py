@@ -1,0 +1,236 @@
+"""Stage two on real processes: the proof at step 0, plain PyTorch, ranks, resuming, the saved model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from commands import dpo_cache, dpo_train, kill_when, metrics, run, shard_rows
+from dpo_cache.pipeline.cache.pair_order import epoch_order
+from safetensors.torch import load_file
+from tiny_model import message_pairs, plain_logps, write_rows, write_tiny_model
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BATCH = 8
+RECIPE = ("--global-batch-size", BATCH, "--learning-rate", 1e-3, "--tokens-per-microbatch", 128)
+LEARNING = ("train_loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "logps/chosen", "grad_norm")
+
+
+def train(cache: Path, output: Path, *more: str | Path | int | float) -> list[str]:
+    return dpo_train("--cache", cache, "--output", output, *RECIPE, *more)
+
+
+# ---- against plain PyTorch -------------------------------------------------------------------------------------
+
+
+def pairs_in_training_order(cache: Path, num_steps: int, seed: int = 42) -> list[list[dict[str, Any]]]:
+    """The rows of each global batch, joined by key with pyarrow alone."""
+    pointer = json.loads((cache / "mixtures/train.json").read_text())
+    table = pq.read_table(cache / "mixtures" / f"{pointer['table']['sha256']}.parquet")
+    rows = {row["example_key"]: row for row in shard_rows(cache).to_pylist()}
+    in_mixture = [rows[key] for key in table.column("example_key").to_pylist()]
+    per_epoch = math.ceil(len(in_mixture) / BATCH)
+    batches = []
+    for step in range(num_steps):
+        order = epoch_order(
+            num_pairs=len(in_mixture),
+            block_rows=pointer["block_rows"],
+            seed=seed,
+            epoch=step // per_epoch,
+            mixture_digest=pointer["digest"],
+        )
+        start = step % per_epoch * BATCH
+        batches.append([in_mixture[place] for place in order[start : start + BATCH]])
+    return batches
+
+
+def plainly_trained(
+    model: Any, batches: list[list[dict[str, Any]]], rates: list[float], beta: float
+) -> list[dict[str, float]]:
+    """Length-normalised DPO in plain PyTorch: one row at a time, full logits, AdamW, clipping at 1."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    lines = []
+    for rows, rate in zip(batches, rates, strict=True):
+        losses, rewards = [], []
+        for row in rows:
+            sides = []
+            for side in ("chosen", "rejected"):
+                ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+                logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                policy = logps[len(row["prompt_ids"]) - 1 :].mean()
+                sides.append(beta * (policy - row[f"ref_{side}_logps"] / row[f"{side}_tokens"]))
+            losses.append(-logsigmoid(sides[0] - sides[1]))
+            rewards.append([float(side) for side in sides])
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        chosen, rejected = np.mean(rewards, axis=0)
+        lines.append(
+            {
+                "train_loss": float(loss.detach()),
+                "grad_norm": float(grad_norm),
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "rewards/margin": chosen - rejected,
+            }
+        )
+    return lines
+
+
+def test_ten_updates_equal_plain_pytorch_on_one_rank_and_on_two(
+    shared_cache: Path, reference: Path, tmp_path: Path
+) -> None:
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    for ranks, output in enumerate(outputs, start=1):
+        report = run(train(shared_cache, output, "--max-steps", 10, "--num-gpus", ranks))
+        assert report["step0"]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert report["reference_forwards"] == 0
+    one, two = map(metrics, outputs)
+    assert [line["training_step"] for line in one] == list(range(1, 11))
+
+    model = AutoModelForCausalLM.from_pretrained(reference)
+    batches = pairs_in_training_order(shared_cache, 10)
+    plain = plainly_trained(model, batches, [line["learning_rate"] for line in one], beta=5.0)
+    for ours, others, expected in zip(one, two, plain, strict=True):
+        for field, value in expected.items():
+            assert ours[field] == pytest.approx(value, rel=1e-4, abs=1e-4), (ours["training_step"], field)
+            assert others[field] == pytest.approx(value, rel=1e-4, abs=1e-4), (ours["training_step"], field)
+    assert one[-1]["train_loss"] < 0.6  # it has learned: ten times ln 2 would prove nothing
+    saved = AutoModelForCausalLM.from_pretrained(outputs[1] / "model")
+    for (name, ours_after), plainly_after in zip(saved.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours_after, plainly_after, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_swapping_chosen_and_rejected_flips_the_margin(reference: Path, tmp_path: Path) -> None:
+    rows = message_pairs(12)
+    swapped = [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    other = write_tiny_model(tmp_path / "other", seed=5)
+    lines = []
+    for name, data in (("as-is", rows), ("swapped", swapped)):
+        dataset = write_rows(tmp_path / f"{name}.jsonl", data)
+        run(dpo_cache("build", "--model", reference, "--dataset", dataset, "--cache", tmp_path / name))
+        away = ("--model", other, "--allow-other-policy", "--max-steps", 1, "--global-batch-size", 12)
+        run(train(tmp_path / name, tmp_path / f"run-{name}", *away))
+        lines.append(metrics(tmp_path / f"run-{name}")[0])
+    assert abs(lines[0]["rewards/margin"]) > 1e-2
+    assert lines[0]["rewards/margin"] == pytest.approx(-lines[1]["rewards/margin"], rel=1e-5)
+    assert lines[0]["rewards/accuracy"] == pytest.approx(1 - lines[1]["rewards/accuracy"])
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_and_resumed_equals_one_never_stopped(shared_cache: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = ("--max-steps", 20, "--num-gpus", 2, "--checkpointing-steps", 7, "--lr-scheduler-type", "cosine")
+    run(train(shared_cache, whole, *options))
+    complete = killed / "checkpoints/step_7/COMPLETE"
+    assert kill_when(train(shared_cache, killed, *options), complete.exists)
+    assert len(metrics(killed)) >= 7
+    assert not (killed / "model").exists()
+    report = run(train(shared_cache, killed, *options, "--resume"))
+    assert report["steps"] == 20
+    straight, resumed = metrics(whole), metrics(killed)
+    assert [line["training_step"] for line in resumed] == list(range(1, 21))
+    for ours, theirs in zip(resumed, straight, strict=True):
+        for field in (*LEARNING, "learning_rate", "epoch"):
+            assert ours[field] == pytest.approx(theirs[field], rel=1e-9), (ours["training_step"], field)
+    ours_after, theirs_after = (load_file(folder / "model/model.safetensors") for folder in (killed, whole))
+    for name, weight in theirs_after.items():
+        torch.testing.assert_close(ours_after[name], weight, rtol=0, atol=0)
+
+
+def test_resuming_on_one_rank_instead_of_two_goes_on_at_the_next_pair(shared_cache: Path, tmp_path: Path) -> None:
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    options = ("--max-steps", 6, "--checkpointing-steps", 3)
+    run(train(shared_cache, straight, *options, "--num-gpus", 1))
+    complete = moved / "checkpoints/step_3/COMPLETE"
+    assert kill_when(train(shared_cache, moved, *options, "--num-gpus", 2), complete.exists)
+    run(train(shared_cache, moved, *options, "--num-gpus", 1, "--resume"))
+    for ours, theirs in zip(metrics(moved), metrics(straight), strict=True):
+        for field in LEARNING:
+            assert ours[field] == pytest.approx(theirs[field], rel=1e-4, abs=1e-5), (ours["training_step"], field)
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------------------
+
+
+def test_a_run_evaluates_logs_and_saves_a_model_that_loads(reference: Path, tmp_path: Path) -> None:
+    tied = write_tiny_model(tmp_path / "tied", tie_word_embeddings=True, dtype=torch.bfloat16)
+    for name, rows in (("train", message_pairs(20)), ("held-out", message_pairs(11, seed=3))):
+        dataset = write_rows(tmp_path / f"{name}.jsonl", rows)
+        command = ("--model", tied, "--dataset", dataset, "--mixture", name, "--cache", tmp_path / "cache")
+        run(dpo_cache("build", *command, "--dtype", "bfloat16"))
+    output = tmp_path / "run"
+    evaluated = ("--eval-mixture", "held-out", "--eval-steps", 2, "--num-gpus", 2, "--gradient-checkpointing")
+    report = run(train(tmp_path / "cache", output, *evaluated, "--num-train-epochs", 2, "--warmup-ratio", 0.5))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["training_step"] for line in lines if "eval/loss" in line] == [0, 2, 4, 6]
+    steps = [line for line in lines if "train_loss" in line]
+    assert [line["learning_rate"] for line in steps] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert [line["epoch"] for line in steps] == pytest.approx([0.4, 0.8, 1.0, 1.4, 1.8, 2.0])
+    assert report["eval_before"]["eval/rewards/accuracy"] == 0.5
+    assert report["step0"]["max_per_token"] < 3e-2
+
+    header = load_file(output / "model/model.safetensors")
+    assert {weight.dtype for weight in header.values()} == {torch.bfloat16}
+    assert "lm_head.weight" not in header
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert AutoTokenizer.from_pretrained(output / "model").chat_template
+    before = AutoModelForCausalLM.from_pretrained(tied)
+    changed = [not torch.equal(*both) for both in zip(model.parameters(), before.parameters(), strict=True)]
+    assert all(changed)
+    assert not math.isnan(plain_logps(output / "model", [1, 2, 3], [4, 5]))
+
+
+def test_a_plan_and_a_dry_run_train_nothing(shared_cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    plan = run(train(shared_cache, output, "--plan", "--num-gpus", 4))
+    assert (plan["total_steps"], plan["global_batch_size"], plan["num_ranks"]) == (5, BATCH, 4)
+    assert not output.exists()
+    report = run(train(shared_cache, output, "--dry-run"))
+    assert report["steps"] == 5
+    assert report["peak_memory_gib"] > 0
+    assert not {"checkpoints", "model", "metrics.jsonl"} & {path.name for path in output.iterdir()}
+    run(train(shared_cache, output, "--max-steps", 1))
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_other_launchers_start_the_same_ranks(shared_cache: Path, tmp_path: Path, launcher: str) -> None:
+    import os
+    import subprocess
+    import sys
+
+    folder = Path(sys.executable).parent
+    starts = {
+        "torchrun": [folder / "torchrun", "--no-python", "--nproc-per-node", "2", "--master-port", "29431"],
+        "deepspeed": [
+            folder / "deepspeed",
+            "--no_python",
+            "--no_local_rank",
+            "--num_gpus",
+            "2",
+            "--master_port",
+            "29432",
+        ],
+    }
+    command = [*starts[launcher], folder / "dpo-train", *train(shared_cache, tmp_path / "run", "--max-steps", 2)[4:]]
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(metrics(tmp_path / "run")) == 2
+    assert json.loads((tmp_path / "run/config.json").read_text())["resolved"]["num_ranks"] == 2
