@@ -25,17 +25,15 @@ import torch
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.key_index import KeyIndex
-from ..pipeline.cache.reference_identity import ReferenceIdentity, identify_reference
 from ..pipeline.data.dataset_source import DatasetSpec, open_dataset
-from ..pipeline.data.pair_tokenizer import PairTokenizer, TokenizationSettings
-from ..pipeline.scoring.model_loading import load_config, resolve_attention
-from ..pipeline.scoring.pair_scorer import SCORING_VERSION
+from ..pipeline.data.pair_tokenizer import PairTokenizer
 from .build_config import BuildConfig
 from .build_plan import ScoringPlan, cut_units
+from .build_reference import BuildReference, resolve_reference
 from .build_report import BuildReport
 from .job_store import JobStore
 from .mixture_change import MixtureContent, mixture_content
-from .model_folder import ModelFolder, find_model_folder
+from .model_folder import ModelFolder
 from .pair_collection import CollectedPairs, collect_pairs
 from .progress import quiet_libraries
 from .ranks import Ranks, ranks_from_environment
@@ -78,36 +76,14 @@ class Build:
         """Collect, score, and write the mixture; or only say what would be done."""
         job = JobStore(self._ranks) if self._ranks else None
         try:
-            self._resolve_reference()
+            self._reference = resolve_reference(self._config)
+            numerics = f"{self._reference.dtype}, attention {self._reference.attention}"
+            say(f"reference {self._reference.model.name}: {numerics}")
             return self._dry_run() if self._config.dry_run else self._run(job)
         except BaseException as fault:
             if job is not None:
                 job.announce_failure(f"rank 0 ended: {fault}")
             raise
-
-    def _resolve_reference(self) -> None:
-        config = self._config
-        self._reference = find_model_folder(config.model, config.model_revision)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        model_config = load_config(self._reference.folder, trust_remote_code=config.trust_remote_code)
-        self._attention = resolve_attention(config.attn_implementation, model_config, device)
-        say(f"reference {self._reference.name}: {self._dtype}, attention {self._attention}")
-        self._identity: ReferenceIdentity = identify_reference(
-            self._reference.folder,
-            adapter_folder=None,
-            weight_dtype=self._dtype,
-            compute_dtype=self._dtype,
-            attention=self._attention,
-            scoring_version=SCORING_VERSION,
-        )
-        self._tokenization = TokenizationSettings(
-            tokenizer=config.tokenizer or str(self._reference.folder),
-            chat_template=config.chat_template,
-            max_seq_length=config.max_seq_length,
-            truncation=config.truncation,  # type: ignore[arg-type]  # checked against its choices
-            mask=config.mask,  # type: ignore[arg-type]
-        )
 
     def _run(self, job: JobStore | None) -> BuildReport:
         cache = self._open_cache()
@@ -120,11 +96,11 @@ class Build:
             return self._report(collected, outcome, training_pairs=len(mixture.rows))
 
     def _open_cache(self) -> ReferenceCache:
-        vocabulary = PairTokenizer(self._tokenization).description()["vocabulary_sha256"]
+        vocabulary = PairTokenizer(self._reference.tokenization).description()["vocabulary_sha256"]
         cache = ReferenceCache.create(
             self._config.cache,
-            identity=self._identity,
-            recorded=recorded_environment(self._reference),
+            identity=self._reference.identity,
+            recorded=recorded_environment(self._reference.model),
             vocabulary_sha256=vocabulary,
         )
         if cache.vocabulary_sha256 != vocabulary:
@@ -138,21 +114,14 @@ class Build:
         known = None
         if (self._config.cache / "cache.json").exists():
             cache = ReferenceCache.open(self._config.cache)
-            cache.require_reference(self._identity)
+            cache.require_reference(self._reference.identity)
             known = cache.key_index(without=damaged_shards(cache))
         with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
             collected = self._collect(known, Path(scratch))
         return self._report(collected, ScoringOutcome(), training_pairs=len(collected.rows))
 
     def _collect(self, known: KeyIndex | None, scratch: Path) -> CollectedPairs:
-        collected = collect_pairs(
-            [open_dataset(DatasetSpec.parse(text)) for text in self._config.dataset],
-            self._tokenization,
-            known=known,
-            spool=scratch / "pairs.arrow",
-            max_unusable_share=self._config.max_unusable_share,
-            say_unusable=say if self._config.verbose else None,
-        )
+        collected = collect_datasets(self._config, self._reference, known=known, scratch=scratch)
         say(
             f"{collected.num_distinct} distinct pairs: {collected.num_reused} in the cache, "
             f"{len(collected.waiting)} to score"
@@ -168,9 +137,9 @@ class Build:
             return ScoringOutcome()
         plan = ScoringPlan(
             cache=str(cache.path.resolve()),
-            model_folder=str(self._reference.folder),
-            dtype=self._dtype,
-            attention=self._attention,
+            model_folder=str(self._reference.model.folder),
+            dtype=self._reference.dtype,
+            attention=self._reference.attention,
             trust_remote_code=self._config.trust_remote_code,
             tokens_per_batch=self._config.tokens_per_batch,
             spool=str((scratch / "pairs.arrow").resolve()),
@@ -228,6 +197,20 @@ class Build:
             truncated=collected.truncated,
             warnings=outcome.faults,
         )
+
+
+def collect_datasets(
+    config: BuildConfig, reference: BuildReference, *, known: KeyIndex | None, scratch: Path
+) -> CollectedPairs:
+    """Tokenise the datasets of a build; the tokens of pairs that are not ``known`` lie in ``scratch`` then."""
+    return collect_pairs(
+        [open_dataset(DatasetSpec.parse(text)) for text in config.dataset],
+        reference.tokenization,
+        known=known,
+        spool=scratch / "pairs.arrow",
+        max_unusable_share=config.max_unusable_share,
+        say_unusable=say if config.verbose else None,
+    )
 
 
 def recorded_environment(reference: ModelFolder) -> dict[str, Any]:

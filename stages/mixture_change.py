@@ -74,10 +74,10 @@ def mixture_content(cache: ReferenceCache, config: BuildConfig, collected: Colle
 
 def _extended(existing: Mixture, added: MixtureContent) -> MixtureContent:
     """The existing pairs and those of the added ones that it does not have: repeating the command adds nothing."""
-    differing = list(_differing_settings(existing.tokenization, added.tokenization))
+    differing = differing_settings(existing.tokenization, added.tokenization)
     if differing:
         raise DpoCacheError(
-            f"mixture {existing.name} was made with other tokens: {'; '.join(differing)}",
+            f"mixture {existing.name} was made with other tokens: {in_words(differing)}",
             expected="the same settings for all pairs of a mixture",
             next_step="repeat the command with the mixture's settings, or give these pairs another --mixture",
         )
@@ -108,8 +108,8 @@ def _same_pairs(ours: MixtureRows, theirs: MixtureRows) -> bool:
 def _changed(existing: Mixture, content: MixtureContent, config: BuildConfig) -> DpoCacheError:
     old, new = np.unique(existing.rows().example_keys), np.unique(content.rows.example_keys)
     kept = len(np.intersect1d(old, new))
-    differing = list(_differing_settings(existing.tokenization, content.tokenization))
-    because = f", because of {'; '.join(differing)}" if differing else ""
+    differing = differing_settings(existing.tokenization, content.tokenization)
+    because = f", because of {in_words(differing)}" if differing else ""
     return DpoCacheError(
         f"mixture {config.mixture} has {existing.num_pairs} training pairs, this build makes {len(content.rows)}: "
         f"{len(new) - kept} are new and {len(old) - kept} are gone{because}",
@@ -119,12 +119,16 @@ def _changed(existing: Mixture, content: MixtureContent, config: BuildConfig) ->
     )
 
 
-def _differing_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
-    """Fields of a tokenization that decide about ids; library versions and paths do not."""
+def differing_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Fields of two tokenizations that decide about ids, with both values; library versions and paths do not."""
     ours, theirs = dict(_deciding_fields(ours)), dict(_deciding_fields(theirs))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            yield f"{name} (was {_short(ours.get(name))}, now {_short(theirs.get(name))})"
+    names = sorted(ours.keys() | theirs.keys())
+    return [(name, ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)]
+
+
+def in_words(differing: list[tuple[str, Any, Any]]) -> str:
+    """Differing fields for a message."""
+    return "; ".join(f"{name} (was {_short(was)}, now {_short(now)})" for name, was, now in differing)
 
 
 def _deciding_fields(tokenization: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,66 @@
+"""Which reference a build scores with, and how its rows become tokens: all that decides what can be reused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..pipeline.cache.reference_identity import ReferenceIdentity, identify_reference
+from ..pipeline.data.pair_tokenizer import TokenizationSettings
+from ..pipeline.scoring.model_loading import load_config, resolve_attention
+from ..pipeline.scoring.pair_scorer import SCORING_VERSION
+from .build_config import BuildConfig
+from .model_folder import ModelFolder, find_model_folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildReference:
+    """A reference as a build's settings and this machine resolve it; no weights are loaded.
+
+    Attributes:
+        model: Its files.
+        dtype: Precision of weights and forward passes.
+        attention: The attention kernel.
+        identity: What its values depend on.
+        tokenization: How rows become tokens.
+    """
+
+    model: ModelFolder
+    dtype: str
+    attention: str
+    identity: ReferenceIdentity
+    tokenization: TokenizationSettings
+
+
+def resolve_reference(config: BuildConfig) -> BuildReference:
+    """Find the reference's files and identify them.
+
+    Raises:
+        DpoCacheError: The model cannot be found, or its files are no model that we can score with.
+    """
+    model = find_model_folder(config.model, config.model_revision)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    model_config = load_config(model.folder, trust_remote_code=config.trust_remote_code)
+    attention = resolve_attention(config.attn_implementation, model_config, device)
+    return BuildReference(
+        model=model,
+        dtype=dtype,
+        attention=attention,
+        identity=identify_reference(
+            model.folder,
+            adapter_folder=None,
+            weight_dtype=dtype,
+            compute_dtype=dtype,
+            attention=attention,
+            scoring_version=SCORING_VERSION,
+        ),
+        tokenization=TokenizationSettings(
+            tokenizer=config.tokenizer or str(model.folder),
+            chat_template=config.chat_template,
+            max_seq_length=config.max_seq_length,
+            truncation=config.truncation,  # type: ignore[arg-type]  # checked against its choices
+            mask=config.mask,  # type: ignore[arg-type]
+        ),
+    )
