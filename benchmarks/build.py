@@ -1,0 +1,314 @@
+"""How fast stage one scores, against TRL's ``precompute_ref_log_probs`` and against the machine itself.
+
+    python -m venv TRL_ENV && TRL_ENV/bin/pip install trl==1.16.0 torch
+    python benchmarks/build.py --trl-python TRL_ENV/bin/python --pairs hh_harmless.jsonl.gz --dtype float32
+
+Both score the same token ids with the same weights, dtype and number of threads, taking turns in one run; TRL at
+each of several batch sizes. Only the scoring pass is timed, collating included: no imports, no tokenising, no files.
+Medians count. A table is appended to ``benchmarks/results/build.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from dpo_cache.pipeline.data.dataset_source import DatasetSpec, open_dataset
+from dpo_cache.pipeline.data.pair_tokenizer import TokenizationSettings
+from dpo_cache.pipeline.data.preference import UnusableRow
+from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.pipeline.data.tokenized_rows import tokenize_rows
+from dpo_cache.pipeline.scoring.batching import CPU_FILL_TOKENS, plan_batches
+from dpo_cache.pipeline.scoring.flops import ModelCost, forward_flops
+from dpo_cache.pipeline.scoring.layout_choice import choose_layout
+from dpo_cache.pipeline.scoring.layouts import scoring_batch
+from dpo_cache.pipeline.scoring.model_loading import load_causal_lm
+from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
+from dpo_cache.pipeline.scoring.prompt_group import group_by_prompt
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+RESULTS = Path(__file__).parent / "results" / "build.md"
+VOCABULARY = 8192
+TRL_BATCH_SIZES = (1, 2, 4, 8)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(prefix="dpo-cache-benchmark-") as folder:
+        model_folder = write_random_llama(Path(folder), options.pairs)
+        pairs = tokenized_pairs(model_folder, options.pairs, options.num_pairs)
+        ours = OurScoring(model_folder, options.dtype, pairs)
+        with TrlScoring(options.trl_python, model_folder, options.dtype, pairs, options.threads) as trl:
+            measured = measure(ours, trl, repeats=options.repeats, dtype=getattr(torch, options.dtype))
+    table = measured.table(options, num_pairs=len(pairs))
+    print(table)
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as results:
+        results.write(table + "\n")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL and torch")
+    parser.add_argument("--pairs", required=True, help="preference pairs: a .jsonl, .jsonl.gz or .parquet file")
+    parser.add_argument("--num-pairs", type=int, default=128, help="how many of them, spread over the file")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args()
+
+
+# ---- what is scored --------------------------------------------------------------------------------------------
+
+
+def write_random_llama(folder: Path, pairs_file: str) -> Path:
+    """A Llama of 34M random parameters and a tokenizer trained on the answers."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    source = open_dataset(DatasetSpec.parse(pairs_file))
+    tokenizer.train_from_iterator((json.dumps(row["chosen"]) for row in source.rows(source.picked_rows)), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def tokenized_pairs(model_folder: Path, pairs_file: str, count: int) -> list[TokenPair]:
+    """About ``count`` usable pairs: whole prompt groups from the start of the data, as a unit of a build has them."""
+    settings = TokenizationSettings(
+        tokenizer=str(model_folder), chat_template=None, max_seq_length=2048, truncation="drop", mask="last-turn"
+    )
+    chunks = tokenize_rows(open_dataset(DatasetSpec.parse(pairs_file)), settings, num_processes=1, chunk_rows=512)
+    usable = [pair for chunk in chunks for pair in chunk.results if not isinstance(pair, UnusableRow)]
+    chosen: list[TokenPair] = []
+    for group in group_by_prompt(usable):
+        if len(chosen) >= count:
+            break
+        chosen += [usable[index] for index in group.pairs]
+    return chosen
+
+
+# ---- the two sides ---------------------------------------------------------------------------------------------
+
+
+class OurScoring:
+    """What a scoring process of stage one does with a unit."""
+
+    def __init__(self, model_folder: Path, dtype: str, pairs: Sequence[TokenPair]) -> None:
+        model = load_causal_lm(model_folder, dtype=getattr(torch, dtype), attention="sdpa", device="cpu")
+        self._cost = ModelCost.of_model(model)
+        self._scorer = PairScorer(model).eval()
+        self._layout = choose_layout(self._scorer, device="cpu", pairs=pairs[:1])
+        self._pairs = pairs
+
+    @torch.inference_mode()
+    def score(self) -> tuple[float, list[tuple[float, float]]]:
+        """Seconds, and (chosen, rejected) of each pair."""
+        values: dict[int, tuple[float, float]] = {}
+        started = time.perf_counter()
+        for members in plan_batches(self._pairs, self._layout, tokens_per_batch=8192, fill_tokens=CPU_FILL_TOKENS):
+            logps = self._scorer(scoring_batch([self._pairs[member] for member in members], self._layout))
+            both = zip(logps.chosen_logps_B.tolist(), logps.rejected_logps_B.tolist(), strict=True)
+            values.update(zip(members, both, strict=True))
+        return time.perf_counter() - started, [values[number] for number in range(len(self._pairs))]
+
+    def flops(self) -> int:
+        """Useful operations of one pass: no padding, each prompt and each distinct response once."""
+        batch = scoring_batch(self._pairs, self._layout)
+        return forward_flops(
+            self._cost, num_tokens=batch.num_tokens, num_attended=batch.num_attended, num_scored=batch.num_scored
+        )
+
+
+class TrlScoring:
+    """TRL in its own process, waiting for a batch size to run; idle while we measure ourselves."""
+
+    def __init__(self, python: str, model_folder: Path, dtype: str, pairs: Sequence[TokenPair], threads: int) -> None:
+        self._process = subprocess.Popen(
+            [python, str(Path(__file__).with_name("build_trl.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # A warm OpenMP thread that spins would take the core from the other side.
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1"},
+        )
+        job = {
+            "model": str(model_folder),
+            "dtype": dtype,
+            "threads": threads,
+            "pairs": [
+                [ids.tolist() for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)] for pair in pairs
+            ],
+        }
+        self._say(json.dumps(job))
+        assert self._answer() == "ready"
+
+    def score(self, batch_size: int) -> tuple[float, list[tuple[float, float]]]:
+        """Seconds, and (chosen, rejected) of each pair."""
+        self._say(str(batch_size))
+        answer = json.loads(self._answer())
+        return answer["seconds"], answer["values"]
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        if not line:
+            sys.exit("the TRL process ended; what it said is above")
+        return line
+
+    def __enter__(self) -> TrlScoring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(BrokenPipeError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        self._process.wait()
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Medians of one run.
+
+    Attributes:
+        ours_s: Our scoring pass.
+        trl_s: TRL's, by batch size.
+        max_relative_difference: Between our values and TRL's, largest over pairs and sides.
+        flops: Useful operations of one pass of ours.
+        matmul_flops: Operations a second of a large matrix product in the same dtype.
+        others_load: Runnable processes beside this benchmark's own (1-minute load average at the start).
+    """
+
+    ours_s: float
+    trl_s: dict[int, float]
+    max_relative_difference: float
+    flops: int
+    matmul_flops: float
+    others_load: float
+
+    def table(self, options: argparse.Namespace, *, num_pairs: int) -> str:
+        """A Markdown section."""
+        best = min(self.trl_s, key=self.trl_s.__getitem__)
+        rate = self.flops / self.ours_s
+        lines = [
+            f"## {Path(options.pairs).name}, {options.dtype}, {datetime.now(UTC):%Y-%m-%d}",
+            "",
+            f"{num_pairs} pairs, a Llama of 34M parameters, {options.threads} threads of {processor_name()}; "
+            f"torch {torch.__version__}; medians of {options.repeats}, taking turns; load of the machine before: "
+            f"{self.others_load:.1f}.",
+            "",
+            "| scoring pass | seconds | pairs/s | ours is |",
+            "|---|---|---|---|",
+            f"| ours | {self.ours_s:.2f} | {num_pairs / self.ours_s:.1f} | |",
+            *(
+                f"| TRL, batches of {size}{' (its best)' if size == best else ''} | {seconds:.2f} "
+                f"| {num_pairs / seconds:.1f} | {seconds / self.ours_s:.2f} times as fast |"
+                for size, seconds in self.trl_s.items()
+            ),
+            "",
+            f"Useful operations: {rate / 1e9:.0f} GFLOP/s, {rate / self.matmul_flops:.0%} of the "
+            f"{self.matmul_flops / 1e9:.0f} GFLOP/s of a matrix product of 2048 cubed. Largest relative difference "
+            f"of a value: {self.max_relative_difference:.1e}.",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def measure(ours: OurScoring, trl: TrlScoring, *, repeats: int, dtype: torch.dtype) -> Measured:
+    """Every contender once a round, so that what else the machine does meets all alike."""
+    others_load = os.getloadavg()[0]
+    ours.score()
+    ours_s: list[float] = []
+    trl_s: dict[int, list[float]] = {size: [] for size in TRL_BATCH_SIZES}
+    rates: list[float] = []
+    for _ in range(repeats):
+        rates.append(matmul_flops(dtype))
+        seconds, our_values = ours.score()
+        ours_s.append(seconds)
+        for size in TRL_BATCH_SIZES:
+            seconds, trl_values = trl.score(size)
+            trl_s[size].append(seconds)
+    return Measured(
+        ours_s=statistics.median(ours_s),
+        trl_s={size: statistics.median(seconds) for size, seconds in trl_s.items()},
+        max_relative_difference=max(
+            abs(one - other) / abs(other)
+            for our_pair, trl_pair in zip(our_values, trl_values, strict=True)
+            for one, other in zip(our_pair, trl_pair, strict=True)
+        ),
+        flops=ours.flops(),
+        matmul_flops=statistics.median(rates),
+        others_load=others_load,
+    )
+
+
+def matmul_flops(dtype: torch.dtype, size: int = 2048, products: int = 8) -> float:
+    """What the machine does in a large matrix product, operations a second."""
+    one, other = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+    one @ other
+    started = time.perf_counter()
+    for _ in range(products):
+        one @ other
+    return products * 2 * size**3 / (time.perf_counter() - started)
+
+
+def processor_name() -> str:
+    """As the kernel calls it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
