@@ -15,7 +15,7 @@ echo "== mypy" >&2
 link=$(mktemp -d)
 trap 'rm -rf "$link"' EXIT
 ln -s "$PWD" "$link/dpo_cache"
-MYPYPATH=$link "$bin/mypy" -p dpo_cache
+MYPYPATH=$link "$bin/mypy" -p dpo_cache.pipeline -p dpo_cache.stages -m dpo_cache.cli -m dpo_cache.__main__
 MYPYPATH=$link:tests "$bin/mypy" --explicit-package-bases tests scripts benchmarks
 
 echo "== import layers" >&2

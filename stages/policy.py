@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations import HfDeepSpeedConfig
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.reference_identity import differences, identify_reference
 from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import SCORING_VERSION
+from ..pipeline.training.deepspeed_config import partitioned_loading
 from .model_folder import ModelFolder, find_model_folder
 from .recipe import Recipe
 from .train_config import TrainConfig
@@ -84,25 +84,25 @@ def check_policy(config: TrainConfig, cache: ReferenceCache, model: ModelFolder)
 
 
 def load_policy(
-    config: TrainConfig, recipe: Recipe, model: ModelFolder, device: torch.device, *, zero3: HfDeepSpeedConfig | None
+    config: TrainConfig, recipe: Recipe, model: ModelFolder, device: torch.device, engine_config: dict[str, Any]
 ) -> nn.Module:
-    """Load the policy's first weights.
+    """Load the policy's first weights, at ZeRO stage 3 partitioned over the ranks as they are read.
 
     Args:
         config: The settings.
         recipe: The resolved numbers.
         model: The files.
         device: This rank's device.
-        zero3: Kept alive by the caller at ZeRO stage 3: while it lives, weights are partitioned as they are read.
+        engine_config: DeepSpeed's.
     """
-    assert (zero3 is not None) == (config.zero_stage == 3)
-    policy: Any = load_causal_lm(
-        model.folder,
-        dtype=getattr(torch, recipe.dtype),
-        attention=recipe.attention,
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    with partitioned_loading(engine_config):
+        policy: Any = load_causal_lm(
+            model.folder,
+            dtype=getattr(torch, recipe.dtype),
+            attention=recipe.attention,
+            device=device,
+            trust_remote_code=config.trust_remote_code,
+        )
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module: nn.Module = policy

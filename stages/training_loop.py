@@ -11,13 +11,13 @@ import torch
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.pair_stream import PairStream
+from ..pipeline.scoring.flops import ModelCost
 from ..pipeline.scoring.scoring_batch import Layout
 from ..pipeline.training.global_batches import GlobalBatch, deal
 from ..pipeline.training.metrics import PairMetrics, step_line
 from ..pipeline.training.micro_batch import MicroBatch, collate
 from ..pipeline.training.policy_engine import PolicyEngine
 from ..pipeline.training.step_zero import BOUNDS, StepZeroFigures, StepZeroProof
-from ..pipeline.training.throughput import model_flops
 from .recipe import Recipe, global_batches
 
 
@@ -42,7 +42,7 @@ class MicroBatches:
         tokens_per_microbatch: int,
     ) -> None:
         self.mixture = mixture
-        self._lengths = mixture.shared_prefix_lengths()
+        self._lengths = mixture.shared_prefix_lengths().astype(np.int64)
         self._stream = PairStream(cache, mixture)
         self._layout = layout
         self._rank, self._num_ranks, self._device = engine.rank, engine.num_ranks, engine.device
@@ -167,6 +167,6 @@ class TrainingLoop:
             self._recipe.loss,
             device=self._engine.device,
             tie_margin=BOUNDS[self._recipe.dtype],
-            flops=model_flops(self._engine.scorer.model),
+            cost=ModelCost.of_model(self._engine.scorer.model),
             prefix=prefix,
         )

@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 import torch
-from transformers.integrations import HfDeepSpeedConfig
 
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
@@ -184,8 +183,7 @@ class TrainingRun:
                 load_universal=convert,
             )
         )
-        self._zero3 = HfDeepSpeedConfig(engine_config) if self._config.zero_stage == 3 else None
-        policy = load_policy(self._config, self._recipe, origin.model, self._device, zero3=self._zero3)
+        policy = load_policy(self._config, self._recipe, origin.model, self._device, engine_config)
         self._engine = PolicyEngine(
             PairScorer(policy),
             config=engine_config,

@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-from torch.distributed import DistError, Store
+from torch._C._distributed_c10d import Store
+from torch.distributed import DistError
 
 HEARTBEAT_S = 1.0
 STALE_AFTER_S = 15.0

@@ -4,8 +4,6 @@ Shapes: B pairs, S = 2B sides (chosen rows first), R rows, T tokens a row, N sco
 M references to them (a scored token counts once for every side it belongs to).
 """
 
-# ruff: noqa: N815 (fields carry shape suffixes)
-
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace

@@ -14,14 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..scoring.flops import ModelCost, forward_flops
+from .device_limits import peak_flops_per_second, peak_memory_bytes
 from .losses import LossSettings
 from .micro_batch import ScoredMicroBatch
-from .throughput import ModelFlops, peak_flops_per_second, peak_memory_bytes
 
 _SUMS = (
     "pairs",
     "tokens",
-    "scored_tokens",
+    "attended",
+    "scored",
     "loss",
     "chosen_logps",
     "rejected_logps",
@@ -40,7 +42,8 @@ class PairMetrics:
         device: Where the sums are kept, so that adding to them never waits for the device.
         tie_margin: A difference of the two sides' log-ratios below this, in nats per token, is noise: a tie, which
             counts half in the accuracy.
-        flops: For ``perf/mfu``; None leaves it out.
+        cost: Of the model, for ``perf/mfu``; None leaves it out. A backward pass counts twice a forward pass; what is
+            computed again (checkpointed activations, the head's logits) does not count.
         prefix: Put before every name; ``eval/`` for evaluation.
     """
 
@@ -50,13 +53,13 @@ class PairMetrics:
         *,
         device: torch.device,
         tie_margin: float,
-        flops: ModelFlops | None = None,
+        cost: ModelCost | None = None,
         prefix: str = "",
     ) -> None:
         self._loss = loss
         self._device = device
         self._tie_margin = tie_margin
-        self._flops = flops
+        self._cost = cost
         self._peak_flops = peak_flops_per_second(device)
         self._prefix = prefix
         self._has_aux_loss = False
@@ -80,7 +83,9 @@ class PairMetrics:
         if scored.policy.aux_loss is not None:
             self._has_aux_loss = True
             aux_loss = scored.policy.aux_loss * scored.micro_batch.num_pairs
-        counts = self._sums.new_tensor([scored.micro_batch.num_pairs, batch.num_tokens, batch.num_scored])
+        counts = self._sums.new_tensor(
+            [scored.micro_batch.num_pairs, batch.num_tokens, batch.num_attended, batch.num_scored]
+        )
         values = torch.stack(
             [
                 outcomes.losses_B.sum(),
@@ -142,8 +147,14 @@ class PairMetrics:
             "perf/tokens_per_second": totals["tokens"] / seconds,
             "perf/pairs_per_second": totals["pairs"] / seconds,
         }
-        if self._flops is not None and self._peak_flops is not None:
-            done = self._flops.training(tokens=totals["tokens"], scored_tokens=totals["scored_tokens"])
+        if self._cost is not None and self._peak_flops is not None:
+            forward = forward_flops(
+                self._cost,
+                num_tokens=int(totals["tokens"]),
+                num_attended=int(totals["attended"]),
+                num_scored=int(totals["scored"]),
+            )
+            done = forward if self._prefix else 3 * forward
             fields["perf/mfu"] = done / (seconds * self._peak_flops * num_ranks)
         return fields
 

@@ -67,9 +67,9 @@ def plainly_trained(
                 policy = logps[len(row["prompt_ids"]) - 1 :].mean()
                 sides.append(beta * (policy - row[f"ref_{side}_logps"] / row[f"{side}_tokens"]))
             losses.append(-logsigmoid(sides[0] - sides[1]))
-            rewards.append([float(side) for side in sides])
+            rewards.append([side.item() for side in sides])
         loss = torch.stack(losses).mean()
-        loss.backward()
+        torch.autograd.backward(loss)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -40,12 +40,8 @@ def test_children_that_end_well_are_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_child_that_fails_stops_its_siblings_and_its_message_is_raised_once(tmp_path: Path) -> None:
-    fails = python(
-        "import os, sys; open(os.environ['DPO_CACHE_FAULT_FILE'], 'w').write('Error: no'); sys.exit(1)"
-    )
-    waits = python(
-        f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    )
+    fails = python("import os, sys; open(os.environ['DPO_CACHE_FAULT_FILE'], 'w').write('Error: no'); sys.exit(1)")
+    waits = python(f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)")
     with pytest.raises(DpoCacheError, match=r"^no$"):
         run_children([waits, fails, fails], [{}, {}, {}])
     pid = tmp_path / "pid"
@@ -70,9 +66,7 @@ run_children([[sys.executable, "-c", code]], [{{}}])
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_child_outlives_its_parent(tmp_path: Path, signum: signal.Signals) -> None:
     pid_file = tmp_path / "pid"
-    parent = subprocess.Popen(
-        python(PARENT.format(path=str(pid_file))), env={**os.environ}, stderr=subprocess.DEVNULL
-    )
+    parent = subprocess.Popen(python(PARENT.format(path=str(pid_file))), env={**os.environ}, stderr=subprocess.DEVNULL)
     child = int(wait_for(pid_file))
     parent.send_signal(signum)
     parent.wait(timeout=40)

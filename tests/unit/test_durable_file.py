@@ -113,8 +113,20 @@ def test_new_folders_are_synced_into_their_parents(tmp_path: Path, monkeypatch: 
     recorder = Recorder()
     monkeypatch.setattr(durable_file, "operations", recorder)
     make_folder_durably(tmp_path / "a" / "b")
-    make_folder_durably(tmp_path / "a" / "b")
     assert recorder.calls == ["make_folder a", f"sync_folder {tmp_path.name}", "make_folder b", "sync_folder a"]
+
+
+def test_a_folder_that_is_there_is_synced_too_for_its_maker_may_have_died_before_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    recorder = Recorder()
+    monkeypatch.setattr(durable_file, "operations", recorder)
+    make_folder_durably(tmp_path / "a")
+    assert recorder.calls == ["make_folder a", f"sync_folder {tmp_path.name}"]
+    (tmp_path / "file").touch()
+    with pytest.raises(DpoCacheError, match="File exists"):
+        make_folder_durably(tmp_path / "file")
 
 
 def test_removal_is_synced(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

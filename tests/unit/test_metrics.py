@@ -14,11 +14,12 @@ import torch.distributed as dist
 from distributed_run import run_ranks
 from dpo_cache.pipeline.cache.shard_file import ScoredPair
 from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.pipeline.scoring.flops import ModelCost
 from dpo_cache.pipeline.scoring.scoring_batch import Layout, PairLogps
+from dpo_cache.pipeline.training import metrics as metrics_module
 from dpo_cache.pipeline.training.losses import preference_loss, resolve_loss
 from dpo_cache.pipeline.training.metrics import PairMetrics, step_line
 from dpo_cache.pipeline.training.micro_batch import ScoredMicroBatch, collate
-from dpo_cache.pipeline.training.throughput import ModelFlops
 
 CPU = torch.device("cpu")
 
@@ -178,13 +179,22 @@ def test_the_balancing_loss_is_weighted_by_pairs() -> None:
     assert metrics.reduce()["aux_loss"] == pytest.approx(2.0)
 
 
-def test_model_flops_count_head_and_backbone_apart() -> None:
-    flops = ModelFlops(backbone_parameters=1000, head_parameters=10)
-    assert flops.training(tokens=7, scored_tokens=2) == 6 * (7000 + 20)
+COST = ModelCost(backbone_weights=1000, head_weights=10, attention_width=4)
+
+
+def test_mfu_is_three_forward_passes_over_time_and_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "peak_flops_per_second", lambda device: 1e12)
+    metrics = _metrics(cost=COST)
+    metrics.add(scored := _scored(PAIRS[:2]))
+    line = metrics.reduce()
+    batch = scored.micro_batch.batch
+    seconds = batch.num_tokens / line["perf/tokens_per_second"]
+    forward = 2 * (1000 * batch.num_tokens + 2 * 4 * batch.num_attended + 10 * batch.num_scored)
+    assert line["perf/mfu"] == pytest.approx(3 * forward / (seconds * 1e12))
 
 
 def test_mfu_is_left_out_where_no_peak_is_known() -> None:
-    metrics = _metrics(flops=ModelFlops(backbone_parameters=1000, head_parameters=10))
+    metrics = _metrics(cost=COST)
     metrics.add(_scored(PAIRS))
     assert "perf/mfu" not in metrics.reduce()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -106,8 +107,6 @@ def test_every_setting_has_a_line_of_help(config_class: type) -> None:
         ({"gradient_accumulation_steps": 4}, 32, 128),
     ],
 )
-def test_the_global_batch_is_a_number_of_pairs(
-    settings: dict[str, int], num_ranks: int, expected: int
-) -> None:
+def test_the_global_batch_is_a_number_of_pairs(settings: dict[str, Any], num_ranks: int, expected: int) -> None:
     config = TrainConfig(cache=Path("c"), output=Path("o"), **settings)
     assert config.resolved_global_batch_size(num_ranks) == expected

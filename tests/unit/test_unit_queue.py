@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from dpo_cache.stages import unit_queue
 from dpo_cache.stages.unit_queue import UnitQueue
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 
 
 def drain(queue: UnitQueue) -> list[int]:
@@ -19,10 +17,9 @@ def drain(queue: UnitQueue) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unit_queue, "STALE_AFTER_S", 0.2)
     monkeypatch.setattr(unit_queue, "IDLE_POLL_S", 0.02)
-    yield
 
 
 def test_one_worker_gets_every_unit_once() -> None:
