@@ -96,17 +96,36 @@ def remove_durably(path: Path) -> None:
 
 
 def make_folder_durably(path: Path) -> None:
-    """Make a folder and its missing parents; folders that exist are left as they are."""
+    """Make a folder and its missing parents.
+
+    One that is there already is synced into its parent all the same: whoever made it may have died, or be
+    about to, before coming to that.
+    """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        for folder in reversed(missing):
+        for folder in reversed(missing or [path]):
+            existed = False
             try:
                 operations.make_folder(folder)
-            except FileExistsError:  # another builder was quicker
-                continue
-            operations.sync_folder(folder.parent)
+            except FileExistsError:
+                if not folder.is_dir():
+                    raise
+                existed = True
+            try:
+                operations.sync_folder(folder.parent)
+            except PermissionError:  # a parent that we may not read, such as a cluster's /scratch
+                if not existed:
+                    raise
     except OSError as error:
         raise _refused("make the folder", path, error) from error
+
+
+def settle_folder(path: Path) -> None:
+    """Make names durable that others gave in this folder and may not have synced yet."""
+    try:
+        operations.sync_folder(path)
+    except OSError as error:
+        raise _refused("sync", path, error) from error
 
 
 def _refused(what: str, path: Path, error: OSError) -> DpoCacheError:

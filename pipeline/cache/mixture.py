@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from ...errors import DpoCacheError
 from .canonical_json import JsonObject, read_sealed_json, take, write_sealed_json
-from .durable_file import write_durably
+from .durable_file import settle_folder, write_durably
 from .example_key import KEY_BYTES, KEY_VERSION, Keys, key_at
 from .key_index import KeyIndex
 from .parquet_file import KEY_COLUMN, ParquetReader, file_sha256, keys_of, numbers_of, parquet_bytes, reading
@@ -291,6 +291,8 @@ def write_mixture(
 
 def write_pointer(cache_path: Path, mixture: Mixture) -> None:
     """Write a mixture's pointer; everything that it names must be there."""
+    # A shard of another builder may be visible before it is durable; its name must not be lost once we point at it.
+    settle_folder(cache_path / "shards")
     write_sealed_json(
         cache_path / "mixtures" / f"{mixture.name}.json",
         {
