@@ -90,7 +90,7 @@ class Build:
         with cache.building(self._config.mixture), scratch_folder(cache.path / "tmp") as scratch:
             damaged = damaged_shards(cache)
             collected = self._collect(cache.key_index(without=damaged), scratch)
-            content = mixture_content(cache, self._config, collected)
+            content = mixture_content(cache, self._config, collected, warn=say)
             outcome = self._score(cache, collected, scratch, job)
             mixture = self._write_mixture(cache, content, outcome, without=damaged)
             return self._report(collected, outcome, training_pairs=len(mixture.rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,8 @@ class MixtureContent:
         tokenization: How their tokens were made.
         sources: Their datasets.
         dropped: Rows that make no pair, by reason.
-        is_new: Whether it differs from the mixture that the cache has under this name.
+        is_new: Whether it must be written: the cache has none of this name, a damaged one, one with other pairs,
+            or one that names a shard which is gone.
     """
 
     rows: MixtureRows
@@ -46,8 +47,10 @@ class MixtureContent:
         )
 
 
-def mixture_content(cache: ReferenceCache, config: BuildConfig, collected: CollectedPairs) -> MixtureContent:
-    """What the mixture is to hold after this build.
+def mixture_content(
+    cache: ReferenceCache, config: BuildConfig, collected: CollectedPairs, *, warn: Callable[[str], None]
+) -> MixtureContent:
+    """What the mixture is to hold after this build; ``warn`` tells people that the present one is damaged.
 
     Raises:
         DpoCacheError: The cache has a mixture of this name with other pairs, and neither ``--replace`` nor
@@ -62,11 +65,20 @@ def mixture_content(cache: ReferenceCache, config: BuildConfig, collected: Colle
     )
     if config.mixture not in cache.mixture_names():
         return content
-    existing = cache.read_mixture(config.mixture)
+    try:
+        existing = cache.read_mixture(config.mixture)
+        existing.table.verify()
+    except DpoCacheError as error:
+        if config.extend:
+            raise
+        warn(f"warning: mixture {config.mixture} is written anew: {error.found}")
+        return content
+    is_whole = {shard.file_name for shard in existing.shards} <= {path.name for path in cache.shard_paths()}
     if config.extend:
-        return _extended(existing, content)
+        extended = _extended(existing, content)
+        return replace(extended, is_new=extended.is_new or not is_whole)
     if _same_pairs(existing.rows(), content.rows):
-        return replace(content, is_new=False)
+        return replace(content, is_new=not is_whole)
     if config.replace:
         return content
     raise _changed(existing, content, config)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DpoCacheError
-from .canonical_json import JsonObject, read_sealed_json, take, write_sealed_json
+from .canonical_json import BrokenSealError, JsonObject, read_sealed_json, take, write_sealed_json
 from .durable_file import make_folder_durably, remove_durably, settle_folder, write_durably
 from .folder_lock import building_lock, creation_lock, maintenance_lock
 from .key_index import KeyIndex, build_key_index
@@ -67,7 +67,8 @@ class ReferenceCache:
     ) -> ReferenceCache:
         """Make a cache, or open the one that stands there if it is of the same reference.
 
-        Once this returns, everything visible in it survives a power cut, whoever wrote it.
+        Once this returns, everything visible in it survives a power cut, whoever wrote it. A damaged
+        ``cache.json`` is written anew where the shards say that the cache is of this reference.
 
         Raises:
             DpoCacheError: The folder holds something else, or a cache of another reference (naming every field
@@ -79,7 +80,7 @@ class ReferenceCache:
             _refuse_link(path / name)
             make_folder_durably(path / name)
         with creation_lock(path / "tmp"):
-            if not (path / "cache.json").exists():
+            if not (path / "cache.json").exists() or _is_damaged_cache_of(path, identity):
                 write_sealed_json(
                     path / "cache.json",
                     {
@@ -332,6 +333,23 @@ def _refuse_other_content(path: Path) -> None:
             f"{path} is not a cache and not empty: it holds {', '.join(strange[:5])}",
             expected="a cache, an empty folder, or a folder that does not exist yet",
         )
+
+
+def _is_damaged_cache_of(path: Path, identity: ReferenceIdentity) -> bool:
+    """Whether ``cache.json`` is damaged and every shard that can be read is of this reference."""
+    try:
+        read_sealed_json(path / "cache.json", max_bytes=MAX_CACHE_JSON_BYTES)
+    except BrokenSealError:
+        return {_reference_of(shard) for shard in (path / "shards").iterdir()} <= {identity.digest, None}
+    return False
+
+
+def _reference_of(shard: Path) -> str | None:
+    try:
+        with ShardReader(shard) as reader:
+            return reader.reference_id
+    except DpoCacheError:
+        return None
 
 
 def _refuse_link(path: Path) -> None:

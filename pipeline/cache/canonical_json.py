@@ -26,6 +26,10 @@ JsonObject = dict[str, Any]
 T = TypeVar("T")
 
 
+class BrokenSealError(DpoCacheError):
+    """A sealed file whose bytes are not those that were written."""
+
+
 def canonical_bytes(value: object) -> bytes:
     """ASCII JSON with keys sorted by code point and no spaces.
 
@@ -52,13 +56,13 @@ def read_sealed_json(path: Path, *, max_bytes: int) -> JsonObject:
         max_bytes: A larger file is refused unread.
 
     Raises:
-        DpoCacheError: The file is missing, too large, damaged, or not a sealed JSON object.
+        DpoCacheError: The file is missing, too large, damaged (:class:`BrokenSealError`), or not a sealed JSON object.
     """
     content = read_bounded(path, max_bytes=max_bytes)
     body = b"{" + content[_SEAL_BYTES:]
     seal = _SEAL_START + hashlib.sha256(body).hexdigest().encode() + _SEAL_END
     if content[:_SEAL_BYTES] != seal:
-        raise DpoCacheError(
+        raise BrokenSealError(
             f"{path} is damaged: its content does not match its own SHA-256",
             next_step="restore it from a copy, or build again",
         )

@@ -78,6 +78,17 @@ def test_every_flipped_bit_of_cache_json_is_found(tmp_path: Path) -> None:
             ReferenceCache.open(tmp_path / "cache")
 
 
+def test_a_damaged_cache_json_is_written_anew_by_a_build_with_the_reference_of_its_shards_and_no_other(
+    tmp_path: Path,
+) -> None:
+    cache = make_cache(tmp_path / "cache")
+    cache.write_shard(make_rows(3))
+    (cache.path / "cache.json").write_bytes(b"")
+    with pytest.raises(DpoCacheError, match="is damaged"):
+        make_cache(cache.path, attention="eager")
+    assert len(make_cache(cache.path).key_index()) == 3
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
