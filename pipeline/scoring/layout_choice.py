@@ -124,6 +124,9 @@ class _SelfTest:
         """Mean absolute difference a token, in nats; NaN if a value is NaN in the layout alone.
 
         A pair that the model itself has no finite value for says nothing about the layout.
+
+        Raises:
+            DpoCacheError: The model has no finite value for any of them.
         """
         batch = scoring_batch([*self.probe, *self.real], layout).to(self.device)
         ours = token_logps_of_sides(self.scorer(batch).token_logps_N, batch)
@@ -134,7 +137,12 @@ class _SelfTest:
             for pair in [*self.probe, *self.real]
         ]
         ours_N, plain_N = torch.cat(ours), torch.cat(plain)
-        ours_N = torch.where(plain_N.isnan(), plain_N, ours_N)
+        if plain_N.isnan().all():
+            raise DpoCacheError(
+                "the model gives no token a finite log-probability",
+                expected="weights without NaN or infinity, in a dtype that holds what it computes",
+                next_step="look at the checkpoint, or try another --dtype",
+            )
         return float((ours_N - plain_N)[~plain_N.isnan()].abs().sum() / len(plain_N))
 
     def _alone(self, pair: TokenPair, side: str, *, through_full_logits: bool) -> torch.Tensor:

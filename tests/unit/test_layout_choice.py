@@ -92,9 +92,9 @@ def test_a_requested_layout_is_used_or_refused_never_replaced(monkeypatch: pytes
         choose_layout(PairScorer(tiny_model("llama")), device="cpu", requested=Layout.PACKED)
 
 
-def test_values_that_are_not_finite_agree_with_nothing() -> None:
+def test_a_model_without_a_finite_value_is_refused() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    with pytest.raises(DpoCacheError, match="nan nats"):
+    with pytest.raises(DpoCacheError, match="no token a finite log-probability"):
         choose_layout(PairScorer(model), device="cpu")
