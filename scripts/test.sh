@@ -22,4 +22,4 @@ echo "== import layers" >&2
 "$bin/lint-imports" --no-cache >&2
 
 echo "== pytest" >&2
-"$bin/pytest" "$@"
+"$bin/pytest" -n auto --dist worksteal "$@"
