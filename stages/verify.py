@@ -1,0 +1,366 @@
+"""Look at every byte of a cache, name what is wrong, and take it away on request so that a build refills just that."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DpoCacheError
+from ..pipeline.cache.cache_folder import MAX_CACHE_JSON_BYTES, ReferenceCache
+from ..pipeline.cache.canonical_json import read_sealed_json
+from ..pipeline.cache.durable_file import remove_durably
+from ..pipeline.cache.example_key import Keys, example_key, key_at
+from ..pipeline.cache.folder_lock import maintenance_lock
+from ..pipeline.cache.key_index import KeyIndex, build_key_index
+from ..pipeline.cache.mixture import MIXTURE_NAME, Mixture
+from ..pipeline.cache.mixture_check import check_mixture
+from ..pipeline.cache.parquet_file import KEY_COLUMN, file_sha256, reading
+from ..pipeline.cache.shard_file import SHARD_NAME, ShardReader, ShardRef, verify_shard
+from .progress import Progress
+from .rescore import RescoreReport, RescoreSettings, rescore
+
+TEXT_WIDTH = 80
+
+
+class FindingKind(StrEnum):
+    """What can be wrong with a cache."""
+
+    DAMAGED_CACHE_JSON = "damaged-cache-json"
+    STRAY_FILE = "stray-file"
+    DAMAGED_SHARD = "damaged-shard"
+    FOREIGN_SHARD = "foreign-shard"
+    UNUSABLE_SHARD = "unusable-shard"
+    WRONG_KEYS = "wrong-keys"
+    WRONG_VALUES = "wrong-values"
+    MISSING_SHARD = "missing-shard"
+    DAMAGED_POINTER = "damaged-pointer"
+    DAMAGED_TABLE = "damaged-table"
+    BROKEN_MIXTURE = "broken-mixture"
+
+
+MEANINGS = {
+    FindingKind.DAMAGED_CACHE_JSON: "cache.json is not what was written",
+    FindingKind.STRAY_FILE: "a file that does not belong here",
+    FindingKind.DAMAGED_SHARD: "bytes that are not those the name promises",
+    FindingKind.FOREIGN_SHARD: "the values of another reference",
+    FindingKind.UNUSABLE_SHARD: "rows, counts or values that cannot be",
+    FindingKind.WRONG_KEYS: "keys that are not those of their token ids",
+    FindingKind.WRONG_VALUES: "values that the reference does not give",
+    FindingKind.MISSING_SHARD: "a mixture names it, and it is not there",
+    FindingKind.DAMAGED_POINTER: "a mixture's pointer that cannot be trusted",
+    FindingKind.DAMAGED_TABLE: "a mixture's table with other bytes than its name promises",
+    FindingKind.BROKEN_MIXTURE: "a mixture that cannot be trained from",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: What kind of thing.
+        path: The file, relative to the cache.
+        detail: What exactly.
+        mixture: The mixture it makes unusable by itself; None where only its shard or file is wrong.
+    """
+
+    kind: FindingKind
+    path: str
+    detail: str
+    mixture: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        return {"kind": str(self.kind), "path": self.path, "detail": self.detail, "mixture": self.mixture}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Repair:
+    """What was taken away.
+
+    Attributes:
+        retired: Mixtures whose pointer was removed; they came first.
+        removed: Files removed after that, relative to the cache.
+        left: What a person has to look at.
+    """
+
+    retired: list[str]
+    removed: list[str]
+    left: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """What a look at every byte found.
+
+    Attributes:
+        path: The cache.
+        shards: Shards that can be relied on.
+        pairs: Distinct pairs in them.
+        duplicates: Rows that another shard holds too: harmless.
+        mixtures: Training pairs of each whole mixture.
+        findings: What is wrong.
+        rescored: The comparison with the reference, where it was asked for.
+        repair: What was taken away, where that was asked for.
+    """
+
+    path: Path
+    shards: int
+    pairs: int
+    duplicates: int
+    mixtures: dict[str, int]
+    findings: list[Finding]
+    rescored: RescoreReport | None = None
+    repair: Repair | None = None
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing wrong is left in the cache."""
+        return not self.findings if self.repair is None else not self.repair.left
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        return {
+            "path": str(self.path),
+            "sound": self.is_sound,
+            "shards": self.shards,
+            "pairs": self.pairs,
+            "duplicates": self.duplicates,
+            "mixtures": self.mixtures,
+            "findings": [finding.to_json() for finding in self.findings],
+            "rescored": self.rescored.to_json() if self.rescored else None,
+            "retired": self.repair.retired if self.repair else None,
+            "removed": self.repair.removed if self.repair else None,
+        }
+
+    def text(self) -> str:
+        """For an 80-column terminal."""
+        lines = [f"cache      {self.path}", f"sound      {self.shards} shards with {self.pairs:,} distinct pairs"]
+        lines += [f"           mixture {name}: {pairs:,} training pairs" for name, pairs in self.mixtures.items()]
+        if self.duplicates:
+            lines.append(f"           {self.duplicates:,} rows stand twice (harmless: dpo-cache compact drops them)")
+        for finding in self.findings:
+            lines += ["", f"{finding.kind}: {MEANINGS[finding.kind]}", f"  {finding.path}"]
+            lines += textwrap.wrap(
+                finding.detail, TEXT_WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+            )
+        if self.rescored:
+            lines += ["", self.rescored.text()]
+        return "\n".join([*lines, "", *self._closing()])
+
+    def _closing(self) -> Iterator[str]:
+        if not self.findings:
+            yield "nothing is wrong: every checksum, key, count and value holds"
+        elif self.repair is None:
+            yield f"{len(self.findings)} findings"
+            yield f"next: dpo-cache verify {self.path} --repair"
+        else:
+            yield f"retired {len(self.repair.retired)} mixtures: {', '.join(self.repair.retired) or 'none'}"
+            yield f"removed {len(self.repair.removed)} files"
+            yield from (f"left for you to look at: {path}" for path in self.repair.left)
+            yield "next: run dpo-cache build as before; it scores only what is missing"
+
+
+def verify_cache(path: Path, *, repair: bool = False, rescoring: RescoreSettings | None = None) -> VerifyReport:
+    """Check every shard, table and pointer of a cache.
+
+    Args:
+        path: The cache.
+        repair: Retire the mixtures that depend on something wrong, then remove what is wrong.
+        rescoring: Also score a sample again; values off by more than rounding count as findings.
+
+    Raises:
+        DpoCacheError: There is no cache; or it is in use, where it is to be repaired; or the reference that is to
+            score again is not the one that scored.
+    """
+    if not repair:
+        return _Verification(path).report(rescoring)
+    with maintenance_lock(path / "tmp", "a repair"):
+        return _Verification(path).repaired(rescoring)
+
+
+@dataclass(slots=True)
+class _Verification:
+    """One walk over a cache: findings as they turn up, and what could be relied on."""
+
+    path: Path
+    findings: list[Finding] = field(default_factory=list)
+    shards: list[tuple[ShardRef, Keys]] = field(default_factory=list)
+    mixtures: dict[str, Mixture] = field(default_factory=dict)
+    rescored: RescoreReport | None = None
+
+    def report(self, rescoring: RescoreSettings | None, *, repair: Repair | None = None) -> VerifyReport:
+        index = self._walk(rescoring) if repair is None else self._index()
+        broken = self._broken_mixtures()
+        return VerifyReport(
+            path=self.path,
+            shards=len(self.shards),
+            pairs=len(index),
+            duplicates=index.num_duplicates,
+            mixtures={name: mixture.num_pairs for name, mixture in self.mixtures.items() if name not in broken},
+            findings=self.findings,
+            rescored=self.rescored,
+            repair=repair,
+        )
+
+    def repaired(self, rescoring: RescoreSettings | None) -> VerifyReport:
+        self._walk(rescoring)
+        # A mixture goes before anything it names, so that whatever stops us, no pointer promises what is not there.
+        retired = [name for name in sorted(self._broken_mixtures()) if self._pointer(name).exists()]
+        for name in retired:
+            remove_durably(self._pointer(name))
+        removed, left = [], []
+        for relative in dict.fromkeys(finding.path for finding in self.findings):
+            file = self.path / relative
+            if file.is_dir() and not file.is_symlink():
+                left.append(relative)
+            elif file.exists() or file.is_symlink():
+                remove_durably(file)
+                removed.append(relative)
+        return self.report(None, repair=Repair(retired=retired, removed=removed, left=left))
+
+    # ---- the walk ----------------------------------------------------------------------------------------------------
+
+    def _walk(self, rescoring: RescoreSettings | None) -> KeyIndex:
+        if not self._cache_json_holds():
+            return self._index()
+        cache = ReferenceCache.open(self.path)
+        self._walk_shards(cache)
+        index = self._index()
+        if rescoring is not None:
+            self._rescore(cache, index, rescoring)
+        self._walk_mixtures(cache)
+        return index
+
+    def _index(self) -> KeyIndex:
+        return build_key_index(self.shards)
+
+    def _cache_json_holds(self) -> bool:
+        source = self.path / "cache.json"
+        if not source.exists():
+            return True  # opening it tells that there is no cache
+        try:
+            read_sealed_json(source, max_bytes=MAX_CACHE_JSON_BYTES)
+        except DpoCacheError as error:
+            self._find(
+                FindingKind.DAMAGED_CACHE_JSON,
+                source,
+                f"{error.found}; nothing else can be judged without it. Without the file, the next build with the "
+                "same reference writes it again and keeps all shards",
+            )
+            return False
+        return True
+
+    def _walk_shards(self, cache: ReferenceCache) -> None:
+        entries = _entries(self.path / "shards")
+        with Progress(len(entries), unit="shard", title="verify") as progress:
+            for done, path in enumerate(entries, start=1):
+                self._examine_shard(cache, path)
+                progress.reach(done)
+
+    def _examine_shard(self, cache: ReferenceCache, path: Path) -> None:
+        if not SHARD_NAME.fullmatch(path.name):
+            self._find(FindingKind.STRAY_FILE, path, "the name of a shard is the SHA-256 of its bytes")
+            return
+        kind = FindingKind.DAMAGED_SHARD
+        try:
+            verify_shard(path)
+            kind = FindingKind.UNUSABLE_SHARD
+            with ShardReader(path) as shard:
+                if shard.reference_id != cache.reference_id:
+                    kind = FindingKind.FOREIGN_SHARD
+                    raise DpoCacheError(
+                        f"it belongs to the reference {shard.reference_id[:16]}…, not to {cache.reference_id[:16]}…"
+                    )
+                wrong = [key.hex() for key in _wrong_keys(shard)]
+                if wrong:
+                    kind = FindingKind.WRONG_KEYS
+                    raise DpoCacheError(f"{len(wrong)} of {shard.num_rows} rows: {', '.join(wrong[:10])}")
+                ref = ShardRef(sha256=path.stem, num_rows=shard.num_rows, num_bytes=shard.num_bytes)
+                self.shards.append((ref, shard.keys()))
+        except DpoCacheError as error:
+            self._find(kind, path, error.found)
+
+    def _rescore(self, cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -> None:
+        self.rescored = rescore(cache, index, settings)
+        for shard, outliers in self.rescored.outliers.items():
+            self._find(
+                FindingKind.WRONG_VALUES,
+                self.path / "shards" / f"{shard}.parquet",
+                f"{len(outliers)} pairs: {', '.join(key.hex() for key in outliers[:10])}",
+            )
+
+    def _walk_mixtures(self, cache: ReferenceCache) -> None:
+        for path in _entries(self.path / "mixtures"):
+            if path.suffix == ".json" and MIXTURE_NAME.fullmatch(path.stem):
+                self._examine_mixture(cache, path)
+            elif not SHARD_NAME.fullmatch(path.name) or not path.is_file():
+                self._find(FindingKind.STRAY_FILE, path, "neither a mixture's pointer nor a table")
+            elif (found := file_sha256(path)) != path.stem:
+                self._find(FindingKind.DAMAGED_TABLE, path, f"its bytes have the SHA-256 {found}")
+
+    def _examine_mixture(self, cache: ReferenceCache, pointer: Path) -> None:
+        name = pointer.stem
+        try:
+            mixture = self.mixtures[name] = cache.read_mixture(name)
+        except DpoCacheError as error:
+            self._find(FindingKind.DAMAGED_POINTER, pointer, error.found, mixture=name)
+            return
+        missing = [path for shard in mixture.shards if not (path := self.path / "shards" / shard.file_name).exists()]
+        for path in missing:
+            self._find(FindingKind.MISSING_SHARD, path, f"mixture {name} names it", mixture=name)
+        try:
+            check_mixture(cache, mixture)
+            _check_counts(mixture)
+        except DpoCacheError as error:
+            self._find(FindingKind.BROKEN_MIXTURE, pointer, error.found, mixture=name)
+
+    # ---- what depends on what ----------------------------------------------------------------------------------------
+
+    def _broken_mixtures(self) -> set[str]:
+        """Mixtures with a finding of their own, or with a shard or table that has one."""
+        files = {Path(finding.path).name for finding in self.findings}
+        of_their_own = {finding.mixture for finding in self.findings if finding.mixture is not None}
+        return of_their_own | {
+            name
+            for name, mixture in self.mixtures.items()
+            if mixture.table.path.name in files or any(shard.file_name in files for shard in mixture.shards)
+        }
+
+    def _pointer(self, name: str) -> Path:
+        return self.path / "mixtures" / f"{name}.json"
+
+    def _find(self, kind: FindingKind, path: Path, detail: str, *, mixture: str | None = None) -> None:
+        relative = str(path.relative_to(self.path))
+        self.findings.append(Finding(kind=kind, path=relative, detail=detail, mixture=mixture))
+
+
+def _entries(folder: Path) -> list[Path]:
+    with reading(folder):
+        return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def _wrong_keys(shard: ShardReader) -> Iterator[bytes]:
+    """Keys that are not those of their rows; reading the rows checks ids, masks, counts and values."""
+    for group in range(len(shard.group_starts)):
+        rows = shard.read_row_group(group)
+        for index in range(len(rows)):
+            if example_key(rows.scored_pair(index).pair) != key_at(rows.keys, index):
+                yield key_at(rows.keys, index)
+
+
+def _check_counts(mixture: Mixture) -> None:
+    """The pointer's counts are those of the table."""
+    counted: dict[str, int] = {
+        side: int(mixture.table.column(f"{side}_length").sum(dtype=np.int64)) for side in mixture.num_ids
+    }
+    counted["distinct pairs"] = len(np.unique(mixture.table.column(KEY_COLUMN)))
+    stated = {**mixture.num_ids, "distinct pairs": mixture.num_distinct_pairs}
+    if counted != stated:
+        raise DpoCacheError(f"the pointer states the counts {stated}, the table has {counted}")
