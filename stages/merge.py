@@ -1,0 +1,194 @@
+"""Unite caches that were built in separate folders, such as one a node where nodes share no file system."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DpoCacheError
+from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.canonical_json import canonical_bytes
+from ..pipeline.cache.mixture import Mixture, MixtureRows
+from .mixture_change import MixtureContent, differing_settings, in_words
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeReport:
+    """What a merge brought together.
+
+    Attributes:
+        cache: The united cache.
+        shards: Shards copied.
+        pairs: Distinct pairs the cache holds now.
+        mixtures: Training pairs of each mixture that was brought or united.
+        warnings: What was left behind.
+    """
+
+    cache: str
+    shards: int
+    pairs: int
+    mixtures: dict[str, int]
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """For an 80-column terminal."""
+        lines = [f"warning: {warning}" for warning in self.warnings]
+        lines.append(f"{self.cache}: {self.pairs:,} distinct pairs, after copying {self.shards} shards")
+        lines += [f"mixture {name}: {pairs:,} training pairs" for name, pairs in self.mixtures.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """A mixture of one of the caches."""
+
+    cache: ReferenceCache
+    mixture: Mixture
+
+
+def merge(source_paths: Sequence[Path], path: Path) -> MergeReport:
+    """Copy the shards of all sources into one cache and unite mixtures of one name.
+
+    The united mixture has the rows of all parts, the same that one build of all the parts' datasets would have: a
+    dataset that stands in several parts counts once, so merging again changes nothing.
+
+    Args:
+        source_paths: The caches to bring in; they stay as they are.
+        path: The cache to bring them into; made, as the first source is, if there is none.
+
+    Raises:
+        DpoCacheError: A source is of another reference (naming the fields that differ), lacks a shard that a mixture
+            of it needs, or made the tokens of a mixture in another way than its namesake.
+    """
+    sources = [ReferenceCache.open(source) for source in source_paths]
+    cache = ReferenceCache.create(
+        path,
+        identity=sources[0].identity,
+        recorded=sources[0].recorded,
+        vocabulary_sha256=sources[0].vocabulary_sha256,
+    )
+    for source in sources:
+        cache.require_reference(source.identity)
+    parts = [
+        _Part(cache=source, mixture=source.read_mixture(name)) for source in sources for name in source.mixture_names()
+    ]
+    with ExitStack() as locks:
+        for name in sorted({part.mixture.name for part in parts}):
+            locks.enter_context(cache.building(name))
+        by_name = _parts_by_name(cache, parts)
+        united = {
+            name: _united(of_name, cache) for name, of_name in by_name.items()
+        }  # refuses before anything is copied
+        shards, warnings = 0, _warnings_about_vocabularies(cache, sources)
+        for source in sources:
+            copied, left = _copy_shards(source, cache)
+            shards += copied
+            warnings += left
+        index = cache.key_index(without=[shard.path for shard in cache.usable_shards().unusable])
+        for name, content in united.items():
+            if content.is_new:
+                cache.write_mixture(
+                    name,
+                    content.rows,
+                    key_index=index,
+                    tokenization=content.tokenization,
+                    sources=content.sources,
+                    dropped=content.dropped,
+                )
+    return MergeReport(
+        cache=str(path),
+        shards=shards,
+        pairs=len(index),
+        mixtures={name: len(content.rows) for name, content in united.items()},
+        warnings=warnings,
+    )
+
+
+def _parts_by_name(cache: ReferenceCache, parts: Sequence[_Part]) -> dict[str, list[_Part]]:
+    """Mixtures of one name, the one that the cache has already first."""
+    by_name: dict[str, list[_Part]] = {}
+    for part in parts:
+        name = part.mixture.name
+        if name not in by_name:
+            has_it = name in cache.mixture_names()
+            by_name[name] = [_Part(cache=cache, mixture=cache.read_mixture(name))] if has_it else []
+        by_name[name].append(part)
+    return by_name
+
+
+def _united(parts: Sequence[_Part], cache: ReferenceCache) -> MixtureContent:
+    """All rows of the parts' datasets; of a dataset that stands in several, those of the first."""
+    in_place = parts[0].cache is cache
+    first = parts[0].mixture
+    sources: list[dict[str, Any]] = []
+    known: set[tuple[bytes, int]] = set()
+    rows: list[MixtureRows] = []
+    dropped: Counter[str] = Counter()
+    for part in parts:
+        mixture = part.mixture
+        differing = differing_settings(first.tokenization, mixture.tokenization)
+        if differing:
+            raise DpoCacheError(
+                f"mixture {mixture.name} of {part.cache.path} was made with other tokens than that of "
+                f"{parts[0].cache.path}: {in_words(differing)}",
+                expected="the same settings for all pairs of a mixture",
+                next_step="build that part again with the same settings, or under another --mixture name",
+            )
+        new_number = np.full(len(mixture.sources), -1, dtype=np.int32)
+        of_this_part = _numbered(mixture.sources)
+        for number, source in enumerate(mixture.sources):
+            if of_this_part[number] not in known:
+                new_number[number] = len(sources)
+                sources.append(source)
+        known.update(of_this_part)
+        if (new_number >= 0).any():
+            part_rows = mixture.rows()
+            renumbered = replace(part_rows, sources=new_number[part_rows.sources])
+            rows.append(renumbered.take(np.flatnonzero(renumbered.sources >= 0)))
+            dropped += Counter(mixture.dropped)
+    return MixtureContent(
+        rows=MixtureRows.concatenate(rows),
+        tokenization=first.tokenization,
+        sources=sources,
+        dropped=dict(dropped),
+        is_new=not in_place or len(sources) > len(first.sources),
+    )
+
+
+def _numbered(sources: Sequence[dict[str, Any]]) -> list[tuple[bytes, int]]:
+    """Each dataset's record, and how many of the same stand before it: to name one twice is to train on it twice."""
+    records = [canonical_bytes(source) for source in sources]
+    return [(record, records[:number].count(record)) for number, record in enumerate(records)]
+
+
+def _copy_shards(source: ReferenceCache, cache: ReferenceCache) -> tuple[int, list[str]]:
+    """Copy what is sound; what a mixture needs has to be."""
+    needed = {shard.file_name for name in source.mixture_names() for shard in source.read_mixture(name).shards}
+    copied, warnings = 0, []
+    for path in source.shard_paths():
+        try:
+            cache.import_shard(path)
+            copied += 1
+        except DpoCacheError as error:
+            if path.name in needed:
+                raise
+            warnings.append(f"not copied: {error.found}")
+    return copied, warnings
+
+
+def _warnings_about_vocabularies(cache: ReferenceCache, sources: Sequence[ReferenceCache]) -> list[str]:
+    return [
+        f"{source.path} was built with another vocabulary: the same ids may stand for other words"
+        for source in sources
+        if source.vocabulary_sha256 != cache.vocabulary_sha256
+    ]
