@@ -1,0 +1,191 @@
+"""What a build would find in a cache: which rows it could reuse, and what stands against the others."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.reference_identity import differences
+from .build import collect_datasets, damaged_shards
+from .build_config import BuildConfig
+from .build_reference import resolve_reference
+from .mixture_change import differing_settings
+from .pair_collection import CollectedPairs
+from .progress import quiet_libraries
+
+Difference = tuple[str, Any, Any]
+MAX_RANGES = 8
+MAX_VALUE_LETTERS = 66
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceReuse:
+    """One dataset's rows.
+
+    Attributes:
+        dataset: The SPEC as given.
+        reused: Rows whose tokens the cache has scored.
+        others: Ranges of the other rows' numbers, first and last.
+        num_others: How many those are.
+    """
+
+    dataset: str
+    reused: int
+    others: list[tuple[int, int]]
+    num_others: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExplainReport:
+    """What a build would reuse, and why not the rest.
+
+    Attributes:
+        cache: The cache.
+        distinct_pairs: Distinct pairs of the datasets.
+        known_pairs: Those whose very tokens the cache has scored.
+        reused_pairs: Those a build would take: none with another reference, however many are known.
+        reference: Fields of the reference that differ: cached value, this one.
+        tokens: For each mixture of the cache whose tokens were made otherwise, the settings that differ.
+        sources: The datasets' rows.
+        dropped: Rows that make no pair, by reason.
+    """
+
+    cache: Path
+    distinct_pairs: int
+    known_pairs: int
+    reference: list[Difference]
+    tokens: dict[str, list[Difference]]
+    sources: list[SourceReuse]
+    dropped: dict[str, int]
+
+    @property
+    def reused_pairs(self) -> int:
+        return 0 if self.reference else self.known_pairs
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        return {
+            "cache": str(self.cache),
+            "distinct_pairs": self.distinct_pairs,
+            "pairs_reused": self.reused_pairs,
+            "pairs_with_known_tokens": self.known_pairs,
+            "reference_differs_in": _json_of(self.reference),
+            "tokens_differ_in": {name: _json_of(fields) for name, fields in self.tokens.items()},
+            "sources": [
+                {
+                    "dataset": source.dataset,
+                    "rows_reused": 0 if self.reference else source.reused,
+                    "rows_with_known_tokens": source.reused,
+                    "rows_unknown": source.others,
+                }
+                for source in self.sources
+            ],
+            "dropped": self.dropped,
+        }
+
+    def text(self) -> str:
+        """For an 80-column terminal."""
+        lines = [f"reused     {self.reused_pairs:,} of {self.distinct_pairs:,} distinct pairs"]
+        for source in self.sources:
+            lines.append(f"           {source.dataset}")
+            lines.append(f"             {source.reused:,} rows have tokens that are in the cache")
+            if source.others:
+                lines.append(f"             {source.num_others:,} have not: rows {_ranges_in_words(source.others)}")
+        if self.dropped:
+            lines.append("no pair    " + ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()))
+        lines += self._reasons()
+        return "\n".join(lines)
+
+    def _reasons(self) -> Iterator[str]:
+        if self.reference:
+            yield "reference  another one; these fields differ:"
+            yield from _in_lines(self.reference)
+            yield "           a build with it needs a --cache folder of its own"
+        else:
+            yield "reference  the cache's own"
+        for name, fields in self.tokens.items():
+            yield f"tokens     made otherwise than those of mixture {name}:"
+            yield from _in_lines(fields)
+        if not self.tokens:
+            yield "tokens     made as the cache's own"
+            if self.known_pairs < self.distinct_pairs:
+                yield "           pairs that are not in the cache are new: other text, or never built"
+
+
+def explain(config: BuildConfig) -> ExplainReport:
+    """Resolve a build's reference and tokenise its rows, and compare both with the cache; nothing is written to it.
+
+    Args:
+        config: The build; its cache must be there.
+
+    Raises:
+        DpoCacheError: There is no cache, or the model or a dataset cannot be read.
+    """
+    quiet_libraries()
+    cache = ReferenceCache.open(config.cache)
+    reference = resolve_reference(config)
+    known = cache.key_index(without=damaged_shards(cache))
+    with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
+        collected = collect_datasets(config, reference, known=known, scratch=Path(scratch))
+    is_known = known.find(collected.rows.example_keys) >= 0
+    tokens = {
+        name: differing_settings(cache.read_mixture(name).tokenization, collected.tokenization)
+        for name in cache.mixture_names()
+    }
+    return ExplainReport(
+        cache=config.cache,
+        distinct_pairs=collected.num_distinct,
+        known_pairs=collected.num_reused,
+        reference=differences(cache.identity, reference.identity),
+        # Where one mixture was made in the same way, the settings are none of the reasons.
+        tokens={name: fields for name, fields in tokens.items() if fields} if all(tokens.values()) else {},
+        sources=[_source_reuse(dataset, number, collected, is_known) for number, dataset in enumerate(config.dataset)],
+        dropped=collected.dropped,
+    )
+
+
+def _source_reuse(dataset: str, number: int, collected: CollectedPairs, is_known: npt.NDArray[np.bool_]) -> SourceReuse:
+    is_ours = collected.rows.sources == number
+    unknown = np.unique(collected.rows.source_rows[is_ours & ~is_known])
+    return SourceReuse(
+        dataset=dataset,
+        reused=len(np.unique(collected.rows.source_rows[is_ours & is_known])),
+        others=_ranges(unknown),
+        num_others=len(unknown),
+    )
+
+
+def _ranges(numbers: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Ascending numbers as ranges of neighbours, first and last."""
+    if not len(numbers):
+        return []
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+    return [(int(run[0]), int(run[-1])) for run in runs]
+
+
+def _ranges_in_words(ranges: list[tuple[int, int]]) -> str:
+    named = ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in ranges[:MAX_RANGES])
+    return named + (f", … ({len(ranges)} ranges; --json has all)" if len(ranges) > MAX_RANGES else "")
+
+
+def _in_lines(fields: list[Difference]) -> Iterator[str]:
+    for name, cached, ours in fields:
+        yield f"             {name}"
+        yield f"               cached  {_short(cached)}"
+        yield f"               yours   {_short(ours)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_VALUE_LETTERS else f"{text[: MAX_VALUE_LETTERS - 1]}…"
+
+
+def _json_of(fields: list[Difference]) -> list[dict[str, Any]]:
+    return [{"field": name, "cached": cached, "yours": ours} for name, cached, ours in fields]
