@@ -109,7 +109,7 @@ class PairTokenizer:
 
     def __init__(self, settings: TokenizationSettings) -> None:
         self.settings = settings
-        self.tokenizer = _load_tokenizer(settings.tokenizer, settings.tokenizer_revision)
+        self.tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_revision)
         self.chat_template: ChatTemplate | None = resolve_chat_template(self.tokenizer, settings.chat_template)
         self.truncated: Counter[str] = Counter()
         self._text_prefix = self._tokens_before_plain_text()
@@ -426,7 +426,12 @@ def _common_prefix_length(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> int
 # ---- the tokenizer ----
 
 
-def _load_tokenizer(name: str, revision: str | None) -> Any:
+def load_tokenizer(name: str, revision: str | None) -> Any:
+    """A tokenizer of ``transformers``, from a folder or the Hub; code that comes with it is not run.
+
+    Raises:
+        DpoCacheError: It cannot be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision or "main")
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more, with long texts
