@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
@@ -25,6 +25,27 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 cache_argument = click.argument("cache", type=click.Path(path_type=Path), metavar="DIR")
+
+
+NOT_EXPLAINED = (
+    "cache",
+    "mixture",
+    "replace",
+    "extend",
+    "drop_nonfinite",
+    "num_workers",
+    "tokens_per_batch",
+    "dry_run",
+)
+"""Settings of a build that decide nothing about which rows are reused."""
+
+
+class Report(Protocol):
+    """What a stage says, for people and for programs."""
+
+    def text(self) -> str: ...
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 @click.group(context_settings=CONTEXT)
@@ -81,8 +102,143 @@ def info_command(cache: Path, as_json: bool) -> None:
     with faults_explained():
         from .stages.inspect import inspect_cache
 
-        report = inspect_cache(cache)
-        click.echo(json.dumps(report.to_json(), indent=2) if as_json else report.text())
+        _print(inspect_cache(cache), as_json)
+
+
+@dpo_cache.command("show", context_settings=CONTEXT)
+@cache_argument
+@click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="How many pairs.")
+@click.option("--mixture", help="Of which mixture [default: train].")
+@click.option("--key", metavar="HEX", help="The pair of this key, or of the only key that begins so.")
+@json_option
+def show_command(cache: Path, count: int, mixture: str | None, key: str | None, as_json: bool) -> None:
+    """Print pairs as text, what was scored in colour, with lengths and the reference's log-probabilities.
+
+    \b
+    Example:
+      dpo-cache show tulu3-cache -n 2
+    """
+    with faults_explained():
+        from .stages.show import show
+
+        _print(show(cache, count=count, mixture_name=mixture, key=key), as_json)
+
+
+@dpo_cache.command("verify", context_settings=CONTEXT)
+@cache_argument
+@click.option(
+    "--rescore", type=click.IntRange(min=1), metavar="N", help="Also score N random pairs again with the reference."
+)
+@click.option("--model", metavar="PATH_OR_ID", help="For --rescore: the reference [default: where it was].")
+@click.option("--seed", type=int, default=0, show_default=True, help="For --rescore: which pairs.")
+@click.option("--trust-remote-code", is_flag=True, help="For --rescore: run Python code that comes with the model.")
+@click.option("--repair", is_flag=True, help="Take away what is wrong; the next build refills just that.")
+@json_option
+def verify_command(
+    cache: Path,
+    rescore: int | None,
+    model: str | None,
+    seed: int,
+    trust_remote_code: bool,
+    repair: bool,
+    as_json: bool,
+) -> None:
+    """Check every checksum, key, count and value; exit code 1 if anything is wrong.
+
+    \b
+    Example:
+      dpo-cache verify tulu3-cache --rescore 100
+    """
+    with faults_explained():
+        with stdout_for_reports():
+            from .stages.rescore import RescoreSettings
+            from .stages.verify import verify_cache
+
+            rescoring = None
+            if rescore is not None:
+                rescoring = RescoreSettings(pairs=rescore, model=model, seed=seed, trust_remote_code=trust_remote_code)
+            report = verify_cache(cache, repair=repair, rescoring=rescoring)
+        _print(report, as_json)
+    if not report.is_sound:
+        sys.exit(1)
+
+
+@dpo_cache.command("explain", context_settings=CONTEXT)
+@cache_argument
+@config_options(BuildConfig, without=NOT_EXPLAINED)
+@json_option
+def explain_command(cache: Path, as_json: bool, **values: Any) -> None:
+    """Say which rows a build with these options would reuse and, for the others, which fields differ.
+
+    \b
+    Example:
+      dpo-cache explain tulu3-cache --model allenai/Llama-3.1-Tulu-3-8B-SFT --dataset more.jsonl
+    """
+    with faults_explained():
+        with stdout_for_reports():
+            from .stages.explain import explain
+
+            report = explain(BuildConfig(cache=cache, **values))
+        _print(report, as_json)
+
+
+@dpo_cache.command("merge", context_settings=CONTEXT)
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SRC …")
+@click.option("--cache", type=click.Path(path_type=Path), required=True, help="The cache that takes them all in.")
+@json_option
+def merge_command(sources: tuple[Path, ...], cache: Path, as_json: bool) -> None:
+    """Unite caches of one reference; mixtures of one name become one.
+
+    Where nodes share no file system, each builds its part of the data into a folder of its own.
+
+    \b
+    Example:
+      dpo-cache merge node0-cache node1-cache --cache tulu3-cache
+    """
+    with faults_explained():
+        from .stages.merge import merge
+
+        _print(merge(sources, cache), as_json)
+
+
+@dpo_cache.command("gc", context_settings=CONTEXT)
+@cache_argument
+@click.option("--yes", is_flag=True, help="Remove without asking.")
+@click.option(
+    "--min-age-days", type=click.FloatRange(min=0), default=7.0, show_default=True, help="Spare what is younger."
+)
+@json_option
+def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> None:
+    """Remove shards and tables that no mixture names, and what killed builds left behind.
+
+    \b
+    Example:
+      dpo-cache gc tulu3-cache
+    """
+    with faults_explained():
+        from .stages.gc import GarbageReport, collect_garbage
+
+        def agree(report: GarbageReport) -> bool:
+            click.echo(report.text(), err=True)
+            return yes or click.confirm("Remove them?", err=True)
+
+        _print(collect_garbage(cache, min_age_days=min_age_days, agree=agree), as_json)
+
+
+@dpo_cache.command("compact", context_settings=CONTEXT)
+@cache_argument
+@json_option
+def compact_command(cache: Path, as_json: bool) -> None:
+    """Drop rows that stand in several shards, while nothing trains from the cache.
+
+    \b
+    Example:
+      dpo-cache compact tulu3-cache
+    """
+    with faults_explained():
+        from .stages.compact import compact
+
+        _print(compact(cache), as_json)
 
 
 @click.command(context_settings=CONTEXT)
@@ -130,6 +286,11 @@ def _tell(message: str) -> None:
         click.echo(message, err=True)
     else:
         Path(fault_file).write_text(message, encoding="utf-8")
+
+
+def _print(report: Report, as_json: bool) -> None:
+    """What a command was asked for goes to stdout; colours only to a terminal."""
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else report.text())
 
 
 def _print_report(summary: str, as_json: Mapping[str, Any] | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,12 +14,13 @@ from .stages.setting import Setting, settings_of
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def config_options(config_class: type[Any]) -> Callable[[Command], Command]:
-    """Every setting of a stage as an option, and ``--config`` for a YAML file of the same names."""
+def config_options(config_class: type[Any], *, without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Every setting of a stage but those ``without`` as an option, and ``--config`` for a YAML file of them."""
 
     def decorate(command: Command) -> Command:
         for declared in reversed(list(settings_of(config_class))):
-            command = _option_of(declared)(command)
+            if declared.name not in without:
+                command = _option_of(declared)(command)
         return click.option(
             "--config",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),

@@ -1,0 +1,498 @@
+"""The commands that look after a cache, on real caches with real damage, in process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cache_factory import make_cache, make_rows, mixture_rows
+from click.testing import CliRunner, Result
+from commands import assert_same_logps, dpo_cache, logps_by_key, run
+from dpo_cache.cli import dpo_cache as command
+from dpo_cache.pipeline.cache import durable_file, shard_file
+from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.cache.canonical_json import read_sealed_json, write_sealed_json
+from dpo_cache.pipeline.cache.shard_file import ScoredPair, read_shard_rows
+from tiny_model import message_pairs, rendered_pair, write_rows, write_tiny_model
+
+from .conftest import NUM_PAIRS
+
+ROWS_A_SHARD = 10
+
+
+def invoke(*arguments: str | Path | int, answer: str | None = None, color: bool = False) -> Result:
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments], input=answer, color=color)
+    assert isinstance(result.exception, SystemExit | None), result.exc_info
+    return result
+
+
+def report(*arguments: str | Path | int, exit_code: int = 0) -> dict[str, Any]:
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == exit_code, result.output
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+def refusal(*arguments: str | Path | int) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 1, result.output
+    return result.stderr[result.stderr.rindex("Error: ") :]
+
+
+def rows_of(cache: Path) -> list[ScoredPair]:
+    return [row for path in ReferenceCache.open(cache).shard_paths() for row in read_shard_rows(path)]
+
+
+def rewrite(cache: Path, rows: Sequence[ScoredPair], *, rows_a_shard: int = ROWS_A_SHARD) -> None:
+    """Let the cache consist of these rows, its mixture of the same pairs as before."""
+    opened = ReferenceCache.open(cache)
+    mixture = opened.read_mixture("train")
+    mixture_rows_before = mixture.rows()
+    for path in opened.shard_paths():
+        path.unlink()
+    for start in range(0, len(rows), rows_a_shard):
+        opened.write_shard(rows[start : start + rows_a_shard])
+    write_train(opened, mixture_rows_before, like=mixture)
+    mixture.table.path.unlink()
+
+
+def write_train(cache: ReferenceCache, rows: Any, *, like: Any, **changes: Any) -> None:
+    described = {"tokenization": like.tokenization, "sources": like.sources, "dropped": like.dropped} | changes
+    cache.write_mixture("train", rows, key_index=cache.key_index(), **described)
+
+
+@pytest.fixture
+def cache(shared_cache: Path, tmp_path: Path) -> Path:
+    """A copy of the cache in four shards, which the test may spoil."""
+    copied = tmp_path / "cache"
+    shutil.copytree(shared_cache, copied)
+    rewrite(copied, rows_of(copied))
+    return copied
+
+
+def first_shard(cache: Path) -> Path:
+    return sorted((cache / "shards").iterdir())[0]
+
+
+def pointer(cache: Path) -> Path:
+    return cache / "mixtures/train.json"
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+# ---- verify ----------------------------------------------------------------------------------------------------------
+
+
+def flip_in_shard(cache: Path) -> None:
+    flip_a_bit(first_shard(cache))
+
+
+def truncate_shard(cache: Path) -> None:
+    os.truncate(first_shard(cache), 1000)
+
+
+def remove_shard(cache: Path) -> None:
+    first_shard(cache).unlink()
+
+
+def flip_in_pointer(cache: Path) -> None:
+    flip_a_bit(pointer(cache))
+
+
+def flip_in_table(cache: Path) -> None:
+    flip_a_bit(next((cache / "mixtures").glob("*.parquet")))
+
+
+def change_counts(cache: Path) -> None:
+    described = read_sealed_json(pointer(cache), max_bytes=1 << 20)
+    described["num_ids"]["chosen"] += 1
+    write_sealed_json(pointer(cache), described, temporary_folder=cache / "tmp")
+
+
+def forge_value(cache: Path) -> None:
+    rows = rows_of(cache)
+    rows[3] = replace(rows[3], ref_chosen_logps=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_file, "_refuse_unusable_values", lambda rows: None)
+        rewrite(cache, rows)
+
+
+def forge_ids(cache: Path) -> None:
+    rows = rows_of(cache)
+    rows[3] = replace(rows[3], pair=replace(rows[3].pair, prompt_ids=rows[3].pair.prompt_ids + np.int32(1)))
+    rewrite(cache, rows)
+
+
+DAMAGES = [
+    (flip_in_shard, {"damaged-shard", "broken-mixture"}),
+    (truncate_shard, {"damaged-shard", "broken-mixture"}),
+    (remove_shard, {"missing-shard", "broken-mixture"}),
+    (forge_value, {"unusable-shard", "broken-mixture"}),
+    (forge_ids, {"wrong-keys"}),
+    (flip_in_pointer, {"damaged-pointer"}),
+    (flip_in_table, {"damaged-table", "broken-mixture"}),
+    (change_counts, {"broken-mixture"}),
+]
+
+
+def test_a_whole_cache_is_sound(cache: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    result = invoke("verify", cache)
+    assert result.exit_code == 0
+    assert "4 shards with 40 distinct pairs" in result.stdout
+    assert "nothing is wrong" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("damage", "kinds"), DAMAGES, ids=lambda value: getattr(value, "__name__", ""))
+def test_damage_is_named_and_repair_leaves_a_sound_cache(
+    cache: Path, damage: Callable[[Path], None], kinds: set[str]
+) -> None:
+    damage(cache)
+    found = report("verify", cache, exit_code=1)
+    assert {finding["kind"] for finding in found["findings"]} == kinds
+    assert found["mixtures"] == {}
+    text = invoke("verify", cache).stdout
+    assert all(kind in text for kind in kinds)
+    assert f"next: dpo-cache verify {cache} --repair" in text
+    assert report("verify", cache, "--repair")["retired"] == ["train"]
+    assert report("verify", cache)["findings"] == []
+    assert not pointer(cache).exists()
+
+
+def test_what_does_not_belong_there_is_named_and_goes_without_the_mixture(cache: Path, tmp_path: Path) -> None:
+    other = make_cache(tmp_path / "other")
+    stray = other.write_shard(make_rows(5))
+    shutil.copy(other.path / "shards" / stray.file_name, cache / "shards")
+    (cache / "shards/notes.txt").write_text("mine")
+    (cache / "mixtures/old.json.bak").write_text("{}")
+    found = report("verify", cache, exit_code=1)
+    assert [(finding["kind"], finding["path"]) for finding in found["findings"]] == [
+        ("foreign-shard", f"shards/{stray.file_name}"),
+        ("stray-file", "shards/notes.txt"),
+        ("stray-file", "mixtures/old.json.bak"),
+    ]
+    assert found["mixtures"] == {"train": NUM_PAIRS}
+    repaired = report("verify", cache, "--repair")
+    assert (repaired["retired"], len(repaired["removed"])) == ([], 3)
+    assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
+
+
+def test_repair_retires_the_mixture_before_it_removes_a_shard_and_the_next_build_refills_that_shard(
+    cache: Path, shared_cache: Path, reference: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip_in_shard(cache)
+    removals: list[Path] = []
+    remove = durable_file.operations.remove
+
+    def recorded(path: Path) -> None:
+        removals.append(path)
+        remove(path)
+
+    monkeypatch.setattr(durable_file.operations, "remove", recorded)
+    damaged = first_shard(cache)
+    invoke("verify", cache, "--repair")
+    assert removals == [pointer(cache), damaged]
+    built = run(dpo_cache("build", "--model", reference, "--dataset", pairs_file, "--cache", cache))
+    assert (built["pairs_scored"], built["pairs_reused"]) == (ROWS_A_SHARD, NUM_PAIRS - ROWS_A_SHARD)
+    assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
+    assert_same_logps(logps_by_key(cache), logps_by_key(shared_cache), relative=1e-5)
+
+
+def test_a_damaged_cache_json_is_written_again_by_the_next_build_and_costs_no_row(
+    cache: Path, reference: Path, pairs_file: Path
+) -> None:
+    before = (cache / "cache.json").read_bytes()
+    flip_a_bit(cache / "cache.json")
+    assert [f["kind"] for f in report("verify", cache, exit_code=1)["findings"]] == ["damaged-cache-json"]
+    assert report("verify", cache, "--repair")["removed"] == ["cache.json"]
+    built = report("build", "--model", reference, "--dataset", pairs_file, "--cache", cache)
+    assert (built["pairs_scored"], built["pairs_reused"]) == (0, NUM_PAIRS)
+    assert json.loads((cache / "cache.json").read_bytes())["identity"] == json.loads(before)["identity"]
+
+
+def test_repair_is_refused_while_a_build_runs(cache: Path) -> None:
+    with ReferenceCache.open(cache).building("other"):
+        assert "in use by a build of mixture other" in refusal("verify", cache, "--repair")
+        assert invoke("verify", cache).exit_code == 0
+
+
+# ---- rescoring -------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_gives_its_values_again_in_other_batches(cache: Path) -> None:
+    rescored = report("verify", cache, "--rescore", 15)["rescored"]
+    assert (rescored["pairs"], rescored["dtype"], rescored["outliers"]) == (15, "float32", {})
+    assert len({spread["way"] for spread in rescored["spreads"]}) == 2
+    for spread in rescored["spreads"]:
+        assert 0 <= spread["mean_per_token"] <= spread["max_per_token"] < 1e-5
+        assert spread["max_in_bounds"] == pytest.approx(spread["max_per_token"] / 1e-4)
+
+
+def test_a_forged_value_that_could_be_true_is_found_by_rescoring_alone(cache: Path) -> None:
+    rows = rows_of(cache)
+    forged = rows[7] = replace(rows[7], ref_rejected_logps=rows[7].ref_rejected_logps - 0.5)
+    rewrite(cache, rows)
+    assert invoke("verify", cache).exit_code == 0
+    found = report("verify", cache, "--rescore", NUM_PAIRS, exit_code=1)
+    assert [finding["kind"] for finding in found["findings"]] == ["wrong-values"]
+    assert forged.key.hex() in found["findings"][0]["detail"]
+    assert report("verify", cache, "--rescore", NUM_PAIRS, "--repair")["retired"] == ["train"]
+    assert len(rows_of(cache)) == NUM_PAIRS - ROWS_A_SHARD
+
+
+def test_a_reference_that_moved_is_named_and_another_is_refused(cache: Path, reference: Path, tmp_path: Path) -> None:
+    described = read_sealed_json(cache / "cache.json", max_bytes=1 << 20)
+    described["recorded"]["model"] = str(tmp_path / "gone")
+    write_sealed_json(cache / "cache.json", described, temporary_folder=cache / "tmp")
+    assert "--model WHERE_IT_IS_NOW" in refusal("verify", cache, "--rescore", 5)
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    assert "(weights_sha256: cached" in refusal("verify", cache, "--rescore", 5, "--model", other)
+    assert report("verify", cache, "--rescore", 5, "--model", reference)["rescored"]["pairs"] == 5
+
+
+# ---- gc and compact --------------------------------------------------------------------------------------------------
+
+
+def age(path: Path, days: float) -> None:
+    then = time.time() - days * 86_400
+    os.utime(path, (then, then))
+
+
+@pytest.fixture
+def littered(cache: Path) -> list[Path]:
+    """A shard, a table and leftovers that no mixture names."""
+    opened = ReferenceCache.open(cache)
+    table = cache / "mixtures" / ("0" * 64 + ".parquet")
+    table.write_bytes(b"what a mixture was")
+    partial, scratch = cache / "tmp/ab.partial", cache / "tmp/build-ab"
+    partial.write_bytes(b"half")
+    scratch.mkdir()
+    (scratch / "pairs.arrow").write_bytes(b"tokens")
+    shard = opened.write_shard(make_rows(5))
+    return [cache / "shards" / shard.file_name, table, partial, scratch]
+
+
+def test_gc_removes_what_no_mixture_names_once_it_is_old_and_after_asking(cache: Path, littered: list[Path]) -> None:
+    kept = invoke("gc", cache, "--yes")
+    assert "nothing to remove" in kept.stdout
+    assert "spared 4 younger than 7 days" in kept.stdout
+    for path in littered:
+        age(path, 8)
+    age(first_shard(cache), 8)
+    asked = invoke("gc", cache, answer="n\n")
+    assert "no mixture names 1 shards, 1 tables, 2 leftovers" in asked.output
+    assert "Remove them?" in asked.output
+    assert all(path.exists() for path in littered)
+    assert invoke("gc", cache, answer="y\n").exit_code == 0
+    assert not any(path.exists() for path in littered)
+    assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
+
+
+def test_gc_takes_another_age_and_refuses_while_a_build_runs_or_a_pointer_is_damaged(
+    cache: Path, littered: list[Path]
+) -> None:
+    with ReferenceCache.open(cache).building("other"):
+        assert "in use by a build of mixture other" in refusal("gc", cache, "--yes", "--min-age-days", 0)
+    assert all(path.exists() for path in littered)
+    content = pointer(cache).read_bytes()
+    flip_a_bit(pointer(cache))
+    assert "nobody can say what is in use" in refusal("gc", cache, "--yes", "--min-age-days", 0)
+    pointer(cache).write_bytes(content)
+    assert len(report("gc", cache, "--yes", "--min-age-days", 0)["garbage"]) == 4
+    assert not any(path.exists() for path in littered)
+
+
+def test_compact_drops_the_rows_that_stand_twice_and_keeps_the_training_set(cache: Path) -> None:
+    opened = ReferenceCache.open(cache)
+    digest = opened.read_mixture("train").digest
+    rows = rows_of(cache)
+    opened.write_shard(rows[5:25])
+    assert report("verify", cache)["duplicates"] == 20
+    assert report("compact", cache)["dropped_rows"] == 20
+    found = report("verify", cache)
+    assert (found["pairs"], found["duplicates"], found["mixtures"]) == (NUM_PAIRS, 0, {"train": NUM_PAIRS})
+    assert opened.read_mixture("train").digest == digest
+    assert len(logps_by_key(cache)) == NUM_PAIRS
+    assert "nothing to drop" in invoke("compact", cache).stdout
+
+
+# ---- merge -----------------------------------------------------------------------------------------------------------
+
+
+def part_of(whole: Path, path: Path, bounds: slice, *, name: str = "train", **changes: Any) -> Path:
+    """A cache of some rows of another, as a node would have built it from its share of the data."""
+    described = ReferenceCache.open(whole)
+    mixture = described.read_mixture("train")
+    part = ReferenceCache.create(
+        path,
+        identity=described.identity,
+        recorded=described.recorded,
+        vocabulary_sha256=described.vocabulary_sha256,
+    )
+    rows = sorted(rows_of(whole), key=lambda row: row.key)[bounds]
+    part.write_shard(rows)
+    part.write_mixture(
+        name,
+        mixture_rows(rows),
+        key_index=part.key_index(),
+        **{
+            "tokenization": mixture.tokenization,
+            "sources": [{"path": path.name}],
+            "dropped": {"empty-answer": 1},
+            **changes,
+        },
+    )
+    return path
+
+
+def test_parts_that_nodes_built_merge_into_the_mixture_that_one_build_makes(
+    cache: Path, shared_cache: Path, tmp_path: Path
+) -> None:
+    parts = [part_of(cache, tmp_path / f"node{start}", slice(start, start + 20)) for start in (0, 20)]
+    extra = part_of(cache, tmp_path / "more", slice(0, 7), name="small")
+    merged = tmp_path / "merged"
+    done = report("merge", *parts, extra, "--cache", merged)
+    assert (done["pairs"], done["mixtures"]) == (NUM_PAIRS, {"train": NUM_PAIRS, "small": 7})
+    assert report("verify", merged)["mixtures"] == {"train": NUM_PAIRS, "small": 7}
+    whole, united = (ReferenceCache.open(path).read_mixture("train") for path in (shared_cache, merged))
+    assert united.digest == whole.digest
+    assert [source["path"] for source in united.sources] == ["node0", "node20"]
+    assert united.dropped == {"empty-answer": 2}
+    rows = united.rows()
+    assert np.bincount(rows.sources).tolist() == [20, 20]
+    again = report("merge", parts[1], "--cache", merged)
+    assert (again["pairs"], again["mixtures"]) == (NUM_PAIRS, {"train": NUM_PAIRS})
+
+
+def test_merge_refuses_another_reference_other_tokens_and_damage_by_name(cache: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    other = make_cache(tmp_path / "other")
+    message = refusal("merge", cache, other.path, "--cache", merged)
+    assert "weights_sha256: cached" in message
+    assert "config.rope_theta" in message
+    tokenization = ReferenceCache.open(cache).read_mixture("train").tokenization
+    settings = {**tokenization["settings"], "max_seq_length": 77}
+    shorter = part_of(cache, tmp_path / "shorter", slice(0, 9), tokenization={**tokenization, "settings": settings})
+    message = refusal("merge", cache, shorter, "--cache", merged)
+    assert "max_seq_length (was 2048, now 77)" in message
+    flip_in_shard(cache)
+    assert "is damaged" in refusal("merge", cache, "--cache", merged)
+    assert not ReferenceCache.open(merged).mixture_names()
+
+
+# ---- explain ---------------------------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_rows_that_are_reused_and_those_that_are_new(
+    cache: Path, reference: Path, tmp_path: Path
+) -> None:
+    rows = message_pairs(50)
+    more = write_rows(tmp_path / "more.jsonl", [*rows[:5], *rows[45:], *rows[5:40]])
+    explained = report("explain", cache, "--model", reference, "--dataset", more)
+    assert (explained["pairs_reused"], explained["distinct_pairs"]) == (40, 45)
+    assert explained["sources"][0]["rows_unknown"] == [[5, 9]]
+    assert (explained["reference_differs_in"], explained["tokens_differ_in"]) == ([], {})
+    text = invoke("explain", cache, "--model", reference, "--dataset", more).stdout
+    assert "reused     40 of 45 distinct pairs" in text
+    assert "5 have not: rows 5–9" in text
+
+
+def test_explain_names_every_field_of_another_reference_with_both_values(
+    cache: Path, reference: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(reference, other)
+    config = json.loads((other / "config.json").read_text())
+    config["rms_norm_eps"] = 0.5
+    (other / "config.json").write_text(json.dumps(config))
+    arguments = ("explain", cache, "--model", other, "--dataset", pairs_file, "--dtype", "bfloat16")
+    explained = report(*arguments)
+    assert (explained["pairs_reused"], explained["pairs_with_known_tokens"]) == (0, NUM_PAIRS)
+    differing = {field["field"]: (field["cached"], field["yours"]) for field in explained["reference_differs_in"]}
+    assert differing == {
+        "compute_dtype": ("float32", "bfloat16"),
+        "weight_dtype": ("float32", "bfloat16"),
+        "config.rms_norm_eps": (1e-6, 0.5),
+    }
+    text = invoke(*arguments).stdout
+    assert all(word in text for word in ("config.rms_norm_eps", "1e-06", "0.5", "'bfloat16'"))
+
+
+def test_explain_names_the_settings_that_make_other_tokens(
+    cache: Path, reference: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "other.jinja"
+    template.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}")
+    explained = report(
+        *("explain", cache, "--model", reference, "--dataset", pairs_file),
+        *("--chat-template", template, "--max-seq-length", 512),
+    )
+    assert explained["pairs_reused"] == 0
+    fields = {field["field"]: (field["cached"], field["yours"]) for field in explained["tokens_differ_in"]["train"]}
+    assert fields.keys() == {"chat_template", "max_seq_length"}
+    assert fields["max_seq_length"] == (2048, 512)
+
+
+# ---- show ------------------------------------------------------------------------------------------------------------
+
+
+def test_show_prints_the_text_and_what_the_reference_said(cache: Path, reference: Path, pairs_file: Path) -> None:
+    row = min(rows_of(cache), key=lambda row: row.key)
+    (line,) = (
+        line
+        for line in map(json.loads, pairs_file.read_text().splitlines())
+        if rendered_pair(reference, line)[1] == row.pair.chosen_ids.tolist()
+    )
+    shown = report("show", cache, "--key", row.key.hex()[:12])["pairs"]
+    assert [pair["key"] for pair in shown] == [row.key.hex()]
+    assert shown[0]["prompt"] == f"<|user|>{line['chosen'][0]['content']}<|assistant|>"
+    assert shown[0]["chosen"] == f"{line['chosen'][1]['content']}<|endoftext|>"
+    assert shown[0]["scored"]["prompt"] == [[shown[0]["prompt"], False]]
+    assert shown[0]["scored"]["rejected"] == [[shown[0]["rejected"], True]]
+    plain = invoke("show", cache, "--key", row.key.hex()).stdout
+    assert f"reference {row.ref_chosen_logps:.3f} nats, {row.ref_chosen_logps / row.chosen_tokens:.4f} a token" in plain
+    assert shown[0]["rejected"] in plain
+    assert "\x1b" not in plain
+
+
+def test_show_colours_scored_tokens_on_a_terminal_and_follows_the_mixture(cache: Path) -> None:
+    shown = report("show", cache, "-n", 2)["pairs"]
+    keys = ReferenceCache.open(cache).read_mixture("train").rows().example_keys[:2]
+    assert [pair["key"] for pair in shown] == [key.hex() for key in keys.tolist()]
+    coloured = invoke("show", cache, "-n", 2, color=True).stdout
+    assert f"\x1b[32m{shown[0]['chosen']}\x1b[0m" in coloured
+    assert f"\x1b[31m{shown[1]['rejected']}\x1b[0m" in coloured
+    assert f"\n{shown[0]['prompt']}\n" in coloured
+
+
+def test_show_prints_ids_where_the_tokenizer_is_gone_and_refuses_keys_that_are_none(
+    cache: Path, tmp_path: Path
+) -> None:
+    opened = ReferenceCache.open(cache)
+    mixture = opened.read_mixture("train")
+    settings = {**mixture.tokenization["settings"], "tokenizer": str(tmp_path / "gone")}
+    write_train(opened, mixture.rows(), like=mixture, tokenization={**mixture.tokenization, "settings": settings})
+    shown = report("show", cache, "-n", 1)
+    assert "here are their ids" in shown["note"]
+    assert shown["pairs"][0]["chosen"].split() == [str(token) for token in shown["pairs"][0]["chosen_ids"]]
+    assert "no pairs of" in refusal("show", cache, "--key", "0" * 64)
+    assert "is no key" in refusal("show", cache, "--key", "xyz")
+
+
+def test_show_lets_no_control_character_through(cache: Path) -> None:
+    from dpo_cache.stages.show import _harmless
+
+    assert _harmless("a\x1b[2Jb\r\n\tc\x9b") == "a�[2Jb�\n\tc�"
