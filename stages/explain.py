@@ -113,10 +113,8 @@ class ExplainReport:
         for name, fields in self.tokens.items():
             yield f"tokens     made otherwise than those of mixture {name}:"
             yield from _in_lines(fields)
-        if not self.tokens:
-            yield "tokens     made as the cache's own"
-            if self.known_pairs < self.distinct_pairs:
-                yield "           pairs that are not in the cache are new: other text, or never built"
+        if not self.tokens and self.known_pairs < self.distinct_pairs:
+            yield "tokens     made as the cache's own: the other pairs are new to it"
 
 
 def explain(config: BuildConfig) -> ExplainReport:
@@ -136,7 +134,7 @@ def explain(config: BuildConfig) -> ExplainReport:
         collected = collect_datasets(config, reference, known=known, scratch=Path(scratch))
     is_known = known.find(collected.rows.example_keys) >= 0
     tokens = {
-        name: differing_settings(cache.read_mixture(name).tokenization, collected.tokenization)
+        name: _token_differences(cache.read_mixture(name).tokenization, collected.tokenization)
         for name in cache.mixture_names()
     }
     return ExplainReport(
@@ -149,6 +147,26 @@ def explain(config: BuildConfig) -> ExplainReport:
         sources=[_source_reuse(dataset, number, collected, is_known) for number, dataset in enumerate(config.dataset)],
         dropped=collected.dropped,
     )
+
+
+def _token_differences(cached: dict[str, Any], ours: dict[str, Any]) -> list[Difference]:
+    """Settings that differ; where none does, what else can make other tokens.
+
+    That is a template that writes today's date, or a library that renders otherwise than it did.
+    """
+    if differing := differing_settings(cached, ours):
+        return differing
+    if cached.get("rendered_example") == ours.get("rendered_example"):
+        return []
+    libraries = {name: (cached.get("libraries") or {}).get(name) for name in ours["libraries"]}
+    return [
+        ("rendered_example", cached.get("rendered_example"), ours.get("rendered_example")),
+        *(
+            (f"libraries.{name}", old, now)
+            for name, now in ours["libraries"].items()
+            if (old := libraries[name]) != now
+        ),
+    ]
 
 
 def _source_reuse(dataset: str, number: int, collected: CollectedPairs, is_known: npt.NDArray[np.bool_]) -> SourceReuse:

@@ -16,6 +16,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.canonical_json import canonical_bytes
 from ..pipeline.cache.mixture import Mixture, MixtureRows
 from .mixture_change import MixtureContent, differing_settings, in_words
+from .progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,24 +72,22 @@ def merge(source_paths: Sequence[Path], path: Path) -> MergeReport:
             of it needs, or made the tokens of a mixture in another way than its namesake.
     """
     sources = [ReferenceCache.open(source) for source in source_paths]
+    for source in sources:
+        _require_reference_of(sources[0], source)
     cache = ReferenceCache.create(
         path,
         identity=sources[0].identity,
         recorded=sources[0].recorded,
         vocabulary_sha256=sources[0].vocabulary_sha256,
     )
-    for source in sources:
-        cache.require_reference(source.identity)
     parts = [
         _Part(cache=source, mixture=source.read_mixture(name)) for source in sources for name in source.mixture_names()
     ]
     with ExitStack() as locks:
         for name in sorted({part.mixture.name for part in parts}):
             locks.enter_context(cache.building(name))
-        by_name = _parts_by_name(cache, parts)
-        united = {
-            name: _united(of_name, cache) for name, of_name in by_name.items()
-        }  # refuses before anything is copied
+        # Before anything is copied: parts that do not fit together are refused here.
+        united = {name: _united(of_name, cache) for name, of_name in _parts_by_name(cache, parts).items()}
         shards, warnings = 0, _warnings_about_vocabularies(cache, sources)
         for source in sources:
             copied, left = _copy_shards(source, cache)
@@ -112,6 +111,15 @@ def merge(source_paths: Sequence[Path], path: Path) -> MergeReport:
         mixtures={name: len(content.rows) for name, content in united.items()},
         warnings=warnings,
     )
+
+
+def _require_reference_of(first: ReferenceCache, source: ReferenceCache) -> None:
+    try:
+        first.require_reference(source.identity)
+    except DpoCacheError as error:
+        raise DpoCacheError(
+            f"{source.path} cannot be merged: {error.found}", next_step="merge the caches of one reference only"
+        ) from error
 
 
 def _parts_by_name(cache: ReferenceCache, parts: Sequence[_Part]) -> dict[str, list[_Part]]:
@@ -174,16 +182,17 @@ def _numbered(sources: Sequence[dict[str, Any]]) -> list[tuple[bytes, int]]:
 def _copy_shards(source: ReferenceCache, cache: ReferenceCache) -> tuple[int, list[str]]:
     """Copy what is sound; what a mixture needs has to be."""
     needed = {shard.file_name for name in source.mixture_names() for shard in source.read_mixture(name).shards}
-    copied, warnings = 0, []
-    for path in source.shard_paths():
-        try:
-            cache.import_shard(path)
-            copied += 1
-        except DpoCacheError as error:
-            if path.name in needed:
-                raise
-            warnings.append(f"not copied: {error.found}")
-    return copied, warnings
+    paths, warnings = source.shard_paths(), []
+    with Progress(len(paths), unit="shard", title=f"copy {source.path}") as progress:
+        for done, path in enumerate(paths, start=1):
+            try:
+                cache.import_shard(path)
+            except DpoCacheError as error:
+                if path.name in needed:
+                    raise
+                warnings.append(f"not copied: {error.found}")
+            progress.reach(done)
+    return len(paths) - len(warnings), warnings
 
 
 def _warnings_about_vocabularies(cache: ReferenceCache, sources: Sequence[ReferenceCache]) -> list[str]:

@@ -26,6 +26,7 @@ from .progress import Progress
 from .rescore import RescoreReport, RescoreSettings, rescore
 
 TEXT_WIDTH = 80
+MAX_DETAIL_LINES = 5
 
 
 class FindingKind(StrEnum):
@@ -147,9 +148,7 @@ class VerifyReport:
             lines.append(f"           {self.duplicates:,} rows stand twice (harmless: dpo-cache compact drops them)")
         for finding in self.findings:
             lines += ["", f"{finding.kind}: {MEANINGS[finding.kind]}", f"  {finding.path}"]
-            lines += textwrap.wrap(
-                finding.detail, TEXT_WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
-            )
+            lines += _wrapped(finding.detail)
         if self.rescored:
             lines += ["", self.rescored.text()]
         return "\n".join([*lines, "", *self._closing()])
@@ -339,6 +338,20 @@ class _Verification:
     def _find(self, kind: FindingKind, path: Path, detail: str, *, mixture: str | None = None) -> None:
         relative = str(path.relative_to(self.path))
         self.findings.append(Finding(kind=kind, path=relative, detail=detail, mixture=mixture))
+
+
+def _wrapped(detail: str) -> list[str]:
+    """The detail on a few lines; ``--json`` has it whole."""
+    return textwrap.wrap(
+        detail,
+        TEXT_WIDTH,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        max_lines=MAX_DETAIL_LINES,
+        placeholder=" …",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +70,7 @@ class ParquetReader:
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path = path
         with reading(path):
-            self._stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+            self._stream = _open_regular(path)
         try:
             with reading(path):
                 self._open(schema)
@@ -79,10 +79,7 @@ class ParquetReader:
             raise
 
     def _open(self, schema: pa.Schema) -> None:
-        status = os.fstat(self._stream.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")
-        self.num_bytes = status.st_size
+        self.num_bytes = os.fstat(self._stream.fileno()).st_size
         footer = read_footer(self._stream.fileno(), file_bytes=self.num_bytes, schema=schema)
         self.metadata = footer.metadata
         self.group_rows = footer.group_rows
@@ -145,7 +142,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a whole file in hex, read in chunks."""
-    with reading(path), path.open("rb") as stream:
+    with reading(path), _open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -166,6 +163,15 @@ def numbers_of(column: pa.Array) -> npt.NDArray[Any]:
     if column.null_count:
         raise ValueError("a value is missing")
     return np.asarray(column.to_numpy(zero_copy_only=True))
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open a file; a pipe or device that a stranger put in its place is refused without waiting for it."""
+    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise ValueError("it is not a regular file")
+    return stream
 
 
 def _column_paths(schema: pa.Schema) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dpo_cache as dpo_cache_package
 import numpy as np
 import pytest
 from cache_factory import make_cache, make_rows, mixture_rows
@@ -188,6 +190,26 @@ def test_what_does_not_belong_there_is_named_and_goes_without_the_mixture(cache:
     repaired = report("verify", cache, "--repair")
     assert (repaired["retired"], len(repaired["removed"])) == ([], 3)
     assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
+
+
+def test_a_pipe_in_the_place_of_a_shard_hangs_nobody(cache: Path) -> None:
+    pipe = cache / "shards" / ("1" * 64 + ".parquet")
+    os.mkfifo(pipe)
+    (finding,) = report("verify", cache, exit_code=1)["findings"]
+    assert (finding["kind"], "not a regular file" in finding["detail"]) == ("damaged-shard", True)
+    invoke("verify", cache, "--repair")
+    assert not pipe.exists()
+
+
+def test_every_command_that_a_message_names_exists() -> None:
+    package = Path(dpo_cache_package.__file__).parent
+    sources = [path for folder in ("stages", "pipeline") for path in (package / folder).rglob("*.py")]
+    named = {
+        name
+        for path in sources
+        for name in re.findall(r"dpo-cache ([a-z]+) (?:\{|-|…)", path.read_text(encoding="utf-8"))
+    }
+    assert {"build", "verify"} <= named <= command.commands.keys()
 
 
 def test_repair_retires_the_mixture_before_it_removes_a_shard_and_the_next_build_refills_that_shard(
@@ -381,8 +403,10 @@ def test_merge_refuses_another_reference_other_tokens_and_damage_by_name(cache: 
     merged = tmp_path / "merged"
     other = make_cache(tmp_path / "other")
     message = refusal("merge", cache, other.path, "--cache", merged)
+    assert f"{other.path} cannot be merged" in message
     assert "weights_sha256: cached" in message
     assert "config.rope_theta" in message
+    assert not merged.exists()
     tokenization = ReferenceCache.open(cache).read_mixture("train").tokenization
     settings = {**tokenization["settings"], "max_seq_length": 77}
     shorter = part_of(cache, tmp_path / "shorter", slice(0, 9), tokenization={**tokenization, "settings": settings})
@@ -444,6 +468,19 @@ def test_explain_names_the_settings_that_make_other_tokens(
     fields = {field["field"]: (field["cached"], field["yours"]) for field in explained["tokens_differ_in"]["train"]}
     assert fields.keys() == {"chat_template", "max_seq_length"}
     assert fields["max_seq_length"] == (2048, 512)
+
+
+def test_explain_names_a_template_that_renders_otherwise_than_it_did(
+    cache: Path, reference: Path, pairs_file: Path
+) -> None:
+    opened = ReferenceCache.open(cache)
+    mixture = opened.read_mixture("train")
+    yesterdays = {**mixture.tokenization, "rendered_example": "Today is 1 May", "libraries": {"transformers": "1.0"}}
+    write_train(opened, mixture.rows(), like=mixture, tokenization=yesterdays)
+    explained = report("explain", cache, "--model", reference, "--dataset", pairs_file)
+    differing = {field["field"]: field["cached"] for field in explained["tokens_differ_in"]["train"]}
+    assert differing["rendered_example"] == "Today is 1 May"
+    assert differing["libraries.transformers"] == "1.0"
 
 
 # ---- show ------------------------------------------------------------------------------------------------------------
