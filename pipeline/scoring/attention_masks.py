@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from .scoring_batch import Layout, ScoringBatch
+from .tree_attention import with_segments
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 TREE_KERNELS = ("sdpa", "eager", "flex_attention")
@@ -70,7 +71,9 @@ def _mask(batch: ScoringBatch, window: int | None, kernel: str, dtype: torch.dty
     if kernel == "flex_attention":
         return block_mask(batch, window)
     visible_R1QK = dense_mask(batch, window)
-    return visible_R1QK if kernel == "sdpa" else additive_mask(visible_R1QK, dtype)
+    if kernel == "sdpa":
+        return with_segments(visible_R1QK, batch, windowed=window is not None)
+    return additive_mask(visible_R1QK, dtype)
 
 
 def dense_mask(batch: ScoringBatch, window: int | None = None) -> Tensor:

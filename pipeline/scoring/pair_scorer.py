@@ -19,6 +19,7 @@ from .completion_head import CompletionHead, install_completion_head
 from .model_loading import find_backbone, find_causal_lm, find_head
 from .rope_limit import rope_limit
 from .scoring_batch import Layout, PairLogps, ScoringBatch, reduce_token_logps
+from .tree_attention import install_tree_attention
 
 SCORING_VERSION = 1
 """Part of a reference's identity: raised whenever a change here moves a logp by more than rounding."""
@@ -43,6 +44,7 @@ class PairScorer(nn.Module):
         causal_lm = find_causal_lm(model)
         self.config: Any = causal_lm.config
         install_completion_head(find_head(causal_lm), self.config, chunk_tokens=head_chunk_tokens)
+        install_tree_attention()
         self.load_balancing = load_balancing
         self.windows = LayerWindows.of_config(self.config)
         self.rope_limit = rope_limit(self.config)
