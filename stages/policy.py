@@ -14,6 +14,7 @@ from ..pipeline.cache.reference_identity import differences, identify_reference
 from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import SCORING_VERSION
 from ..pipeline.training.deepspeed_config import partitioned_loading
+from ..pipeline.training.lora_adapter import LoraSettings, add_lora
 from .model_folder import ModelFolder, find_model_folder
 from .recipe import Recipe
 from .train_config import TrainConfig
@@ -26,6 +27,7 @@ class PolicyOrigin:
     Attributes:
         model: Its files.
         is_reference: Whether it is, byte for byte, what the cache was scored with; then the proof at step 0 holds.
+            An adapter that has not been trained yet changes nothing about that.
     """
 
     model: ModelFolder
@@ -103,7 +105,13 @@ def load_policy(
             device=device,
             trust_remote_code=config.trust_remote_code,
         )
+    lora = config.resolved_lora()
+    if lora is not None:
+        targets = tuple(lora["target_modules"])
+        settings = LoraSettings(rank=lora["rank"], alpha=lora["alpha"], target_modules=targets, seed=config.seed)
+        policy = add_lora(policy, settings)
     if config.gradient_checkpointing:
+        # Not reentrant: the other kind finds nothing to differentiate behind frozen embeddings.
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module: nn.Module = policy
     return module

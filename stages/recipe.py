@@ -81,6 +81,7 @@ class Recipe:
             "weight_decay": config.weight_decay,
             "max_grad_norm": config.max_grad_norm,
             "seed": self.seed,
+            "lora": config.resolved_lora(),
         }
 
     def to_json(self) -> dict[str, Any]:

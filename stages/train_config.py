@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import DpoCacheError
 from .setting import check_settings, setting
@@ -39,6 +40,16 @@ class TrainConfig:
         choices=("sdpa", "eager", "flex_attention", "flash_attention_2"),
     )
     gradient_checkpointing: bool = setting(False, help="Recompute activations in the backward pass.")
+
+    use_lora: bool = setting(False, help="Train a LoRA adapter; the policy's own weights stay as they are.")
+    lora_rank: int | None = setting(None, help="Inner size of the adapter's matrices [default: 64].", minimum=1)
+    lora_alpha: float | None = setting(None, help="The adapter is scaled by alpha over rank [default: 16].", above=0)
+    lora_target_modules: tuple[str, ...] = setting(
+        (),
+        help="Layers that get an adapter, by name; repeatable [default: all linear ones but the head].",
+        metavar="NAME",
+    )
+    merge: bool = setting(False, help="Add the adapter to the weights and save a whole model at the end.")
 
     loss: str = setting(
         "dpo_norm",
@@ -109,8 +120,36 @@ class TrainConfig:
             )
         if self.eval_steps is not None and self.eval_mixture is None:
             raise DpoCacheError("--eval-steps without --eval-mixture has nothing to evaluate on")
+        self._refuse_without(
+            "use_lora",
+            lora_rank=self.lora_rank is not None,
+            lora_alpha=self.lora_alpha is not None,
+            lora_target_modules=bool(self.lora_target_modules),
+            merge=self.merge,
+        )
         if self.keep_last_n_checkpoints == 0:
             raise DpoCacheError("--keep-last-n-checkpoints is 0", expected="1 or more, or -1 to keep all")
+
+    def _refuse_without(self, needed: str, **given: bool) -> None:
+        """Refuse options that are given and would be ignored."""
+        if getattr(self, needed):
+            return
+        ignored = [_flag(name) for name, is_given in given.items() if is_given]
+        if ignored:
+            raise DpoCacheError(
+                f"{ignored[0]} has no effect without {_flag(needed)}",
+                next_step=f"add {_flag(needed)}, or leave {ignored[0]} out",
+            )
+
+    def resolved_lora(self) -> dict[str, Any] | None:
+        """The adapter's numbers; None where the policy itself is trained."""
+        if not self.use_lora:
+            return None
+        return {
+            "rank": self.lora_rank or 64,
+            "alpha": self.lora_alpha or 16.0,
+            "target_modules": list(self.lora_target_modules or ("all-linear",)),
+        }
 
     def resolved_global_batch_size(self, num_ranks: int) -> int:
         """Pairs in one update on ``num_ranks`` ranks."""
@@ -119,3 +158,7 @@ class TrainConfig:
         if self.per_device_train_batch_size is None and self.gradient_accumulation_steps is None:
             return 128
         return (self.per_device_train_batch_size or 1) * (self.gradient_accumulation_steps or 1) * num_ranks
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -32,7 +32,7 @@ from ..pipeline.training.checkpoints import (
     save_checkpoint,
 )
 from ..pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
-from ..pipeline.training.model_export import export_model
+from ..pipeline.training.model_export import export_adapter, export_model
 from ..pipeline.training.policy_engine import PolicyEngine
 from ..pipeline.training.run_log import RunLog, TrackingSettings
 from ..pipeline.training.step_zero import StepZeroFigures, check_step_zero, write_step_zero
@@ -92,7 +92,7 @@ class TrainingRun:
             seconds_per_step = self._loop.time_heaviest_batches()
             trial = self._config.output / "model.dry-run"
             saving = time.monotonic()
-            export_model(self._engine, trial, base_folder=origin.model.folder)
+            self._export(origin, trial)
             report = DryRunReport(
                 seconds_per_step=seconds_per_step,
                 hours=seconds_per_step * self._recipe.total_steps / 3600,
@@ -240,7 +240,7 @@ class TrainingRun:
             line = self._update_until_done(log, first_step, stop_requested)
         eval_after = self._evaluate(log, self._recipe.total_steps)
         log.close()
-        export_model(self._engine, self._config.output / "model", base_folder=origin.model.folder)
+        self._export(origin, self._config.output / "model")
         return self._report(step_zero, eval_before, eval_after, line)
 
     def _update_until_done(self, log: RunLog, first_step: int, stop_requested: Callable[[], bool]) -> dict[str, float]:
@@ -263,6 +263,15 @@ class TrainingRun:
                 self._say(f"saved after update {done} of {self._recipe.total_steps}; --resume goes on from there")
                 raise KeyboardInterrupt
         return line
+
+    def _export(self, origin: PolicyOrigin, folder: Path) -> None:
+        """Save the policy, or the adapter that was trained on it."""
+        model = origin.model
+        if not self._config.use_lora or self._config.merge:
+            export_model(self._engine, folder, base_folder=model.folder)
+            return
+        base = model.name if model.commit else str(model.folder)
+        export_adapter(self._engine, folder, base_folder=model.folder, base=base, revision=model.commit)
 
     def _prove_step_zero(self, origin: PolicyOrigin) -> StepZeroFigures:
         figures = self._loop.prove_step_zero()

@@ -11,10 +11,11 @@ import torch
 from dpo_cache.pipeline.cache.example_key import example_key
 from dpo_cache.pipeline.cache.shard_file import ScoredPair
 from dpo_cache.pipeline.data.token_pair import TokenPair
-from dpo_cache.pipeline.scoring.model_loading import load_causal_lm
+from dpo_cache.pipeline.scoring.model_loading import find_causal_lm, load_causal_lm
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.scoring.scoring_batch import Layout
 from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspeed_config, partitioned_loading
+from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from dpo_cache.pipeline.training.losses import LossSettings, resolve_loss
 from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
@@ -84,6 +85,8 @@ def make_engine(
     tied: bool = False,
     load_universal: bool = False,
     load_from: Path | None = None,
+    lora: LoraSettings | None = None,
+    gradient_checkpointing: bool = False,
 ) -> PolicyEngine:
     """An engine around the tiny policy, or around the model in a folder, partitioned while it is read."""
     config = deepspeed_config(
@@ -104,6 +107,10 @@ def make_engine(
     else:
         with partitioned_loading(config):
             policy = load_causal_lm(load_from, dtype=getattr(torch, dtype), attention="sdpa", device="cpu")
+    if lora is not None:
+        policy = add_lora(policy, lora)
+    if gradient_checkpointing:
+        find_causal_lm(policy).gradient_checkpointing_enable({"use_reentrant": False})
     return PolicyEngine(
         PairScorer(policy),
         config=config,

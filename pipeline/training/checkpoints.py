@@ -111,7 +111,13 @@ def _save_engine(engine: PolicyEngine, path: Path) -> None:
         client_state["universal_checkpoint_info"] = {
             UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE
         }
-    engine.deepspeed.save_checkpoint(str(path), tag=ENGINE_FOLDER, client_state=client_state, save_latest=False)
+    engine.deepspeed.save_checkpoint(
+        str(path),
+        tag=ENGINE_FOLDER,
+        client_state=client_state,
+        save_latest=False,
+        exclude_frozen_parameters=True,  # they are read from the model's own folder again
+    )
 
 
 def _complete(path: Path, state: TrainerState) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -22,7 +22,9 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from ...errors import DpoCacheError
+from ..scoring.model_loading import find_causal_lm
 from .checkpoints import sync_tree
+from .lora_adapter import adapter_state, gathered, lora_change, merged_parameters, write_adapter
 from .policy_engine import PolicyEngine
 
 TOKENIZER_FILES = (
@@ -47,7 +49,7 @@ class TensorHeader(NamedTuple):
 
 
 def export_model(engine: PolicyEngine, folder: Path, *, base_folder: Path) -> None:
-    """Write the policy; collective, and only rank 0 writes.
+    """Write the policy, an adapter on it added to its weights; collective, and only rank 0 writes.
 
     Args:
         engine: The trained policy, partitioned or not.
@@ -58,18 +60,48 @@ def export_model(engine: PolicyEngine, folder: Path, *, base_folder: Path) -> No
     Raises:
         DpoCacheError: It could not be written, or a header is not what it should be.
     """
-    model: Any = engine.scorer.model
+    model: Any = find_causal_lm(engine.scorer.model)
     dtype = checkpoint_dtype(base_folder)
-    state = _gathered_state(model, dtype, keep=engine.rank == 0)
+    state = _gathered_state(engine.scorer.model, dtype, keep=engine.rank == 0)
+    _write_on_main(engine, folder, lambda temporary: _write(model, state, temporary, dtype, base_folder))
+
+
+def export_adapter(engine: PolicyEngine, folder: Path, *, base_folder: Path, base: str, revision: str | None) -> None:
+    """Write the adapter alone, with the tokenizer; collective, and only rank 0 writes.
+
+    Args:
+        engine: A policy with an adapter, partitioned or not.
+        folder: As for :func:`export_model`.
+        base_folder: The checkpoint that training started from; its tokenizer is copied.
+        base: That checkpoint as a path or a Hub id, which those who load the adapter need.
+        revision: Its commit on the Hub.
+
+    Raises:
+        DpoCacheError: It could not be written, or a header is not what it should be.
+    """
+    model = engine.scorer.model
+    state = adapter_state(model, keep=engine.rank == 0)
+
+    def write(temporary: Path) -> None:
+        write_adapter(model, state, temporary, base=base, revision=revision)
+        _copy_tokenizer(base_folder, temporary)
+        check_headers(temporary, {name: _header(tensor) for name, tensor in state.items()})
+
+    _write_on_main(engine, folder, write)
+
+
+def _write_on_main(engine: PolicyEngine, folder: Path, write: Callable[[Path], None]) -> None:
+    """Rank 0 writes beside the folder and puts it in its place; the others wait."""
     if engine.rank == 0:
         temporary = folder.with_name(folder.name + ".tmp")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            _write(model, state, temporary, dtype, base_folder)
+            write(temporary)
+            _follow_umask(temporary)
             _put_in_place(temporary, folder)
         except OSError as error:
             raise DpoCacheError(
-                f"The model could not be written to {folder}: {error}",
+                f"the model could not be written to {folder}: {error}",
                 next_step="free some space (df -h) and run again with --resume: the last checkpoint is complete",
             ) from error
     dist.barrier()
@@ -82,12 +114,15 @@ def _gathered_state(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, 
     parameter has one name here, the first; loading ties it again.
     """
     state: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+    for name, made_of, layer in merged_parameters(model):
+        with gathered(made_of):
             if keep:
-                state[name] = parameter.detach().to(device="cpu", dtype=dtype, copy=True)
+                weight = made_of[0].detach()
+                if layer is not None:
+                    weight = weight.float() + lora_change(layer)
+                state[name] = weight.to(device="cpu", dtype=dtype, copy=True)
     if keep:
-        state |= {name: buffer.detach().cpu() for name, buffer in _saved_buffers(model)}
+        state |= {name: buffer.detach().cpu() for name, buffer in _saved_buffers(find_causal_lm(model))}
     return state
 
 
@@ -118,10 +153,22 @@ def _write(model: Any, state: dict[str, Tensor], folder: Path, dtype: torch.dtyp
     expected = _expected_headers(model, state)
     model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
     _restore_config(folder / "config.json", base_folder / "config.json", dtype)
+    _copy_tokenizer(base_folder, folder)
+    check_headers(folder, expected)
+
+
+def _copy_tokenizer(base_folder: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (base_folder / name).is_file():
             shutil.copyfile(base_folder / name, folder / name)
-    check_headers(folder, expected)
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give files the permissions that a plain ``open`` would have; safetensors makes its own private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
 
 
 def _expected_headers(model: Any, state: Mapping[str, Tensor]) -> dict[str, TensorHeader]:
@@ -131,10 +178,11 @@ def _expected_headers(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tens
     """
     ignored = set(model._keys_to_ignore_on_save or ())
     shells = {name: tensor.to("meta") for name, tensor in state.items() if name not in ignored}
-    return {
-        name: TensorHeader(dtype=_SAFETENSORS_DTYPES[tensor.dtype], shape=tuple(tensor.shape))
-        for name, tensor in revert_weight_conversion(model, shells).items()
-    }
+    return {name: _header(tensor) for name, tensor in revert_weight_conversion(model, shells).items()}
+
+
+def _header(tensor: Tensor) -> TensorHeader:
+    return TensorHeader(dtype=_SAFETENSORS_DTYPES[tensor.dtype], shape=tuple(tensor.shape))
 
 
 _SAFETENSORS_DTYPES = {

@@ -143,7 +143,8 @@ class PolicyEngine:
             DpoCacheError: There is nothing to load.
         """
         settings = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
-        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag)
+        frozen = any(not parameter.requires_grad for parameter in self.parameters())
+        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=not frozen)
         if loaded is None:
             raise DpoCacheError(f"DeepSpeed found no state in {folder / tag}.")
         # From a converted state, stage 3 gives all groups the settings of the first (a weight decay of their own is

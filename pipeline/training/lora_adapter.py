@@ -1,0 +1,163 @@
+"""LoRA (arXiv 2106.09685): the policy's own weights stay the reference's, small matrices beside them are trained.
+
+``B`` starts at zero, so at the first step the policy is the reference and the proof at step 0 holds for it too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...errors import DpoCacheError
+from ..scoring.model_loading import find_causal_lm, find_head
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+ALL_LINEAR = "all-linear"
+_WRAPPED = ".base_layer"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSettings:
+    """What is trained beside the frozen weights.
+
+    Attributes:
+        rank: Inner size r of each pair of matrices.
+        alpha: The product ``B A`` is scaled by ``alpha / rank``.
+        target_modules: Names of the linear layers that get one; ``all-linear`` for all but the vocabulary head.
+        seed: Of the random start of ``A``, which has to be the same on all ranks.
+    """
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    seed: int
+
+
+def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
+    """Freeze a model and put a fresh adapter on it; under ZeRO-3 the engine partitions the new weights.
+
+    Raises:
+        DpoCacheError: peft is not installed, or no layer of the model has such a name.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise DpoCacheError(
+            "--use-lora needs peft, which is not installed", next_step="pip install 'dpo-cache[lora]'"
+        ) from error
+    targets = settings.target_modules
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with torch.random.fork_rng(devices=_devices_of(model)):
+            torch.manual_seed(settings.seed)
+            # Not cast to float32: the engine keeps float32 masters of whatever is trained.
+            adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise DpoCacheError(
+            f"--lora-target-modules {' '.join(targets)} cannot be used with this model: {error}",
+            expected=f"names of its linear layers, such as q_proj, or {ALL_LINEAR}",
+        ) from error
+    _refuse_unscorable(adapted)
+    return adapted
+
+
+def adapter_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The adapter's tensors in host memory, under peft's names, on the ranks that keep them; collective."""
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        with gathered([parameter]):
+            if keep:
+                state[name] = parameter.detach().to(device="cpu", copy=True)
+    if not keep:
+        return {}
+    named: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    return named
+
+
+def write_adapter(model: nn.Module, state: dict[str, Tensor], folder: Path, *, base: str, revision: str | None) -> None:
+    """Write the adapter's two files.
+
+    Args:
+        model: From :func:`add_lora`.
+        state: From :func:`adapter_state`.
+        folder: Where to; made.
+        base: The model it belongs on: a path or a Hub id.
+        revision: Its commit on the Hub.
+    """
+    peft_model: Any = model
+    config = copy.deepcopy(peft_model.active_peft_config)
+    config.base_model_name_or_path, config.revision = base, revision
+    config.inference_mode = True
+    folder.mkdir(parents=True)
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter], Any]]:
+    """Every parameter of the model that comes out when the adapter is added to its weights.
+
+    Yields:
+        The parameter's name in a model without an adapter; the parameters it is made of, to be gathered; and the
+        layer of peft whose change is to be added, or None.
+    """
+    causal_lm = find_causal_lm(model)
+    layers = {name: module for name, module in causal_lm.named_modules() if hasattr(module, "lora_A")}
+    for name, parameter in causal_lm.named_parameters():
+        if ".lora_" in name:
+            continue
+        owner, _, kind = name.rpartition(".")
+        layer = layers.get(owner.removesuffix(_WRAPPED)) if owner.endswith(_WRAPPED) and kind == "weight" else None
+        made_of = [parameter]
+        if layer is not None:
+            made_of += [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        yield name.replace(f"{_WRAPPED}.", "."), made_of, layer
+
+
+def lora_change(layer: Any) -> Tensor:
+    """``alpha / rank * B A`` of a gathered layer, in float32, shaped like its weight."""
+    change: Tensor = layer.lora_B["default"].weight.detach().float() @ layer.lora_A["default"].weight.detach().float()
+    if layer.fan_in_fan_out:
+        change = change.T
+    return change * float(layer.scaling["default"])
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """While this is open, parameters that ZeRO-3 has partitioned are whole; collective."""
+    with deepspeed.zero.GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
+        yield
+
+
+def _refuse_unscorable(model: nn.Module) -> None:
+    """The head is scored a chunk at a time, and an embedding may be the head."""
+    if (
+        any(getattr(module, "lora_embedding_A", None) for module in model.modules())
+        or type(find_head(model)) is not nn.Linear
+    ):
+        raise DpoCacheError(
+            "--lora-target-modules names the vocabulary head or an embedding, which cannot have an adapter here",
+            expected="other layers",
+        )
+
+
+def _devices_of(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)

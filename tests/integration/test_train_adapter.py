@@ -1,0 +1,32 @@
+"""A LoRA policy from command to files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from commands import dpo_train, metrics, run
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+
+
+def test_an_adapter_is_trained_partitioned_and_recomputing_and_saved_as_an_adapter(
+    shared_cache: Path, reference: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    numbers = ("--max-steps", 4, "--global-batch-size", 8, "--learning-rate", 5e-2, "--warmup-ratio", 0)
+    lora = ("--use-lora", "--lora-rank", 4, "--lora-target-modules", "q_proj", "--lora-target-modules", "down_proj")
+    command = dpo_train("--cache", shared_cache, "--output", output, *numbers, *lora)
+    report = run([*command, "--num-gpus", "2", "--gradient-checkpointing"])
+    assert report["step0"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    losses = [line["train_loss"] for line in metrics(output)]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < 0.65
+    weights = load_file(output / "model/adapter_model.safetensors")
+    assert len(weights) == 2 * 2 * 2  # layers, modules, matrices
+    assert not any("k_proj" in name for name in weights)
+    described = json.loads((output / "model/adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str(reference)
+    AutoPeftModelForCausalLM.from_pretrained(output / "model")

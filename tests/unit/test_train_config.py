@@ -1,0 +1,35 @@
+"""Options that would be ignored are refused; defaults are resolved in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.stages.train_config import TrainConfig
+
+
+def config(**options: Any) -> TrainConfig:
+    return TrainConfig(cache=Path("cache"), output=Path("run"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_rank": 8}, "--lora-rank has no effect without --use-lora"),
+        ({"lora_alpha": 8.0}, "--lora-alpha has no effect without --use-lora"),
+        ({"lora_target_modules": ("q_proj",)}, "--lora-target-modules has no effect without --use-lora"),
+        ({"merge": True}, "--merge has no effect without --use-lora"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DpoCacheError, match=message):
+        config(**options)
+
+
+def test_an_adapter_has_numbers_and_a_full_policy_has_none() -> None:
+    assert config().resolved_lora() is None
+    assert config(use_lora=True).resolved_lora() == {"rank": 64, "alpha": 16.0, "target_modules": ["all-linear"]}
+    given = config(use_lora=True, lora_rank=8, lora_alpha=32.0, lora_target_modules=("q_proj", "v_proj"))
+    assert given.resolved_lora() == {"rank": 8, "alpha": 32.0, "target_modules": ["q_proj", "v_proj"]}
