@@ -1,8 +1,8 @@
 """Stage one without a model: builds a cache of made-up rows, quickly enough to be killed a thousand times.
 
-Started as a program it takes orders on its standard input, one a line, and forks one real process for each:
-``kill CACHE SEED SECONDS`` kills it with SIGKILL after that time, ``build CACHE SEED`` lets it end. The answer on
-standard output is ``[killed, claims]`` as JSON: a claim is what the process was told is durable.
+Started as a program it takes orders on its standard input, one JSON object a line, and answers each on its standard
+output; see :class:`StubProcesses`, the other end. Every build and every check is a real process, forked from one
+that has only imported things.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from cache_factory import make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.example_key import Keys
+from dpo_cache.pipeline.cache.mixture import training_set_digest
 from dpo_cache.pipeline.cache.mixture_check import check_mixture
 from dpo_cache.pipeline.cache.pair_stream import PairStream
 from dpo_cache.pipeline.cache.shard_file import ScoredPair
@@ -60,14 +64,21 @@ class StubBuild:
             claimed(["mixture", self.mixture, cache.read_mixture(self.mixture).digest])
         return cache
 
+    def intentions(self) -> list[Claim]:
+        """The claims on its mixture that a build from nothing makes."""
+        return [["mixture", self.mixture, self._digest(number)] for number in (len(self.rows) // 2, len(self.rows))]
+
+    def _digest(self, num_rows: int) -> str:
+        rows = mixture_rows(self.rows[:num_rows])
+        return training_set_digest(rows.example_keys[np.lexsort((rows.example_keys, rows.prompt_hashes))])
+
     def _is_up_to_date(self, cache: ReferenceCache, usable: set[str]) -> bool:
         try:
             mixture = cache.read_mixture(self.mixture)
             mixture.table.verify()
         except DpoCacheError:
             return False
-        same = np.array_equal(np.sort(mixture.rows().example_keys), np.sort(mixture_rows(self.rows).example_keys))
-        return same and usable >= {shard.sha256 for shard in mixture.shards}
+        return mixture.digest == self._digest(len(self.rows)) and usable >= {shard.sha256 for shard in mixture.shards}
 
     def _point_at(self, cache: ReferenceCache, num_rows: int, unusable: list[Path], claimed: Claimed) -> None:
         mixture = cache.write_mixture(
@@ -128,37 +139,112 @@ def faults_of(path: Path, claims: list[Claim], *, later: list[Claim] | None = No
     return found
 
 
-def _ordered(cache: Path, seed: int, kill_after_s: float | None) -> tuple[bool, list[Claim]]:
-    """Build in a process of its own, killed or not."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.close(reading)
-            build = StubBuild(cache=cache, rows=make_rows(24, seed=seed))
-            build.run(lambda claim: void(os.write(writing, json.dumps(claim).encode() + b"\n")))
-            os._exit(0)
-        finally:
-            os._exit(1)
-    os.close(writing)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(child, signal.SIGKILL)
-    with os.fdopen(reading) as lines:
-        claims = [json.loads(line) for line in lines]
-    _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
-        raise SystemExit(f"a build ended with {status}")
-    return os.WIFSIGNALED(status), claims
+@dataclass(frozen=True, kw_only=True, slots=True)
+class End:
+    """How a process ended: its exit code, -9 where it was killed; what it said; what it was told is durable."""
+
+    code: int
+    said: str
+    claims: list[Claim]
 
 
-def void(_: object) -> None:
-    """Drop a value."""
+class StubProcesses:
+    """Starts builds and checks as real processes; a context manager.
+
+    Args:
+        prefix: A command in front of the interpreter, such as one that mounts something first.
+    """
+
+    def __init__(self, prefix: Sequence[str] = ()) -> None:
+        self._process = subprocess.Popen(
+            [*prefix, sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def build(self, *builds: dict[str, Any], kill_after_s: float | None = None) -> list[End]:
+        """Run builds at once, each given as :func:`stub_build` takes it; kill all of them after a time."""
+        return [End(**end) for end in self._order({"builds": builds, "kill_after_s": kill_after_s})]
+
+    def faults(self, cache: Path, claims: list[Claim], later: list[Claim] | None = None) -> list[str]:
+        """:func:`faults_of`, in a process of its own."""
+        faults: list[str] = self._order({"cache": str(cache), "claims": claims, "later": later})
+        return faults
+
+    def run(self, *command: str) -> None:
+        """Run a command where the builds run."""
+        assert self._order({"command": command}) == 0
+
+    def close(self) -> None:
+        """End the process that forks."""
+        self._process.communicate()
+        assert self._process.returncode == 0
+
+    def __enter__(self) -> StubProcesses:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _order(self, order: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+
+def stub_build(cache: str, *, seed: int = 0, rows: tuple[int, int] = (0, 24), **others: Any) -> StubBuild:
+    """A build of some of the rows of a seed."""
+    return StubBuild(cache=Path(cache), rows=make_rows(rows[1], seed=seed)[rows[0] :], **others)
+
+
+def _obey(order: dict[str, Any]) -> Any:
+    if "command" in order:
+        return subprocess.run(order["command"], check=False).returncode
+    if "cache" in order:
+        check = _Fork(lambda tell: tell(faults_of(Path(order["cache"]), order["claims"], later=order["later"])))
+        return check.end()["claims"][0]
+    forks = [_Fork(stub_build(**build).run) for build in order["builds"]]
+    if order["kill_after_s"] is not None:
+        time.sleep(order["kill_after_s"])
+        for fork in forks:
+            os.kill(fork.process, signal.SIGKILL)
+    return [fork.end() for fork in forks]
+
+
+class _Fork:
+    """A process that does one thing and tells, line by line, what it has done."""
+
+    def __init__(self, work: Callable[[Callable[[Any], None]], object]) -> None:
+        self._told, telling = os.pipe()
+        self._said, saying = os.pipe()
+        self.process = os.fork()
+        if not self.process:
+            try:
+                work(lambda told: _write(telling, json.dumps(told) + "\n"))
+                os._exit(0)
+            except DpoCacheError as error:
+                _write(saying, str(error))
+                os._exit(1)
+            except BaseException as error:
+                _write(saying, repr(error))
+            finally:
+                os._exit(2)
+        os.close(telling)
+        os.close(saying)
+
+    def end(self) -> dict[str, Any]:
+        with os.fdopen(self._told) as told, os.fdopen(self._said) as said:
+            claims, last_words = [json.loads(line) for line in told], said.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        return {"code": code, "said": last_words, "claims": claims}
+
+
+def _write(file: int, text: str) -> None:
+    os.write(file, text.encode())
 
 
 if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as warm_up:  # what libraries do at first use, forks need not do again
+        StubBuild(cache=Path(warm_up) / "cache", rows=make_rows(2)).run()
+        read_everything(Path(warm_up) / "cache")
     for line in sys.stdin:
-        order, folder, number, *seconds = line.split()
-        print(
-            json.dumps(_ordered(Path(folder), int(number), float(seconds[0]) if order == "kill" else None)), flush=True
-        )
+        print(json.dumps(_obey(json.loads(line))), flush=True)
