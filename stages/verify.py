@@ -147,7 +147,7 @@ class VerifyReport:
         if self.duplicates:
             lines.append(f"           {self.duplicates:,} rows stand twice (harmless: dpo-cache compact drops them)")
         for finding in self.findings:
-            lines += ["", f"{finding.kind}: {MEANINGS[finding.kind]}", f"  {finding.path}"]
+            lines += ["", f"{finding.kind}: {MEANINGS[finding.kind]}", finding.path]
             lines += _wrapped(finding.detail)
         if self.rescored:
             lines += ["", self.rescored.text()]
