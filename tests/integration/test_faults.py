@@ -5,12 +5,11 @@ After each fault the next build completes. ``benchmarks/faults.py`` does the sam
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import fault_trials
 import pytest
-from commands import dpo_cache, logps_by_key, run
+from commands import dpo_cache, run
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import mixture_check
 from fault_trials import Trials, fault_free_cache, random_cuts, random_flips
@@ -66,32 +65,17 @@ def test_a_stranger_who_lies_under_right_digests_gets_a_clear_refusal(tmp_path: 
     assert_nothing_lost(fault_trials.lies(tmp_path, 150))
 
 
-def test_a_real_build_mends_all_damage_with_the_same_command(cache: Path, reference: Path, pairs_file: Path) -> None:
-    command = dpo_cache("build", "--model", reference, "--dataset", pairs_file, "--cache", cache)
-    values = logps_by_key(cache)
-    [shard] = (cache / "shards").iterdir()
-
-    flipped = bytearray(shard.read_bytes())
-    flipped[len(flipped) // 2] ^= 1
-    shard.write_bytes(flipped)
+def test_real_builds_mend_a_cut_cache_json_and_a_mixture_whose_shard_is_gone(
+    cache: Path, reference: Path, pairs_file: Path
+) -> None:
+    """The pairs come to lie in other shards than the one that the old pointer names."""
     (cache / "cache.json").write_bytes((cache / "cache.json").read_bytes()[:-1])
-    assert run(command)["pairs_scored"] == 40
-    read_everything(cache)
-
-    (cache / "mixtures" / "train.json").write_bytes(b"")
-    assert run(command)["pairs_reused"] == 40
-    read_everything(cache)
-    assert logps_by_key(cache).keys() == values.keys()
-
-
-def test_a_mixture_whose_shard_is_gone_is_written_anew(cache: Path, reference: Path, pairs_file: Path) -> None:
-    """The pairs come to lie in another shard than the one the old pointer names."""
     [shard] = (cache / "shards").iterdir()
-    shutil.move(shard, cache.parent / "elsewhere")
+    shard.unlink()
+    half = ("--dataset", f"{pairs_file},amount=20", "--mixture", "half")
+    assert run(dpo_cache("build", "--model", reference, *half, "--cache", cache))["pairs_scored"] == 20
     with pytest.raises(DpoCacheError, match="lacks 40 pairs"):
         read_everything(cache)
-    extended = ("--dataset", f"{pairs_file},amount=20", "--mixture", "half")
-    assert run(dpo_cache("build", "--model", reference, *extended, "--cache", cache))["pairs_scored"] == 20
-    command = dpo_cache("build", "--model", reference, "--dataset", pairs_file, "--cache", cache)
-    assert run(command)["pairs_scored"] == 20
-    read_everything(cache)
+    whole = run(dpo_cache("build", "--model", reference, "--dataset", pairs_file, "--cache", cache))
+    assert (whole["pairs_reused"], whole["pairs_scored"]) == (20, 20)
+    assert {name: len(keys) for name, keys in read_everything(cache).items()} == {"half": 20, "train": 40}
