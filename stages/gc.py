@@ -103,11 +103,18 @@ def collect_garbage(path: Path, *, min_age_days: float, agree: Callable[[Garbage
         if not report.garbage or not agree(report):
             return report
         for item in report.garbage:
-            if item.path.is_dir():
-                shutil.rmtree(item.path)
-            else:
-                remove_durably(item.path)
+            _remove(item.path)
         return replace(report, removed=True)
+
+
+def _remove(path: Path) -> None:
+    if not path.is_dir():
+        remove_durably(path)
+        return
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        raise DpoCacheError(f"cannot remove {path}: {error.strerror}", next_step=f"ls -la {path}") from error
 
 
 def _find_garbage(cache: ReferenceCache, min_age_days: float) -> GarbageReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import numpy as np
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import MAX_CACHE_JSON_BYTES, ReferenceCache
 from ..pipeline.cache.canonical_json import read_sealed_json
-from ..pipeline.cache.durable_file import remove_durably
+from ..pipeline.cache.durable_file import make_folder_durably, remove_durably
 from ..pipeline.cache.example_key import Keys, example_key, key_at
 from ..pipeline.cache.folder_lock import maintenance_lock
 from ..pipeline.cache.key_index import KeyIndex, build_key_index
@@ -180,6 +181,9 @@ def verify_cache(path: Path, *, repair: bool = False, rescoring: RescoreSettings
     """
     if not repair:
         return _Verification(path).report(rescoring)
+    if not (path / "cache.json").exists():
+        ReferenceCache.open(path)  # tells that there is no cache
+    make_folder_durably(path / "tmp")
     with maintenance_lock(path / "tmp", "a repair"):
         return _Verification(path).repaired(rescoring)
 
@@ -356,7 +360,12 @@ def _wrapped(detail: str) -> list[str]:
 
 def _entries(folder: Path) -> list[Path]:
     with reading(folder):
-        return sorted(folder.iterdir()) if folder.exists() else []
+        entries = sorted(folder.iterdir()) if folder.exists() else []
+    for path in entries:
+        if path.exists() and not os.access(path, os.R_OK):
+            # Not damage: a repair must not take away what another user wrote.
+            raise DpoCacheError(f"you may not read {path}", next_step=f"ask its owner for: chmod a+r {path}")
+    return entries
 
 
 def _wrong_keys(shard: ShardReader) -> Iterator[bytes]:

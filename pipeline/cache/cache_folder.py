@@ -286,6 +286,7 @@ class ReferenceCache:
 
     def maintaining(self, work: str) -> AbstractContextManager[None]:
         """The lock of what deletes; see :func:`~.folder_lock.maintenance_lock`."""
+        make_folder_durably(self.path / "tmp")  # a copy of a cache may lack a folder that was empty
         return maintenance_lock(self.path / "tmp", work)
 
     def _examine(self, path: Path) -> ShardRef | UnusableShard:

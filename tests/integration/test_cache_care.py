@@ -15,7 +15,7 @@ from typing import Any
 import dpo_cache as dpo_cache_package
 import numpy as np
 import pytest
-from cache_factory import make_cache, make_rows, mixture_rows
+from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from click.testing import CliRunner, Result
 from commands import assert_same_logps, dpo_cache, logps_by_key, run
 from dpo_cache.cli import dpo_cache as command
@@ -200,6 +200,22 @@ def test_a_pipe_in_the_place_of_a_shard_hangs_nobody(cache: Path) -> None:
     assert (finding["kind"], "not a regular file" in finding["detail"]) == ("damaged-shard", True)
     invoke("verify", cache, "--repair")
     assert not pipe.exists()
+
+
+def test_a_copy_without_the_empty_folder_can_be_looked_after(cache: Path) -> None:
+    shutil.rmtree(cache / "tmp")
+    assert invoke("verify", cache, "--repair").exit_code == 0
+    shutil.rmtree(cache / "tmp")
+    assert invoke("gc", cache, "--yes").exit_code == 0
+    assert "there is no cache in" in refusal("verify", cache / "nowhere", "--repair")
+    assert not (cache / "nowhere").exists()
+
+
+def test_a_file_that_may_not_be_read_is_not_taken_for_damaged(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = first_shard(cache)
+    monkeypatch.setattr(os, "access", lambda path, _mode: path != shard)  # root may read everything
+    assert f"you may not read {shard}" in refusal("verify", cache, "--repair")
+    assert shard.exists()
 
 
 def test_every_command_that_a_message_names_exists() -> None:
@@ -528,6 +544,19 @@ def test_show_prints_ids_where_the_tokenizer_is_gone_and_refuses_keys_that_are_n
     assert shown["pairs"][0]["chosen"].split() == [str(token) for token in shown["pairs"][0]["chosen_ids"]]
     assert "no pairs of" in refusal("show", cache, "--key", "0" * 64)
     assert "is no key" in refusal("show", cache, "--key", "xyz")
+
+
+def test_show_marks_exactly_the_tokens_of_the_mask(tmp_path: Path) -> None:
+    made_up = make_cache(tmp_path / "made-up")
+    rows = make_rows(12)
+    fill_cache(made_up, rows, shard_rows=5)
+    by_key = {row.key.hex(): row.pair for row in rows}
+    shown = report("show", made_up.path, "-n", 99)["pairs"]
+    assert len(shown) == len(rows)
+    for pair in shown:
+        for side, scored in (("prompt", "prompt_scored"), ("chosen", "chosen_scored"), ("rejected", "rejected_scored")):
+            marked = [is_scored for text, is_scored in pair["scored"][side] for _ in text.split()]
+            assert marked == getattr(by_key[pair["key"]], scored).tolist()
 
 
 def test_show_lets_no_control_character_through(cache: Path) -> None:
