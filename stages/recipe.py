@@ -14,7 +14,7 @@ from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.pair_order import epoch_order
 from ..pipeline.training.global_batches import GlobalBatchPlan
 from ..pipeline.training.learning_rate import learning_rate, warmup_steps
-from ..pipeline.training.losses import LossSettings, beta_warning, resolve_loss
+from ..pipeline.training.objective import Objective, beta_warnings
 from .train_config import TrainConfig
 
 
@@ -23,7 +23,7 @@ class Recipe:
     """The resolved numbers of a run, the same on all ranks.
 
     Attributes:
-        loss: The loss with its numbers.
+        loss: What is minimised, with its numbers.
         dtype: Precision of the forward pass.
         attention: The attention kernel.
         num_ranks: Processes that train together.
@@ -40,7 +40,7 @@ class Recipe:
         seed: Decides the order.
     """
 
-    loss: LossSettings
+    loss: Objective
     dtype: str
     attention: str
     num_ranks: int
@@ -71,7 +71,7 @@ class Recipe:
         return {
             "mixture": self.mixture_digest,
             "reference": self.reference_id,
-            "loss": asdict(self.loss),
+            "loss": self.loss.to_json(),
             "dtype": self.dtype,
             "global_batch_size": self.global_batch_size,
             "total_steps": self.total_steps,
@@ -97,7 +97,7 @@ class Recipe:
             [
                 f"{self.num_pairs} pairs, {self.global_batch_size} in an update on {self.num_ranks} ranks: "
                 f"{self.steps_per_epoch} updates an epoch, {self.total_steps} in all",
-                f"loss {self.loss.name}, beta {self.loss.beta:g}; {self.dtype}, attention {self.attention}",
+                f"loss {self.loss.summary()}; {self.dtype}, attention {self.attention}",
                 f"learning rate {self.peak_learning_rate:g}, {self.schedule}, {self.warmup_steps} updates of warm-up; "
                 f"at update {rates}",
                 f"at most {self.tokens_per_microbatch} tokens in one forward pass, or one longer pair",
@@ -119,12 +119,7 @@ def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture,
     batches = global_batches(mixture, global_batch_size, config.seed)
     total_steps = batches.total_steps(num_epochs=config.num_train_epochs, max_steps=config.max_steps)
     return Recipe(
-        loss=resolve_loss(
-            config.loss,
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
-            gamma_beta_ratio=config.gamma_beta_ratio,
-        ),
+        loss=config.resolved_loss(),
         dtype=dtype,
         attention=attention,
         num_ranks=num_ranks,
@@ -159,7 +154,7 @@ def global_batches(mixture: Mixture, global_batch_size: int, seed: int) -> Globa
 
 def warnings_of(recipe: Recipe) -> list[str]:
     """What looks wrong about the numbers without being impossible."""
-    return [warning for warning in [beta_warning(recipe.loss)] if warning]
+    return beta_warnings(recipe.loss)
 
 
 def _refuse_other_numerics(config: TrainConfig, cache: ReferenceCache, dtype: str, attention: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DpoCacheError
+from ..pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, Objective, resolve_loss
 from .setting import check_settings, setting
 
 
@@ -53,12 +54,28 @@ class TrainConfig:
 
     loss: str = setting(
         "dpo_norm",
-        help="The preference loss.",
-        choices=("dpo", "dpo_norm", "ipo", "ipo_sum", "hinge", "robust", "simpo", "wpo"),
+        help=f"The preference loss: {', '.join(LOSS_TRAITS)}; or a weighted sum, each with a beta of its own where "
+        "wanted: dpo_norm=1.0,ipo:0.1=0.2.",
+        metavar="NAME[:BETA][=WEIGHT],...",
     )
     beta: float | None = setting(None, help="Strength of the pull to the reference [default: the loss's].", above=0)
-    label_smoothing: float = setting(0.0, help="Share of labels taken to be flipped.", minimum=0.0, maximum=0.5)
+    label_smoothing: float | None = setting(
+        None, help="Share of labels taken to be flipped [default: 0; 0.001 for exo_pair].", minimum=0.0, maximum=0.5
+    )
     gamma_beta_ratio: float | None = setting(None, help="SimPO's target margin over beta [default: 0.3].", minimum=0)
+    f_divergence: str = setting("reverse_kl", help="What holds the policy near the reference.", choices=F_DIVERGENCES)
+    f_alpha: float | None = setting(
+        None, help="Alpha of the alpha divergence, between 0 and 1 [default: 0.5].", above=0
+    )
+    ld_alpha: float | None = setting(
+        None,
+        help="LD-DPO: weight of the tokens by which one answer is longer than the other [default: 1].",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    nll_coef: float = setting(
+        0.0, help="Weight of the chosen answer's negative log-likelihood per token, added to the loss.", minimum=0.0
+    )
 
     global_batch_size: int | None = setting(
         None, help="Pairs in one update, on all GPUs together [default: 128].", minimum=1
@@ -111,6 +128,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        self.resolved_loss()  # says what is wrong with it before anything is opened
         per_device = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
         if self.global_batch_size is not None and per_device != (None, None):
             raise DpoCacheError(
@@ -150,6 +168,19 @@ class TrainConfig:
             "alpha": self.lora_alpha or 16.0,
             "target_modules": list(self.lora_target_modules or ("all-linear",)),
         }
+
+    def resolved_loss(self) -> Objective:
+        """What is minimised, with all its numbers."""
+        return resolve_loss(
+            self.loss,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            gamma_beta_ratio=self.gamma_beta_ratio,
+            f_divergence=self.f_divergence,
+            f_alpha=self.f_alpha,
+            ld_alpha=self.ld_alpha,
+            nll_coef=self.nll_coef,
+        )
 
     def resolved_global_batch_size(self, num_ranks: int) -> int:
         """Pairs in one update on ``num_ranks`` ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -94,8 +95,8 @@ class TrainingLoop:
     def prove_step_zero(self) -> StepZeroFigures:
         """Compare the policy with the cache on the first global batch, before anything is changed."""
         proof = StepZeroProof(self._recipe.loss, dtype=self._recipe.dtype, device=self._engine.device)
-        for rows in self._training.of(self._plan.batch(0).rows):
-            proof.add(self._engine.evaluate(self._training.read(rows)))
+        for micro_batch, _ in self._dealt(self._training, self._plan.batch(0).rows):
+            proof.add(self._engine.evaluate(micro_batch))
         return proof.figures()
 
     def update(self, step: int) -> tuple[GlobalBatch, float]:
@@ -105,10 +106,8 @@ class TrainingLoop:
             The batch, and the norm of its gradient before clipping.
         """
         batch = self._plan.batch(step)
-        shares = self._training.of(batch.rows)
-        for number, rows in enumerate(shares):
-            micro_batch = self._training.read(rows)
-            scored = self._engine.micro_step(micro_batch, num_pairs=len(batch.rows), is_last=number == len(shares) - 1)
+        for micro_batch, is_last in self._dealt(self._training, batch.rows):
+            scored = self._engine.micro_step(micro_batch, num_pairs=len(batch.rows), is_last=is_last)
             self._metrics.add(scored)
         grad_norm = self._engine.apply_update(self._recipe.learning_rate(step))
         return batch, grad_norm
@@ -130,8 +129,8 @@ class TrainingLoop:
         num_pairs = self._evaluation.mixture.num_pairs
         for start in range(0, num_pairs, self._recipe.global_batch_size):
             rows = np.arange(start, min(start + self._recipe.global_batch_size, num_pairs))
-            for share in self._evaluation.of(rows):
-                metrics.add(self._engine.evaluate(self._evaluation.read(share)))
+            for micro_batch, _ in self._dealt(self._evaluation, rows):
+                metrics.add(self._engine.evaluate(micro_batch))
         return {"training_step": updates_done, **metrics.reduce()}
 
     def time_heaviest_batches(self) -> float:
@@ -153,11 +152,19 @@ class TrainingLoop:
         """The most memory any rank has held; all ranks call this."""
         return self._new_metrics().reduce()["perf/peak_memory_gib"]
 
+    def _dealt(self, source: MicroBatches, rows: npt.NDArray[np.int64]) -> Iterator[tuple[MicroBatch, bool]]:
+        """This rank's micro-batches of a global batch, and whether each is the last."""
+        shares = source.of(rows)
+        micro_batches: Iterator[MicroBatch] = map(source.read, shares)
+        if self._recipe.loss.sorts_global_batch:
+            micro_batches = iter(self._engine.with_partners(micro_batches))
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            yield micro_batch, number == len(shares)
+
     def _time_batch(self, batch: GlobalBatch) -> float:
         started = time.perf_counter()
-        shares = self._training.of(batch.rows)
-        for rows in shares:
-            self._engine.micro_step(self._training.read(rows), num_pairs=len(batch.rows), is_last=False)
+        for micro_batch, _ in self._dealt(self._training, batch.rows):
+            self._engine.micro_step(micro_batch, num_pairs=len(batch.rows), is_last=False)
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started

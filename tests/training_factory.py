@@ -16,8 +16,8 @@ from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.scoring.scoring_batch import Layout
 from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspeed_config, partitioned_loading
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
-from dpo_cache.pipeline.training.losses import LossSettings, resolve_loss
 from dpo_cache.pipeline.training.micro_batch import collate
+from dpo_cache.pipeline.training.objective import Objective, resolve_loss
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -78,7 +78,7 @@ def make_engine(
     *,
     zero_stage: int,
     num_ranks: int,
-    loss: LossSettings | None = None,
+    loss: Objective | None = None,
     dtype: str = "float32",
     max_grad_norm: float = 1.0,
     weight_decay: float = 0.1,

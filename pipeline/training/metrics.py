@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..scoring.flops import ModelCost, forward_flops
 from .device_limits import peak_flops_per_second, peak_memory_bytes
-from .losses import LossSettings
 from .micro_batch import ScoredMicroBatch
+from .objective import Objective
 
 _SUMS = (
     "pairs",
@@ -27,6 +27,10 @@ _SUMS = (
     "loss",
     "chosen_logps",
     "rejected_logps",
+    "chosen_per_token",
+    "rejected_per_token",
+    "chosen_tokens",
+    "rejected_tokens",
     "chosen_rewards",
     "rejected_rewards",
     "right",
@@ -49,7 +53,7 @@ class PairMetrics:
 
     def __init__(
         self,
-        loss: LossSettings,
+        loss: Objective,
         *,
         device: torch.device,
         tie_margin: float,
@@ -71,7 +75,7 @@ class PairMetrics:
 
     def add(self, scored: ScoredMicroBatch) -> None:
         """Add one micro-batch; no communication, no waiting."""
-        outcomes, batch = scored.outcomes, scored.micro_batch.batch
+        outcomes, policy, batch = scored.outcomes, scored.policy, scored.micro_batch.batch
         zero = self._sums.new_zeros(())
         right = chosen_rewards = rejected_rewards = aux_loss = zero
         if outcomes.chosen_rewards_B is not None and outcomes.rejected_rewards_B is not None:
@@ -80,9 +84,9 @@ class PairMetrics:
                 outcomes.rejected_rewards_B.sum(),
             )
             right = self._right(outcomes.chosen_rewards_B, outcomes.rejected_rewards_B, outcomes.average_margin_B).sum()
-        if scored.policy.aux_loss is not None:
+        if policy.aux_loss is not None:
             self._has_aux_loss = True
-            aux_loss = scored.policy.aux_loss * scored.micro_batch.num_pairs
+            aux_loss = policy.aux_loss * scored.micro_batch.num_pairs
         counts = self._sums.new_tensor(
             [scored.micro_batch.num_pairs, batch.num_tokens, batch.num_attended, batch.num_scored]
         )
@@ -91,6 +95,10 @@ class PairMetrics:
                 outcomes.losses_B.sum(),
                 outcomes.chosen_logps_B.sum(),
                 outcomes.rejected_logps_B.sum(),
+                (policy.chosen_logps_B / policy.chosen_tokens_B).sum(),
+                (policy.rejected_logps_B / policy.rejected_tokens_B).sum(),
+                policy.chosen_tokens_B.double().sum(),
+                policy.rejected_tokens_B.double().sum(),
                 chosen_rewards,
                 rejected_rewards,
                 right,
@@ -128,8 +136,12 @@ class PairMetrics:
             "loss" if self._prefix else "train_loss": totals["loss"] / pairs,
             "logps/chosen": totals["chosen_logps"] / pairs,
             "logps/rejected": totals["rejected_logps"] / pairs,
+            "logps/chosen_per_token": totals["chosen_per_token"] / pairs,
+            "logps/rejected_per_token": totals["rejected_per_token"] / pairs,
+            "tokens/chosen": totals["chosen_tokens"] / pairs,
+            "tokens/rejected": totals["rejected_tokens"] / pairs,
         }
-        if self._loss.spec.uses_reference:
+        if self._loss.uses_reference:
             chosen, rejected = totals["chosen_rewards"] / pairs, totals["rejected_rewards"] / pairs
             fields |= {
                 "rewards/chosen": chosen,

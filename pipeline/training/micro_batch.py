@@ -9,20 +9,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ..cache.shard_file import ScoredPair
 from ..scoring.layouts import scoring_batch
 from ..scoring.scoring_batch import Layout, PairLogps, ScoringBatch
-from .losses import PairOutcomes, ReferenceLogps
+from .pair_terms import ReferenceLogps, SortedPartners
+from .preference_loss import PairOutcomes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MicroBatch:
-    """Tokens, reference values and keys of the same pairs in the same order; no pairs at all are allowed."""
+    """Tokens, reference values and keys of the same pairs in the same order; no pairs at all are allowed.
+
+    ``partners`` are there where the loss sorts the global batch, on the device where the pairs were scored.
+    """
 
     batch: ScoringBatch
     reference: ReferenceLogps
     keys: tuple[bytes, ...]
+    partners: SortedPartners | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -43,11 +49,17 @@ def collate(pairs: Sequence[ScoredPair], layout: Layout) -> MicroBatch:
     return MicroBatch(
         batch=scoring_batch([row.pair for row in pairs], layout),
         reference=ReferenceLogps(
-            chosen_logps_B=torch.tensor([row.ref_chosen_logps for row in pairs], dtype=torch.float64),
-            rejected_logps_B=torch.tensor([row.ref_rejected_logps for row in pairs], dtype=torch.float64),
+            chosen_logps_B=_column([row.ref_chosen_logps for row in pairs]),
+            rejected_logps_B=_column([row.ref_rejected_logps for row in pairs]),
+            chosen_common_logps_B=_column([row.ref_chosen_common_logps for row in pairs]),
+            rejected_common_logps_B=_column([row.ref_rejected_common_logps for row in pairs]),
         ),
         keys=tuple(row.key for row in pairs),
     )
+
+
+def _column(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

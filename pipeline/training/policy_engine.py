@@ -11,8 +11,9 @@ Shape suffix: B pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from ...errors import DpoCacheError
 from ..scoring.pair_scorer import PairScorer
 from ..scoring.scoring_batch import PairLogps
 from .bad_batch import report_bad_batch
-from .losses import LossSettings, PairOutcomes, preference_loss
 from .micro_batch import MicroBatch, ScoredMicroBatch
+from .objective import Objective
+from .preference_loss import PairOutcomes, preference_loss
+from .sorted_partners import sorted_partners
 
 
 class PolicyEngine:
@@ -38,7 +41,7 @@ class PolicyEngine:
     Args:
         scorer: The policy. May have been partitioned while it was loaded (``deepspeed.zero.Init``).
         config: From :func:`~.deepspeed_config.deepspeed_config`.
-        loss: The loss to train.
+        loss: What to minimise.
         weight_decay: AdamW's, on matrices; biases and norms are not decayed.
         bad_batch_path: Where the keys of a micro-batch go whose loss or gradient is not finite.
         load_balancing_weight: Weight of the mixture-of-experts balancing loss, where the scorer returns it.
@@ -50,7 +53,7 @@ class PolicyEngine:
         scorer: PairScorer,
         *,
         config: dict[str, Any],
-        loss: LossSettings,
+        loss: Objective,
         weight_decay: float,
         bad_batch_path: Path,
         load_balancing_weight: float = 0.0,
@@ -91,7 +94,7 @@ class PolicyEngine:
         """
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         policy: PairLogps = self.deepspeed(micro_batch.batch)
-        outcomes = preference_loss(self.loss, policy, micro_batch.reference)
+        outcomes = preference_loss(self.loss, policy, micro_batch.reference, micro_batch.partners)
         objective = outcomes.losses_B.sum()
         if policy.aux_loss is not None:
             objective = objective + self._load_balancing_weight * policy.aux_loss * micro_batch.num_pairs
@@ -131,10 +134,25 @@ class PolicyEngine:
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> ScoredMicroBatch:
         """Forward pass of one micro-batch, for evaluation; every rank makes the same number of these calls."""
+        policy = self._score(micro_batch)
+        outcomes = preference_loss(self.loss, policy, micro_batch.reference, micro_batch.partners)
+        return _scored(micro_batch, policy, outcomes)
+
+    @torch.no_grad()
+    def with_partners(self, micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:
+        """Give all of this rank's micro-batches of a global batch the partners that a sorting loss compares with.
+
+        A forward pass of its own over the global batch, before the one that carries gradients.
+        """
+        scored = [(micro_batch, self._score(micro_batch)) for micro_batch in micro_batches]
+        partners = sorted_partners(self.loss, scored)
+        return [replace(micro_batch, partners=found) for (micro_batch, _), found in zip(scored, partners, strict=True)]
+
+    def _score(self, micro_batch: MicroBatch) -> PairLogps:
         self.deepspeed.eval()
         policy: PairLogps = self.deepspeed(micro_batch.batch)
         self.deepspeed.train()
-        return _scored(micro_batch, policy, preference_loss(self.loss, policy, micro_batch.reference))
+        return policy
 
     def load_state(self, folder: Path, *, tag: str) -> None:
         """Load what DeepSpeed saved, right after this engine was made.

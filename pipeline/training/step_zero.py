@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from ...errors import DpoCacheError
-from .losses import LossSettings
 from .micro_batch import ScoredMicroBatch
+from .objective import Objective
+from .preference_loss import loss_at_reference
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2}
 """Largest difference allowed, in nats per scored token of a side, by the dtype computed in.
@@ -38,7 +39,7 @@ class StepZeroFigures:
         mean_per_token, max_per_token: Distance in nats per token, over sides.
         bound_per_token: The largest allowed.
         loss: Loss of the batch.
-        expected_loss: The loss were policy and cache exactly alike; None for a loss without a reference.
+        expected_loss: The loss were policy and cache exactly alike; None where it depends on the policy too.
         within_bound: The verdict.
     """
 
@@ -62,7 +63,7 @@ class StepZeroProof:
         device: Where the sums are kept.
     """
 
-    def __init__(self, loss: LossSettings, *, dtype: str, device: torch.device) -> None:
+    def __init__(self, loss: Objective, *, dtype: str, device: torch.device) -> None:
         self._loss = loss
         self._dtype = dtype
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # pairs, distances of sides, losses
@@ -94,7 +95,7 @@ class StepZeroProof:
             max_per_token=float(worst),
             bound_per_token=bound,
             loss=losses / pairs,
-            expected_loss=_loss_of_no_difference(self._loss),
+            expected_loss=loss_at_reference(self._loss),
             # Written so that a distance that is not a number is not within the bound.
             within_bound=float(worst) <= bound and math.isfinite(distances),
         )
@@ -122,12 +123,3 @@ def check_step_zero(figures: StepZeroFigures) -> None:
 def write_step_zero(path: Path, figures: StepZeroFigures) -> None:
     """Keep the figures as JSON, for whoever asks later whether a run stood on solid ground."""
     path.write_text(json.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
-
-
-def _loss_of_no_difference(loss: LossSettings) -> float | None:
-    """The loss of a pair whose policy equals its reference; None where it depends on the policy too."""
-    if loss.name in ("dpo", "dpo_norm"):
-        return math.log(2)
-    if loss.name in ("ipo", "ipo_sum"):
-        return 1 / (2 * loss.beta) ** 2
-    return {"hinge": 1.0, "robust": math.log(2)}.get(loss.name)

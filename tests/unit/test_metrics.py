@@ -17,9 +17,10 @@ from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.scoring.flops import ModelCost
 from dpo_cache.pipeline.scoring.scoring_batch import Layout, PairLogps
 from dpo_cache.pipeline.training import metrics as metrics_module
-from dpo_cache.pipeline.training.losses import preference_loss, resolve_loss
 from dpo_cache.pipeline.training.metrics import PairMetrics, step_line
 from dpo_cache.pipeline.training.micro_batch import ScoredMicroBatch, collate
+from dpo_cache.pipeline.training.objective import resolve_loss
+from dpo_cache.pipeline.training.preference_loss import preference_loss
 
 CPU = torch.device("cpu")
 
@@ -114,6 +115,10 @@ def test_the_fields_of_a_line() -> None:
         "train_loss",
         "logps/chosen",
         "logps/rejected",
+        "logps/chosen_per_token",
+        "logps/rejected_per_token",
+        "tokens/chosen",
+        "tokens/rejected",
         "rewards/chosen",
         "rewards/rejected",
         "rewards/average",
@@ -124,6 +129,9 @@ def test_the_fields_of_a_line() -> None:
         "perf/peak_memory_gib",
         "grad_norm",
     ]
+    assert line["logps/chosen_per_token"] == pytest.approx(-29 / 3 / 4)
+    assert line["logps/rejected_per_token"] == pytest.approx(-31.5 / 4 / 4)
+    assert (line["tokens/chosen"], line["tokens/rejected"]) == (3, 4)
     # Log-ratios: chosen 1, −0.5, 0.25, 0; rejected −2, 1, −0.5, 0.5.
     assert line["rewards/chosen"] == pytest.approx(0.1 * 0.75 / 4)
     assert line["rewards/rejected"] == pytest.approx(0.1 * -1.0 / 4)

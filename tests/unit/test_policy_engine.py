@@ -14,9 +14,10 @@ from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.shard_file import ScoredPair
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
-from dpo_cache.pipeline.training.losses import preference_loss, resolve_loss
 from dpo_cache.pipeline.training.micro_batch import collate
+from dpo_cache.pipeline.training.objective import resolve_loss
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
+from dpo_cache.pipeline.training.preference_loss import preference_loss
 from training_factory import (
     LAYOUT,
     make_engine,

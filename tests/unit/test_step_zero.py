@@ -12,9 +12,10 @@ import pytest
 import torch
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.training.losses import LOSSES, resolve_loss
 from dpo_cache.pipeline.training.micro_batch import collate
+from dpo_cache.pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, resolve_loss
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
+from dpo_cache.pipeline.training.preference_loss import loss_at_reference
 from dpo_cache.pipeline.training.step_zero import StepZeroFigures, StepZeroProof, check_step_zero, write_step_zero
 from training_factory import LAYOUT, make_engine, plain_side_logps, random_pairs, scored_pair, tiny_policy
 
@@ -80,24 +81,30 @@ def test_figures_are_kept_as_json(tmp_path: Path) -> None:
     assert StepZeroFigures(**json.loads((tmp_path / "step0.json").read_text())) == FIGURES
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_the_expected_loss_is_the_loss_of_no_difference(name: str) -> None:
-    from dpo_cache.pipeline.training.losses import PairTerms
-    from dpo_cache.pipeline.training.step_zero import _loss_of_no_difference
-
-    settings = resolve_loss(name)
-    zero_B = torch.zeros(1, dtype=torch.float64)
-    average_B = torch.full((1,), -2.0, dtype=torch.float64)
-    terms = PairTerms(
-        chosen_B=zero_B,
-        rejected_B=zero_B,
-        chosen_average_B=zero_B,
-        rejected_average_B=zero_B,
-        policy_chosen_average_B=average_B,
-        policy_rejected_average_B=average_B,
-    )
-    expected = _loss_of_no_difference(settings)
-    if name in ("simpo", "wpo"):
-        assert expected is None
-    else:
-        assert settings.spec.pair_losses(terms, settings).tolist() == pytest.approx([expected])
+def test_the_expected_loss_is_that_of_no_difference() -> None:
+    """Values by hand: ln 2 for one logistic term, (1/2β)² for one square, and so on."""
+    ln2 = math.log(2)
+    expected = {
+        "dpo": ln2,
+        "dpo_norm": ln2,
+        "ipo": 25.0,
+        "ipo_sum": 25.0,
+        "hinge": 1.0,
+        "robust": ln2,
+        "simpo": None,
+        "wpo": None,
+        "exo_pair": -ln2 - (math.log(1 - 1e-3) + math.log(1e-3)) / 2,
+        "nca_pair": 2 * ln2,
+        "bco_pair": 2 * ln2,
+        "sppo_hard": 2 * 500.0**2,
+        "aot": ln2,
+        "aot_unpaired": ln2,
+        "apo_zero": 1.0,
+        "apo_down": 1.0,
+        "discopop": ln2 / 2 + 1 / 2,
+    }
+    assert {name: loss_at_reference(resolve_loss(name)) for name in LOSS_TRAITS} == pytest.approx(expected)
+    assert loss_at_reference(resolve_loss("dpo=2,hinge=0.5")) == pytest.approx(2 * ln2 + 0.5)
+    assert loss_at_reference(resolve_loss("dpo", nll_coef=0.1)) is None
+    for divergence in F_DIVERGENCES:
+        assert loss_at_reference(resolve_loss("dpo", f_divergence=divergence)) == pytest.approx(ln2)

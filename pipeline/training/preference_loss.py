@@ -1,0 +1,123 @@
+"""From log-probabilities to what is minimised and what is logged, pair by pair.
+
+Shape suffix: B pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..scoring.scoring_batch import PairLogps
+from . import loss_catalogue, losses
+from .objective import LossSettings, Objective
+from .pair_terms import PairTerms, ReferenceLogps, SortedPartners, pair_terms
+
+LOSSES: dict[str, Callable[[PairTerms, LossSettings], Tensor]] = {
+    "dpo": losses.dpo,
+    "dpo_norm": losses.dpo_norm,
+    "ipo": losses.ipo,
+    "ipo_sum": losses.ipo_sum,
+    "hinge": losses.hinge,
+    "robust": losses.robust,
+    "simpo": losses.simpo,
+    "wpo": losses.wpo,
+    "exo_pair": loss_catalogue.exo_pair,
+    "nca_pair": loss_catalogue.nca_pair,
+    "bco_pair": loss_catalogue.bco_pair,
+    "sppo_hard": loss_catalogue.sppo_hard,
+    "aot": loss_catalogue.aot,
+    "aot_unpaired": loss_catalogue.aot_unpaired,
+    "apo_zero": loss_catalogue.apo_zero,
+    "apo_down": loss_catalogue.apo_down,
+    "discopop": loss_catalogue.discopop,
+}
+"""The equation behind every name of ``objective.LOSS_TRAITS``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PairOutcomes:
+    """What one forward pass says about its pairs; float64 of shape (B,).
+
+    Attributes:
+        losses_B: Loss of each pair, differentiable.
+        chosen_rewards_B, rejected_rewards_B: ``β·rc`` and ``β·rr`` (with another f-divergence ``β·f′``), of averages
+            where the lead loss works on averages; without gradient. None for a loss without a reference.
+        chosen_logps_B, rejected_logps_B: The policy's log-probabilities in the lead loss's unit, without gradient.
+        average_margin_B: avgΔ in nats per token, which tells a tie from a difference whatever the loss's unit.
+    """
+
+    losses_B: Tensor
+    chosen_rewards_B: Tensor | None
+    rejected_rewards_B: Tensor | None
+    chosen_logps_B: Tensor
+    rejected_logps_B: Tensor
+    average_margin_B: Tensor
+
+    def detached(self) -> PairOutcomes:
+        """The same without the graph that the losses hang on."""
+        return replace(self, losses_B=self.losses_B.detach())
+
+
+def preference_loss(
+    objective: Objective, policy: PairLogps, reference: ReferenceLogps, partners: SortedPartners | None = None
+) -> PairOutcomes:
+    """The loss of each pair, and the rewards that go with it.
+
+    Args:
+        objective: The losses and their numbers.
+        policy: Of the forward pass.
+        reference: Of the cache, the same pairs in the same order.
+        partners: Where the objective sorts the global batch.
+    """
+    terms = pair_terms(objective, policy, reference, partners)
+    losses_B = _pair_losses(objective, terms)
+    with torch.no_grad():
+        averages = objective.averages
+        return PairOutcomes(
+            losses_B=losses_B,
+            chosen_rewards_B=_reward(objective, terms.chosen_score_B, terms.chosen_average_B),
+            rejected_rewards_B=_reward(objective, terms.rejected_score_B, terms.rejected_average_B),
+            chosen_logps_B=(terms.policy_chosen_average_B if averages else policy.chosen_logps_B).detach(),
+            rejected_logps_B=(terms.policy_rejected_average_B if averages else policy.rejected_logps_B).detach(),
+            average_margin_B=terms.average_margin(),
+        )
+
+
+def loss_at_reference(objective: Objective) -> float | None:
+    """The loss of a pair whose policy equals its reference; None where it depends on more than that."""
+    if not objective.fixed_at_reference:
+        return None
+    zero_B, one_B = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.int64)
+    policy = PairLogps(zero_B, zero_B, zero_B, zero_B, one_B, one_B, zero_B, None)
+    reference = ReferenceLogps(
+        chosen_logps_B=zero_B,
+        rejected_logps_B=zero_B,
+        chosen_common_logps_B=zero_B,
+        rejected_common_logps_B=zero_B,
+    )
+    partners = SortedPartners(reference_margin_B=zero_B, rejected_B=zero_B, chosen_B=zero_B)
+    return float(preference_loss(objective, policy, reference, partners).losses_B)
+
+
+def _pair_losses(objective: Objective, terms: PairTerms) -> Tensor:
+    """The weighted sum of the losses, plus ``nll_coef·(−πc/nc)``.
+
+    The likelihood term is an average over the tokens of the chosen answer, so a long answer weighs as much as a short
+    one, as in iterative RPO (Pang et al. 2024, arXiv 2404.19733, equation 1).
+    """
+    losses_B = torch.zeros_like(terms.chosen_B)
+    for loss in objective.losses:
+        losses_B = losses_B + loss.weight * LOSSES[loss.name](terms, loss)
+    if objective.nll_coef:
+        losses_B = losses_B - objective.nll_coef * terms.policy_chosen_average_B
+    return losses_B
+
+
+def _reward(objective: Objective, score_B: Tensor, average_B: Tensor) -> Tensor | None:
+    if not objective.uses_reference:
+        return None
+    return objective.lead.beta * (average_B if objective.averages else score_B).detach()

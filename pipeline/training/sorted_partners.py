@@ -1,0 +1,79 @@
+"""The partners of losses that sort the global batch, found before the pass that carries gradients.
+
+Sorting within a micro-batch would make the loss depend on how much memory a device has. So the whole global batch is
+scored first without gradients, its values of all ranks come together and are sorted, and each pair takes along what
+it is matched with. The gradient pass then needs no other pair, and any split gives the same gradients.
+
+Shape suffix: B pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ..scoring.scoring_batch import PairLogps
+from .micro_batch import MicroBatch
+from .objective import Objective
+from .pair_terms import SortedPartners, pair_terms
+
+
+def sorted_partners(objective: Objective, scored: Sequence[tuple[MicroBatch, PairLogps]]) -> list[SortedPartners]:
+    """Partners of this rank's pairs in a global batch, micro-batch by micro-batch; collective.
+
+    Args:
+        objective: Says how long answers are weighed.
+        scored: This rank's micro-batches of one global batch with their forward passes.
+    """
+    mine = [pair for micro_batch, policy in scored for pair in _sort_values(objective, micro_batch, policy)]
+    of_ranks: list[list[SortValues]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, mine)
+    partners = match([pair for of_rank in of_ranks for pair in of_rank])
+    start = sum(len(of_rank) for of_rank in of_ranks[: dist.get_rank()])
+    result = []
+    for micro_batch, policy in scored:
+        values = torch.tensor(partners[start : start + micro_batch.num_pairs], dtype=torch.float64).reshape(-1, 3)
+        margin_B, rejected_B, chosen_B = values.to(policy.chosen_logps_B.device).unbind(1)
+        result.append(SortedPartners(reference_margin_B=margin_B, rejected_B=rejected_B, chosen_B=chosen_B))
+        start += micro_batch.num_pairs
+    return result
+
+
+class SortValues(NamedTuple):
+    """What one pair is sorted by; the values in nats."""
+
+    key: bytes
+    policy_margin: float
+    reference_margin: float
+    chosen: float
+    rejected: float
+
+
+def _sort_values(objective: Objective, micro_batch: MicroBatch, policy: PairLogps) -> list[SortValues]:
+    terms = pair_terms(objective, policy, micro_batch.reference)
+    columns = (terms.policy_margin_B, terms.reference_margin_B, terms.chosen_B, terms.rejected_B)
+    values = zip(micro_batch.keys, *(column.tolist() for column in columns), strict=True)
+    return [SortValues(*of_pair) for of_pair in values]
+
+
+def match(pairs: Sequence[SortValues]) -> list[tuple[float, float, float]]:
+    """For each pair ``fc − fr``, ``rr`` and ``rc`` of its partners, see :class:`~.pair_terms.SortedPartners`.
+
+    Equal values are ordered by example key, so that the outcome does not depend on the order of ``pairs``.
+    """
+
+    def places_by(value: Callable[[SortValues], float]) -> list[int]:
+        return sorted(range(len(pairs)), key=lambda place: (value(pairs[place]), pairs[place].key))
+
+    by_chosen, by_rejected = places_by(lambda pair: pair.chosen), places_by(lambda pair: pair.rejected)
+    by_policy, by_reference = places_by(lambda pair: pair.policy_margin), places_by(lambda pair: pair.reference_margin)
+    of_policy = dict(zip(by_policy, by_reference, strict=True))
+    of_chosen = dict(zip(by_chosen, by_rejected, strict=True))
+    of_rejected = dict(zip(by_rejected, by_chosen, strict=True))
+    return [
+        (pairs[of_policy[mine]].reference_margin, pairs[of_chosen[mine]].rejected, pairs[of_rejected[mine]].chosen)
+        for mine in range(len(pairs))
+    ]
