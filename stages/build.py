@@ -33,7 +33,6 @@ from .build_reference import BuildReference, resolve_reference
 from .build_report import BuildReport
 from .job_store import JobStore
 from .mixture_change import MixtureContent, mixture_content
-from .model_folder import ModelFolder
 from .pair_collection import CollectedPairs, collect_pairs
 from .progress import quiet_libraries
 from .ranks import Ranks, ranks_from_environment
@@ -100,7 +99,7 @@ class Build:
         cache = ReferenceCache.create(
             self._config.cache,
             identity=self._reference.identity,
-            recorded=recorded_environment(self._reference.model),
+            recorded=recorded_environment(self._reference),
             vocabulary_sha256=vocabulary,
         )
         if cache.vocabulary_sha256 != vocabulary:
@@ -138,9 +137,11 @@ class Build:
         plan = ScoringPlan(
             cache=str(cache.path.resolve()),
             model_folder=str(self._reference.model.folder),
+            adapter_folder=str(self._reference.adapter.folder) if self._reference.adapter else None,
             dtype=self._reference.dtype,
             attention=self._reference.attention,
             trust_remote_code=self._config.trust_remote_code,
+            zero_stage=self._config.zero_stage,
             tokens_per_batch=self._config.tokens_per_batch,
             spool=str((scratch / "pairs.arrow").resolve()),
             order=order,
@@ -193,6 +194,7 @@ class Build:
             tokens=outcome.tokens,
             seconds=time.monotonic() - self._started,
             scoring_seconds=outcome.seconds,
+            forward_share=outcome.forward_share,
             dropped=collected.dropped,
             truncated=collected.truncated,
             warnings=outcome.faults,
@@ -213,13 +215,14 @@ def collect_datasets(
     )
 
 
-def recorded_environment(reference: ModelFolder) -> dict[str, Any]:
+def recorded_environment(reference: BuildReference) -> dict[str, Any]:
     """What stands beside a reference's identity, for people: names and versions, none of which is compared."""
     libraries = ("dpo-cache", "torch", "transformers", "pyarrow")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "model": reference.name,
-        "commit": reference.commit,
+        "model": reference.model.name,
+        "commit": reference.model.commit,
+        **({"adapter": reference.adapter.name} if reference.adapter else {}),
         "device": device,
         "libraries": {name: version(name) for name in libraries},
     }

@@ -25,6 +25,9 @@ class BuildConfig:
     extend: bool = setting(False, help="Add these pairs to the mixture of this name.")
 
     model_revision: str | None = setting(None, help="Revision of a model on the Hub.")
+    adapter: str | None = setting(
+        None, help="A peft adapter on top of the model: a folder or a Hub id.", metavar="PATH_OR_ID"
+    )
     tokenizer: str | None = setting(None, help="Tokenizer folder or Hub id [default: the model's].")
     chat_template: str | None = setting(
         None, help="Template file, or a pinned name [default: the tokenizer's own].", metavar="FILE_OR_NAME"
@@ -60,8 +63,14 @@ class BuildConfig:
     trust_remote_code: bool = setting(False, help="Run Python code that comes with the model.")
 
     num_workers: int | None = setting(None, help="Scoring processes [default: one a GPU, one on a CPU].", minimum=1)
-    tokens_per_batch: int = setting(
-        8192, help="Token budget of one forward pass; a longer pair is scored alone.", minimum=1
+    tokens_per_batch: int | None = setting(
+        None,
+        help="Token budget of one forward pass; a longer pair is scored alone. It halves when memory runs out "
+        "[default: by a GPU's free memory, 8192 on a CPU].",
+        minimum=1,
+    )
+    zero_stage: int = setting(
+        0, help="3: partition the reference over all scoring processes (DeepSpeed ZeRO-3).", minimum=0, maximum=3
     )
     dry_run: bool = setting(False, help="Say what would be scored and what reused; load and write nothing.")
     verbose: bool = setting(False, help="List the row number of every row that cannot be used.")
@@ -70,5 +79,7 @@ class BuildConfig:
         check_settings(self)
         if not self.dataset:
             raise DpoCacheError("no --dataset is given", expected="one or more")
+        if self.zero_stage not in (0, 3):
+            raise DpoCacheError(f"--zero-stage is {self.zero_stage}", expected="3, or 0 for whole models")
         if self.replace and self.extend:
             raise DpoCacheError("--replace and --extend are given together", expected="one of them")

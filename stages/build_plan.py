@@ -35,10 +35,12 @@ class ScoringPlan:
     Attributes:
         cache: The cache folder.
         model_folder: The reference's files.
+        adapter_folder: Files of a peft adapter on top of it; None without one.
         dtype: Precision of weights and forward passes.
         attention: The attention kernel.
         trust_remote_code: Whether the model's own Python code may run.
-        tokens_per_batch: Token budget of one forward pass.
+        zero_stage: 3 where the weights are partitioned over all scoring processes, else 0.
+        tokens_per_batch: Token budget of one forward pass; None to go by the device.
         spool: The file with the pairs' tokens.
         order: Spool indices in the order the units cut through.
         longest: Spool index of the longest pair: it is tried first.
@@ -47,10 +49,12 @@ class ScoringPlan:
 
     cache: str
     model_folder: str
+    adapter_folder: str | None
     dtype: str
     attention: str
     trust_remote_code: bool
-    tokens_per_batch: int
+    zero_stage: int
+    tokens_per_batch: int | None
     spool: str
     order: list[int]
     longest: int

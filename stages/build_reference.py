@@ -20,6 +20,7 @@ class BuildReference:
 
     Attributes:
         model: Its files.
+        adapter: Those of a peft adapter on top of it.
         dtype: Precision of weights and forward passes.
         attention: The attention kernel.
         identity: What its values depend on.
@@ -27,6 +28,7 @@ class BuildReference:
     """
 
     model: ModelFolder
+    adapter: ModelFolder | None
     dtype: str
     attention: str
     identity: ReferenceIdentity
@@ -40,17 +42,19 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
         DpoCacheError: The model cannot be found, or its files are no model that we can score with.
     """
     model = find_model_folder(config.model, config.model_revision)
+    adapter = find_model_folder(config.adapter, None) if config.adapter else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model_config = load_config(model.folder, trust_remote_code=config.trust_remote_code)
     attention = resolve_attention(config.attn_implementation, model_config, device)
     return BuildReference(
         model=model,
+        adapter=adapter,
         dtype=dtype,
         attention=attention,
         identity=identify_reference(
             model.folder,
-            adapter_folder=None,
+            adapter_folder=adapter.folder if adapter else None,
             weight_dtype=dtype,
             compute_dtype=dtype,
             attention=attention,

@@ -23,6 +23,7 @@ class BuildReport:
         tokens: Tokens that went through it, a shared prompt counted once.
         seconds: Wall time of the build.
         scoring_seconds: Wall time of the scoring processes.
+        forward_share: Share of the scoring processes' time that forward passes took, from first batch to last.
         dropped: Rows that make no pair, by reason.
         truncated: Rows with a side longer than the limit, by side.
         warnings: What did not stop the build.
@@ -39,6 +40,7 @@ class BuildReport:
     tokens: int
     seconds: float
     scoring_seconds: float
+    forward_share: float
     dropped: dict[str, int]
     truncated: dict[str, int]
     warnings: tuple[str, ...]
@@ -62,7 +64,7 @@ class BuildReport:
             rate = self.tokens / self.scoring_seconds if self.scoring_seconds else 0.0
             lines.append(
                 f"scored {self.pairs_scored} pairs in {self.reference_forwards} forward passes "
-                f"({rate:,.0f} tokens/s), reused {self.pairs_reused}"
+                f"({rate:,.0f} tokens/s, {self.forward_share:.0%} of the time in them), reused {self.pairs_reused}"
             )
         else:
             lines.append(f"nothing to score: all {self.pairs_reused} pairs are in the cache; no weights were loaded")

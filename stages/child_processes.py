@@ -41,6 +41,7 @@ def run_children(
     survivors_go_on: bool = False,
     grace_s: float = GRACE_S,
     while_waiting: Callable[[], None] = lambda: None,
+    on_end: Callable[[int], None] = lambda _pid: None,
 ) -> list[str]:
     """Run the commands side by side until all have ended.
 
@@ -50,6 +51,7 @@ def run_children(
         survivors_go_on: Whether the others go on when a child fails; if not, they are stopped.
         grace_s: How long children that are asked to stop may take before they are killed.
         while_waiting: Called several times a second: progress.
+        on_end: Told the process id of each child that has ended, well or not, while others go on.
 
     Returns:
         What the children that failed had to say, each message once; empty where all ended well.
@@ -63,10 +65,14 @@ def run_children(
             _start(command, environment, Path(folder) / f"fault-{number}")
             for number, (command, environment) in enumerate(zip(commands, environments, strict=True))
         ]
+        running = list(children)
         try:
             while any(child.process.poll() is None for child in children) and not stop_requested():
                 if not survivors_go_on and any(child.process.poll() for child in children):
                     break
+                for child in [child for child in running if child.process.poll() is not None]:
+                    running.remove(child)
+                    on_end(child.process.pid)
                 while_waiting()
                 time.sleep(POLL_S)
         finally:

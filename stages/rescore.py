@@ -152,11 +152,13 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
             f"the reference is not where it was when the cache was made: {error.found}",
             next_step=f"dpo-cache verify {cache.path} --rescore {settings.pairs} --model WHERE_IT_IS_NOW",
         ) from error
+    adapter_name = cache.recorded.get("adapter")
+    adapter = find_model_folder(str(adapter_name), None) if adapter_name else None
     ours = cache.identity
     cache.require_reference(
         identify_reference(
             model.folder,
-            adapter_folder=None,
+            adapter_folder=adapter.folder if adapter else None,
             weight_dtype=ours.weight_dtype,
             compute_dtype=ours.compute_dtype,
             attention=ours.attention,
@@ -169,6 +171,7 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
             dtype=getattr(torch, ours.compute_dtype),
             attention=ours.attention,
             device=device,
+            adapter=adapter.folder if adapter else None,
             trust_remote_code=settings.trust_remote_code,
         )
     ).eval()

@@ -1,14 +1,21 @@
-"""One scoring process: draw units, score them, write each as a shard."""
+"""One scoring process: draw units, score them, write each as a shard.
+
+Three threads: one reads pairs and lays out batches ahead, this one drives the device, one writes shards behind it.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.distributed import DistError
 
 from ..pipeline.cache.cache_folder import ReferenceCache
@@ -18,13 +25,19 @@ from ..pipeline.cache.shard_file import VALUE_COLUMNS, ScoredPair, unusable_valu
 from ..pipeline.data.token_pair import TokenPair
 from ..pipeline.scoring.batching import CPU_FILL_TOKENS, plan_batches
 from ..pipeline.scoring.layout_choice import choose_layout
-from ..pipeline.scoring.layouts import scoring_batch
+from ..pipeline.scoring.layouts import empty_batch, scoring_batch
 from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import PairScorer
-from .build_plan import ScoringPlan, Unit
+from ..pipeline.scoring.scoring_batch import ScoringBatch
+from .background import ReadAhead, WriteBehind
+from .build_plan import ScoringPlan
 from .job_store import StoreAddress, store_lost
 from .progress import quiet_libraries
+from .token_budget import TokenBudget
 from .unit_queue import Heartbeat, UnitQueue
+
+if TYPE_CHECKING:
+    from .partitioned_scoring import PartitionedScoring
 
 
 def score_units(plan_path: Path, address: StoreAddress, rank_of_node: int) -> None:
@@ -36,97 +49,203 @@ def score_units(plan_path: Path, address: StoreAddress, rank_of_node: int) -> No
         rank_of_node: Which GPU of this machine is ours.
 
     Raises:
-        DpoCacheError: The model cannot be used, or the store is lost.
+        DpoCacheError: The model cannot be used, a pair does not fit into memory, or the store is lost.
     """
     signal.signal(signal.SIGTERM, _stop)
     quiet_libraries()
     plan = ScoringPlan.read(plan_path)
+    device = _device_of(rank_of_node)
     try:
-        queue = UnitQueue(address.connect(), len(plan.units))
         with Heartbeat(address.connect()):
-            scorer = UnitScorer(plan, queue, rank_of_node)
-            for unit in queue.units():
-                scorer.score(plan.units[unit])
-                queue.finish(unit)
+            partitioned = None
+            if plan.zero_stage:
+                from .partitioned_scoring import PartitionedScoring  # DeepSpeed takes seconds to import
+
+                partitioned = PartitionedScoring(plan, address, device)
+            ScoringWorker(plan, address, device, partitioned).run()
     except KeyboardInterrupt:
         return  # asked to stop: the unit in hand is dropped
     except DistError as lost:
         raise store_lost() from lost
 
 
-class UnitScorer:
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LaidOutBatch:
+    """A batch that waits for the device.
+
+    Attributes:
+        unit: The unit it belongs to.
+        places: Its pairs' places in the unit.
+        pairs: The pairs.
+        tensors: The same, laid out.
+        ends_unit: Whether it is the unit's last.
+    """
+
+    unit: int
+    places: Sequence[int]
+    pairs: Sequence[TokenPair]
+    tensors: ScoringBatch
+    ends_unit: bool
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class ScoredUnit:
+    """What is known of a unit so far.
+
+    Attributes:
+        pairs: Pairs by their place in the unit.
+        values: Their four sums: chosen, rejected, and the same over the common tokens.
+    """
+
+    pairs: dict[int, TokenPair] = field(default_factory=dict)
+    values: dict[int, list[float]] = field(default_factory=dict)
+
+
+class ScoringWorker:
     """The reference on one device, and where its results go.
 
     Args:
         plan: What is to be scored, with which model.
-        queue: Told how far we are.
-        rank_of_node: Which GPU of this machine is ours.
+        address: The build's store; each thread has a connection of its own.
+        device: Where to score.
+        partitioned: Where the model is spread over all ranks, which then have to run their passes together.
     """
 
-    def __init__(self, plan: ScoringPlan, queue: UnitQueue, rank_of_node: int) -> None:
+    def __init__(
+        self,
+        plan: ScoringPlan,
+        address: StoreAddress,
+        device: torch.device,
+        partitioned: PartitionedScoring | None = None,
+    ) -> None:
         self._plan = plan
-        self._queue = queue
+        self._device = device
+        self._partitioned = partitioned
         self._cache = ReferenceCache.open(Path(plan.cache))
         self._spool = PairSpool(Path(plan.spool))
-        self._device = _device_of(rank_of_node)
-        self._fill_tokens = CPU_FILL_TOKENS if self._device.type == "cpu" else None
-        model = load_causal_lm(
-            plan.model_folder,
-            dtype=getattr(torch, plan.dtype),
-            attention=plan.attention,
-            device=self._device,
-            trust_remote_code=plan.trust_remote_code,
+        self._drawing, self._counting, self._finishing = (
+            UnitQueue(address.connect(), len(plan.units)) for _ in range(3)
         )
-        self._scorer = PairScorer(model).eval()
+        self._fill_tokens = CPU_FILL_TOKENS if device.type == "cpu" else None
+        self._scorer = load_scorer(plan, device) if partitioned is None else partitioned.engine
+        pair_scorer = self._scorer if partitioned is None else self._scorer.module
+        assert isinstance(pair_scorer, PairScorer)
+        self._budget = TokenBudget(
+            plan.tokens_per_batch, device=device, config=pair_scorer.config, itemsize=pair_scorer.dtype.itemsize
+        )
         # The longest pair goes first, with the proof of the layout: too little memory shows in the first minute.
-        self._layout = choose_layout(self._scorer, device=self._device, pairs=self._spool.read([plan.longest]))
+        self._layout = choose_layout(self._scorer, device=device, pairs=self._spool.read([plan.longest]))
 
-    def score(self, unit: Unit) -> None:
-        """Score one unit and write its shard; pairs without finite values are reported instead."""
-        pairs = self._spool.read(self._plan.order[unit.start : unit.stop])
-        rows: dict[int, ScoredPair] = {}
-        batches = plan_batches(
-            pairs, self._layout, tokens_per_batch=self._plan.tokens_per_batch, fill_tokens=self._fill_tokens
-        )
-        for members in batches:
-            batch_pairs = [pairs[member] for member in members]
-            rows.update(zip(members, self._forward(batch_pairs), strict=True))
-            self._queue.add("forwards", 1)
-            self._queue.add("pairs", len(members))
-            self._queue.add("tokens", sum(pair.shared_prefix_tokens for pair in batch_pairs))
-        self._keep([rows[place] for place in range(len(pairs))])
+    def run(self) -> None:
+        """Score until the build has no unit left."""
+        unit = ScoredUnit()
+        stop = self._drawing.stop
+        with WriteBehind(on_fault=stop) as writer, ReadAhead(self._laid_out(), on_stop=stop) as waiting:
+            turn_started = time.monotonic()
+            for batch in waiting if self._partitioned is None else self._partitioned.in_step(waiting):
+                if batch is None:  # the other ranks still have work
+                    self._forward(empty_batch(self._layout))
+                    continue
+                forward_started = time.monotonic()
+                self._score(batch.places, batch.pairs, batch.tensors, unit)
+                now = time.monotonic()
+                if batch.ends_unit:
+                    done, number, unit = unit, batch.unit, ScoredUnit()
+                    writer.submit(lambda done=done, number=number: self._write(number, done))  # type: ignore[misc]
+                self._counting.add("forward_us", int(1e6 * (now - forward_started)))
+                turn_started, turn_ended = time.monotonic(), turn_started
+                self._counting.add("turn_us", int(1e6 * (turn_started - turn_ended)))
 
-    def _keep(self, rows: Sequence[ScoredPair]) -> None:
-        unusable = unusable_values({name: np.array([getattr(row, name) for row in rows]) for name in VALUE_COLUMNS})
-        self._queue.report_nonfinite([row.key for row, is_unusable in zip(rows, unusable, strict=True) if is_unusable])
-        usable = [row for row, is_unusable in zip(rows, unusable, strict=True) if not is_unusable]
-        if usable:
-            self._cache.write_shard(usable, recorded={"layout": str(self._layout), "device": self._device.type})
+    def _laid_out(self) -> Iterator[LaidOutBatch]:
+        """Batches of one unit after another, made in the reading thread."""
+        for number in self._drawing.units(take_over=self._partitioned is None):
+            unit = self._plan.units[number]
+            pairs = self._spool.read(self._plan.order[unit.start : unit.stop])
+            batches = self._split(pairs)
+            for index, places in enumerate(batches):
+                members = [pairs[place] for place in places]
+                tensors = scoring_batch(members, self._layout)
+                yield LaidOutBatch(
+                    unit=number,
+                    places=places,
+                    pairs=members,
+                    tensors=tensors.pin_memory() if self._device.type == "cuda" else tensors,
+                    ends_unit=index == len(batches) - 1,
+                )
+
+    def _split(self, pairs: Sequence[TokenPair]) -> list[list[int]]:
+        return plan_batches(pairs, self._layout, tokens_per_batch=self._budget.tokens, fill_tokens=self._fill_tokens)
+
+    def _score(
+        self, places: Sequence[int], pairs: Sequence[TokenPair], tensors: ScoringBatch, unit: ScoredUnit
+    ) -> None:
+        """Score a batch; where memory runs out, in parts."""
+        try:
+            values = self._forward(tensors)
+        except torch.OutOfMemoryError:
+            if self._partitioned is not None:
+                raise  # the other ranks are in the middle of the same pass
+            values = None  # outside the handler, which keeps the failed pass's tensors alive
+        if values is None:
+            self._budget.shrink(failed_tokens=tensors.input_ids_RT.numel(), num_pairs=len(pairs))
+            for members in self._split(pairs):
+                part = [pairs[member] for member in members]
+                self._score([places[member] for member in members], part, scoring_batch(part, self._layout), unit)
+            return
+        unit.pairs.update(zip(places, pairs, strict=True))
+        unit.values.update(zip(places, values.tolist(), strict=True))
+        self._counting.add("forwards", 1)
+        self._counting.add("pairs", len(pairs))
+        self._counting.add("tokens", sum(pair.shared_prefix_tokens for pair in pairs))
 
     @torch.inference_mode()
-    def _forward(self, pairs: Sequence[TokenPair]) -> list[ScoredPair]:
-        logps = self._scorer(scoring_batch(pairs, self._layout).to(self._device))
+    def _forward(self, tensors: ScoringBatch) -> Tensor:
+        """The four sums of each pair, shape (pairs, 4), on the host: the device is done when it returns."""
+        logps = self._scorer(tensors.to(self._device, non_blocking=True))
         columns = (
             logps.chosen_logps_B,
             logps.rejected_logps_B,
             logps.chosen_common_logps_B,
             logps.rejected_common_logps_B,
         )
-        return [
-            ScoredPair(
-                key=example_key(pair),
-                pair=pair,
-                ref_chosen_logps=chosen,
-                ref_rejected_logps=rejected,
-                ref_chosen_common_logps=chosen_common,
-                ref_rejected_common_logps=rejected_common,
-                chosen_tokens=pair.chosen_tokens,
-                rejected_tokens=pair.rejected_tokens,
-            )
-            for pair, (chosen, rejected, chosen_common, rejected_common) in zip(
-                pairs, torch.stack(columns, dim=1).tolist(), strict=True
-            )
-        ]
+        return torch.stack(columns, dim=1).cpu()
+
+    def _write(self, number: int, unit: ScoredUnit) -> None:
+        """Write a unit's shard, in the writing thread; pairs without finite values are reported instead."""
+        rows = [_scored_pair(unit.pairs[place], unit.values[place]) for place in sorted(unit.pairs)]
+        unusable = unusable_values({name: np.array([getattr(row, name) for row in rows]) for name in VALUE_COLUMNS})
+        self._finishing.report_nonfinite([row.key for row, is_bad in zip(rows, unusable, strict=True) if is_bad])
+        usable = [row for row, is_bad in zip(rows, unusable, strict=True) if not is_bad]
+        if usable:
+            self._cache.write_shard(usable, recorded={"layout": str(self._layout), "device": self._device.type})
+        self._finishing.finish(number)
+
+
+def load_scorer(plan: ScoringPlan, device: torch.device) -> nn.Module:
+    """The plan's reference, whole, on one device."""
+    model = load_causal_lm(
+        plan.model_folder,
+        dtype=getattr(torch, plan.dtype),
+        attention=plan.attention,
+        device=device,
+        adapter=plan.adapter_folder,
+        trust_remote_code=plan.trust_remote_code,
+    )
+    return PairScorer(model).eval()
+
+
+def _scored_pair(pair: TokenPair, values: Sequence[float]) -> ScoredPair:
+    chosen, rejected, chosen_common, rejected_common = values
+    return ScoredPair(
+        key=example_key(pair),
+        pair=pair,
+        ref_chosen_logps=chosen,
+        ref_rejected_logps=rejected,
+        ref_chosen_common_logps=chosen_common,
+        ref_rejected_common_logps=rejected_common,
+        chosen_tokens=pair.chosen_tokens,
+        rejected_tokens=pair.rejected_tokens,
+    )
 
 
 def _device_of(rank_of_node: int) -> torch.device:

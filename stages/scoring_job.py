@@ -14,7 +14,7 @@ from .child_processes import python_command, run_children, threads_for
 from .job_store import JobStore, StoreAddress, store_lost
 from .progress import Progress
 from .ranks import Ranks
-from .unit_queue import UnitQueue
+from .unit_queue import UnitQueue, process_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +25,7 @@ class ScoringOutcome:
         forwards: Forward passes of the reference.
         tokens: Tokens that went through it, a shared prompt counted once.
         seconds: From the first process to the last.
+        forward_share: Share of the scoring processes' time that forward passes took, from first batch to last.
         nonfinite: Keys of pairs that have no finite negative log-probability; nothing was written for them.
         faults: What scoring processes that failed had to say; the others did their work.
     """
@@ -32,6 +33,7 @@ class ScoringOutcome:
     forwards: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    forward_share: float = 0.0
     nonfinite: tuple[bytes, ...] = ()
     faults: tuple[str, ...] = ()
 
@@ -68,11 +70,13 @@ def lead_scoring(
 
         faults = run_children(
             [_score_command(plan_path, job.address, rank_of_node) for rank_of_node in ranks_of_node],
-            [threads_for(ranks.ranks_per_node if ranks else num_workers)] * len(ranks_of_node),
-            survivors_go_on=True,
+            [_environment(ranks, rank_of_node, num_workers) for rank_of_node in ranks_of_node],
+            survivors_go_on=not plan.zero_stage,  # none can gather weights without the others
             while_waiting=show,
+            on_end=lambda pid: queue.declare_dead(process_name(pid)),
         )
     job.wait_for_others()
+    faults += queue.faults()
     if queue.num_finished < queue.num_units:
         raise DpoCacheError(
             "\n".join(faults or ["the scoring processes ended early"])
@@ -83,6 +87,7 @@ def lead_scoring(
         forwards=queue.add("forwards", 0),
         tokens=queue.add("tokens", 0),
         seconds=time.monotonic() - started,
+        forward_share=queue.add("forward_us", 0) / max(1, queue.add("turn_us", 0)),
         nonfinite=tuple(queue.nonfinite_keys()),
         faults=tuple(faults),
     )
@@ -92,18 +97,32 @@ def follow_scoring(ranks: Ranks) -> None:
     """What ranks other than 0 do: wait for the plan, run one scoring process, leave.
 
     Raises:
-        DpoCacheError: The leader or the scoring process failed.
+        DpoCacheError: The leader failed, or a process without which the others cannot go on.
     """
     job = JobStore(ranks)
     try:
         plan_path = job.wait_for_plan()
-        if ScoringPlan.read(plan_path).units:
-            run_children(
-                [_score_command(plan_path, job.address, ranks.rank_of_node)], [threads_for(ranks.ranks_per_node)]
+        plan = ScoringPlan.read(plan_path)
+        queue = UnitQueue(job.store, len(plan.units))
+        if plan.units:
+            faults = run_children(
+                [_score_command(plan_path, job.address, ranks.rank_of_node)],
+                [_environment(ranks, ranks.rank_of_node, ranks.ranks_per_node)],
+                survivors_go_on=not plan.zero_stage,
+                on_end=lambda pid: queue.declare_dead(process_name(pid)),
             )
+            queue.report_faults(faults)  # another rank takes the unit over: no reason to end the job
         job.leave()
     except DistError as lost:
         raise store_lost() from lost
+
+
+def _environment(ranks: Ranks | None, rank_of_node: int, processes_here: int) -> dict[str, str]:
+    """Threads, and without a launcher the variables that one would have set."""
+    if ranks is not None:
+        return threads_for(ranks.ranks_per_node)
+    names = {"RANK": rank_of_node, "LOCAL_RANK": rank_of_node, "WORLD_SIZE": processes_here}
+    return {**threads_for(processes_here), **{name: str(value) for name, value in names.items()}}
 
 
 def _score_command(plan_path: Path, address: StoreAddress, rank_of_node: int) -> list[str]:

@@ -32,18 +32,32 @@ class UnitQueue:
     def __init__(self, store: Store, num_units: int) -> None:
         self.num_units = num_units
         self._store = store
-        self._owner = _this_process()
+        self._owner = process_name(os.getpid())
+        self._stopped = threading.Event()
 
-    def units(self) -> Iterator[int]:
+    def units(self, *, take_over: bool = True) -> Iterator[int]:
         """Yield the units this process is to score, until all units of the build are done.
+
+        Args:
+            take_over: Wait for the units of others and score those that a dead process left; else end when none is
+                left to draw.
 
         Yields:
             A unit's number; it is marked done by :meth:`finish`.
         """
-        while (unit := self._store.add("units/drawn", 1) - 1) < self.num_units:
+        while not self._stopped.is_set() and (unit := self._store.add("units/drawn", 1) - 1) < self.num_units:
             self._store.set(f"units/{unit}/owner", self._owner)
             yield unit
-        yield from self._abandoned_units()
+        if take_over:
+            yield from self._abandoned_units()
+
+    def stop(self) -> None:
+        """Let :meth:`units` end soon; the one method that another thread may call."""
+        self._stopped.set()
+
+    def declare_dead(self, process: str) -> None:
+        """Say that a process, see :func:`process_name`, has ended: its units need not wait for its heart."""
+        self._store.set(f"dead/{process}", "")
 
     def finish(self, unit: int) -> None:
         """Mark a unit done: its shard is durable."""
@@ -64,6 +78,15 @@ class UnitQueue:
         for key in keys:
             self._store.set(f"nonfinite/{self.add('nonfinite', 1) - 1}", key.hex())
 
+    def report_faults(self, faults: list[str]) -> None:
+        """Tell the leading process what went wrong elsewhere."""
+        for fault in faults:
+            self._store.set(f"fault/{self.add('faults', 1) - 1}", fault)
+
+    def faults(self) -> list[str]:
+        """All that :meth:`report_faults` told, in any process."""
+        return [self._store.get(f"fault/{n}").decode() for n in range(self.add("faults", 0))]
+
     def nonfinite_keys(self) -> list[bytes]:
         """All pairs that :meth:`report_nonfinite` named, in any process."""
         count = self.add("nonfinite", 0)
@@ -75,18 +98,19 @@ class UnitQueue:
         A heart is judged by this process's clock alone: how long the owner's counter has stood still.
         """
         seen: dict[str, tuple[int, float]] = {}
-        while self.num_finished < self.num_units:
+        while self.num_finished < self.num_units and not self._stopped.is_set():
             for unit in range(self.num_units):
                 if self._store.add(f"units/{unit}/done", 0):
                     continue
                 owner = self._owner_of(unit)
                 beats, since = seen.get(owner, (-1, 0.0))
                 now = self._store.add(f"heartbeats/{owner}", 0)
-                if now != beats:
+                is_dead = self._store.check([f"dead/{owner}"])
+                if now != beats and not is_dead:
                     seen[owner] = (now, time.monotonic())
-                elif time.monotonic() - since > STALE_AFTER_S and self._take_over(unit, owner):
+                elif (is_dead or time.monotonic() - since > STALE_AFTER_S) and self._take_over(unit, owner):
                     yield unit
-            time.sleep(IDLE_POLL_S)
+            self._stopped.wait(IDLE_POLL_S)
 
     def _owner_of(self, unit: int) -> str:
         """The last process that claimed the unit; one that died between drawing and claiming has no name."""
@@ -110,7 +134,7 @@ class Heartbeat:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._key = f"heartbeats/{_this_process()}"
+        self._key = f"heartbeats/{process_name(os.getpid())}"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -130,5 +154,6 @@ class Heartbeat:
                 return  # the store is gone; the main thread will notice and say so
 
 
-def _this_process() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
+def process_name(pid: int) -> str:
+    """What a process of this machine is called among those of the build."""
+    return f"{socket.gethostname()}-{pid}"

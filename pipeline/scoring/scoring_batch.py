@@ -6,6 +6,7 @@ M references to them (a scored token counts once for every side it belongs to).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -72,12 +73,19 @@ class ScoringBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ScoringBatch:
         """The same batch with its tensors on ``device``."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=non_blocking)
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ScoringBatch:
+        """The same batch in page-locked memory, from which it can move to a GPU while that computes."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> ScoringBatch:
+        changed: dict[str, Any] = {
+            field.name: change(value)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
 
 
 class PairLogps(NamedTuple):

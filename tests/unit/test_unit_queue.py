@@ -60,3 +60,25 @@ def test_nonfinite_pairs_named_by_any_worker_are_told_once_each() -> None:
     UnitQueue(store, 1).report_nonfinite([b"\x02" * 32, b"\x01" * 32])
     UnitQueue(store, 1).report_nonfinite([b"\x01" * 32])
     assert UnitQueue(store, 1).nonfinite_keys() == [b"\x01" * 32, b"\x02" * 32]
+
+
+def test_the_unit_of_a_worker_declared_dead_is_taken_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unit_queue, "STALE_AFTER_S", 3600.0)
+    store = HashStore()
+    dead = UnitQueue(store, 3)
+    dead._owner = "dead"
+    assert next(dead.units()) == 0
+    survivor = UnitQueue(store, 3)
+    survivor.declare_dead("dead")
+    assert drain(survivor) == [1, 2, 0]
+
+
+def test_a_worker_that_is_told_to_stop_waits_for_nobody() -> None:
+    store = HashStore()
+    slow = UnitQueue(store, 2).units()
+    assert next(slow) == 0
+    queue = UnitQueue(store, 2)
+    units = queue.units()
+    assert next(units) == 1
+    queue.stop()
+    assert list(units) == []

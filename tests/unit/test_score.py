@@ -1,0 +1,142 @@
+"""A scoring process against a store in this process: memory that runs out, faults of the writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import logps_by_key
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.cache.pair_spool import PairSpoolWriter
+from dpo_cache.pipeline.cache.reference_identity import identify_reference
+from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.stages import score
+from dpo_cache.stages.build_plan import ScoringPlan, Unit
+from dpo_cache.stages.job_store import JobStore
+from dpo_cache.stages.score import ScoringWorker
+from dpo_cache.stages.unit_queue import UnitQueue
+from tiny_model import write_tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def pairs(count: int) -> list[TokenPair]:
+    random = np.random.RandomState(0)
+
+    def ids(shortest: int, longest: int) -> Any:
+        return random.randint(5, 200, random.randint(shortest, longest)).astype(np.int32)
+
+    return [TokenPair(prompt_ids=ids(3, 20), chosen_ids=ids(2, 20), rejected_ids=ids(2, 20)) for _ in range(count)]
+
+
+def plan_in(folder: Path, model_folder: Path, token_pairs: list[TokenPair], *, tokens_per_batch: int) -> ScoringPlan:
+    """A cache and a plan of two units."""
+    identity = identify_reference(
+        model_folder,
+        adapter_folder=None,
+        weight_dtype="float32",
+        compute_dtype="float32",
+        attention="sdpa",
+        scoring_version=1,
+    )
+    cache = ReferenceCache.create(folder, identity=identity, recorded={}, vocabulary_sha256="0" * 64)
+    spool = cache.path / "tmp" / "pairs.arrow"
+    with PairSpoolWriter(spool) as writer:
+        for pair in token_pairs:
+            writer.append(pair)
+    half = len(token_pairs) // 2
+    return ScoringPlan(
+        cache=str(folder),
+        model_folder=str(model_folder),
+        adapter_folder=None,
+        dtype="float32",
+        attention="sdpa",
+        trust_remote_code=False,
+        zero_stage=0,
+        tokens_per_batch=tokens_per_batch,
+        spool=str(spool),
+        order=list(range(len(token_pairs))),
+        longest=0,
+        units=[Unit(start=0, stop=half), Unit(start=half, stop=len(token_pairs))],
+    )
+
+
+def scored_values(plan: ScoringPlan, run: Any = None) -> tuple[dict[bytes, tuple[float, float]], int]:
+    """Key to values of all shards, and the forward passes it took."""
+    job = JobStore(None)
+    worker = ScoringWorker(plan, job.address, CPU)
+    if run is not None:
+        run(worker)
+    worker.run()
+    queue = UnitQueue(job.store, len(plan.units))
+    assert queue.num_finished == len(plan.units)
+    return logps_by_key(Path(plan.cache)), queue.add("forwards", 0)
+
+
+def test_a_batch_that_does_not_fit_is_scored_in_parts_and_the_budget_stays_halved(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "CPU_FILL_TOKENS", None)
+    token_pairs = pairs(40)
+    whole, _ = scored_values(plan_in(tmp_path / "whole", model_folder, token_pairs, tokens_per_batch=8192))
+    refused: list[int] = []
+
+    def small_memory(worker: ScoringWorker) -> None:
+        forward = worker._forward
+
+        def limited(tensors: Any) -> Any:
+            if tensors.input_ids_RT.numel() > 200:
+                refused.append(tensors.input_ids_RT.numel())
+                raise torch.OutOfMemoryError
+            return forward(tensors)
+
+        monkeypatch.setattr(worker, "_forward", limited)
+
+    parts, forwards = scored_values(
+        plan_in(tmp_path / "parts", model_folder, token_pairs, tokens_per_batch=8192), small_memory
+    )
+    assert parts.keys() == whole.keys()
+    for key, values in whole.items():
+        assert parts[key] == pytest.approx(values, rel=1e-5)
+    assert len(refused) >= 2
+    assert forwards > 5
+    # Once the budget has shrunk, what is laid out anew fits: only batches that were waiting already failed.
+    assert len(refused) < 12
+
+
+def test_a_single_pair_that_does_not_fit_is_a_fault_that_says_so(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(worker: ScoringWorker) -> None:
+        def fails(tensors: Any) -> Any:
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(worker, "_forward", fails)
+
+    with pytest.raises(DpoCacheError, match=r"a single pair of \d+ tokens does not fit"):
+        scored_values(plan_in(tmp_path / "cache", model_folder, pairs(4), tokens_per_batch=8192), no_memory)
+
+
+def test_a_shard_that_cannot_be_written_stops_the_worker_and_finishes_nothing(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_in(tmp_path / "cache", model_folder, pairs(4), tokens_per_batch=8192)
+    job = JobStore(None)
+    worker = ScoringWorker(plan, job.address, CPU)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise DpoCacheError("the disk is full")
+
+    monkeypatch.setattr(worker._cache, "write_shard", full)
+    with pytest.raises(DpoCacheError, match="the disk is full"):
+        worker.run()
+    assert UnitQueue(job.store, 2).num_finished == 0
