@@ -24,7 +24,7 @@ def cache(tmp_path: Path) -> ReferenceCache:
 
 def content_of(cache: ReferenceCache, warnings: list[str], *, extend: bool = False) -> MixtureContent:
     """The same twelve pairs, asked for again."""
-    config = BuildConfig(model="m", dataset=["d"], cache=cache.path, extend=extend)
+    config = BuildConfig(model="m", dataset=("d",), cache=cache.path, extend=extend)
     collected = CollectedPairs.__new__(CollectedPairs)
     for name, value in {"rows": mixture_rows(ROWS), "tokenization": {}, "sources": [{}], "dropped": {}}.items():
         object.__setattr__(collected, name, value)
