@@ -28,14 +28,8 @@ cache_argument = click.argument("cache", type=click.Path(path_type=Path), metava
 
 
 NOT_EXPLAINED = (
-    "cache",
-    "mixture",
-    "replace",
-    "extend",
-    "drop_nonfinite",
-    "num_workers",
-    "tokens_per_batch",
-    "dry_run",
+    *("cache", "mixture", "replace", "extend", "drop_nonfinite"),
+    *("num_workers", "tokens_per_batch", "zero_stage", "dry_run"),
 )
 """Settings of a build that decide nothing about which rows are reused."""
 
