@@ -112,6 +112,21 @@ def test_ten_updates_equal_plain_pytorch_on_one_rank_and_on_two(
         torch.testing.assert_close(ours_after, plainly_after, rtol=1e-3, atol=2e-4, msg=name)
 
 
+def test_a_sum_with_a_loss_that_sorts_the_global_batch_does_not_depend_on_the_ranks(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    options = ("--loss", "aot=1.0,aot_unpaired=0.5,dpo:0.2=0.5", "--nll-coef", 0.01, "--ld-alpha", 0.5)
+    for ranks, output in enumerate(outputs, start=1):
+        report = run(train(shared_cache, output, *options, "--max-steps", 4, "--num-gpus", ranks))
+        likelihood = -metrics(output)[0]["logps/chosen_per_token"]
+        assert report["step0"]["loss"] == pytest.approx(2 * math.log(2) + 0.01 * likelihood, abs=1e-5)
+        assert report["step0"]["expected_loss"] is None
+    for ours, others in zip(*map(metrics, outputs), strict=True):
+        for field in LEARNING:
+            assert ours[field] == pytest.approx(others[field], rel=1e-4, abs=1e-5), (ours["training_step"], field)
+
+
 def test_swapping_chosen_and_rejected_flips_the_margin(reference: Path, tmp_path: Path) -> None:
     rows = message_pairs(12)
     swapped = [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]

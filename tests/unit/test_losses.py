@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from dpo_cache.pipeline.scoring.scoring_batch import PairLogps
-from dpo_cache.pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, resolve_loss
-from dpo_cache.pipeline.training.pair_terms import ReferenceLogps, SortedPartners
+from dpo_cache.pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, Objective, resolve_loss
+from dpo_cache.pipeline.training.pair_terms import ReferenceLogps, SortedPartners, pair_terms
 from dpo_cache.pipeline.training.preference_loss import LOSSES, PairOutcomes, preference_loss
 from dpo_cache.pipeline.training.sorted_partners import SortValues, match
 from torch import Tensor
@@ -58,18 +58,19 @@ POLICY = _policy(-10.0, -12.0, chosen_common=-9.0)
 REFERENCE = _reference(-11.0, -10.0, chosen_common=-9.5)
 
 
-def _partners(policy: PairLogps, reference: ReferenceLogps) -> SortedPartners:
+def _partners(objective: Objective, policy: PairLogps, reference: ReferenceLogps) -> SortedPartners:
     """Partners when these pairs are the whole global batch."""
-    margins = policy.chosen_logps_B - policy.rejected_logps_B, reference.chosen_logps_B - reference.rejected_logps_B
-    ratios = policy.chosen_logps_B - reference.chosen_logps_B, policy.rejected_logps_B - reference.rejected_logps_B
-    rows = zip(*(column.tolist() for column in (*margins, *ratios)), strict=True)
+    terms = pair_terms(objective, policy, reference)
+    columns = (terms.policy_margin_B, terms.reference_margin_B, terms.chosen_B, terms.rejected_B)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
     matched = match([SortValues(bytes([number]), *row) for number, row in enumerate(rows)])
     margin_B, rejected_B, chosen_B = torch.tensor(matched, dtype=torch.float64).unbind(1)
     return SortedPartners(reference_margin_B=margin_B, rejected_B=rejected_B, chosen_B=chosen_B)
 
 
 def _loss(text: str, policy: PairLogps = POLICY, reference: ReferenceLogps = REFERENCE, **numbers: Any) -> PairOutcomes:
-    return preference_loss(resolve_loss(text, **numbers), policy, reference, _partners(policy, reference))
+    objective = resolve_loss(text, **numbers)
+    return preference_loss(objective, policy, reference, _partners(objective, policy, reference))
 
 
 def _log_sigmoid(x: float) -> float:
@@ -131,7 +132,7 @@ def test_a_loss_is_its_equation(name: str, numbers: dict[str, Any], expected: fl
 
 def test_every_loss_has_an_equation_traits_and_a_value_by_hand() -> None:
     assert list(LOSSES) == list(LOSS_TRAITS)
-    (marked,) = test_a_loss_is_its_equation.pytestmark  # type: ignore[attr-defined]
+    (marked,) = test_a_loss_is_its_equation.pytestmark
     assert {case[0] for case in marked.args[1]} >= set(LOSSES)
 
 
@@ -302,7 +303,7 @@ def test_values_and_gradients_are_those_of_trl() -> None:
 
 def _as_trl_says(case: dict[str, Any]) -> dict[str, Any]:
     """Names and numbers of a case as TRL's configuration has them; its α-divergence counts from the other end."""
-    objective = resolve_loss(**{**_numbers(case)})
+    objective = resolve_loss(**_numbers(case))
     divergences = {"js": "js_divergence", "alpha": "alpha_divergence"}
     return {
         "loss_type": [TRL_NAMES[loss.name] for loss in objective.losses],
@@ -322,37 +323,36 @@ def _numbers(case: dict[str, Any]) -> dict[str, Any]:
 
 def _our_answer(pairs: list[Any], case: dict[str, Any]) -> tuple[float, list[float], list[float]]:
     """Mean loss, its gradient in every token's log-probability, and the mean rewards."""
-    tokens = [[torch.tensor(side[0], dtype=torch.float64, requires_grad=True) for side in pair] for pair in pairs]
-    common = [min(len(side) for side in pair) for pair in tokens]
-    sums = [
-        [torch.stack([pair[side][:stop].sum() for pair, stop in zip(tokens, stops, strict=True)]) for side in (0, 1)]
-        for stops in ([None] * len(pairs), common)
-    ]
-    cached = [
-        [_column([sum(pair[side][1][:stop]) for pair, stop in zip(pairs, stops, strict=True)]) for side in (0, 1)]
-        for stops in ([None] * len(pairs), common)
-    ]
-    counts = [torch.tensor([len(pair[side]) for pair in tokens]) for side in (0, 1)]
-    policy = PairLogps(*sums[0], *sums[1], *counts, torch.empty(0), None)
-    reference = ReferenceLogps(
-        chosen_logps_B=cached[0][0],
-        rejected_logps_B=cached[0][1],
-        chosen_common_logps_B=cached[1][0],
-        rejected_common_logps_B=cached[1][1],
+    policy_tokens, reference_tokens = (
+        [[torch.tensor(side[who], dtype=torch.float64) for side in pair] for pair in pairs] for who in (0, 1)
     )
-    objective = resolve_loss(**_numbers(case))
-    plain = objective.ld_alpha
-    weighed = [
-        PairLogps(
-            *(common + plain * (total - common) for total, common in zip(*sums, strict=True)), *sums[1], *policy[4:]
-        ),
-        _reference(*(common + plain * (total - common) for total, common in zip(*cached, strict=True))),
-    ]
-    outcome = preference_loss(objective, policy, reference, _partners(*weighed))  # type: ignore[arg-type]
+    leaves = [side.requires_grad_() for pair in policy_tokens for side in pair]
+    policy = PairLogps(
+        **_sums(policy_tokens),
+        chosen_tokens_B=torch.tensor([len(chosen) for chosen, _ in policy_tokens]),
+        rejected_tokens_B=torch.tensor([len(rejected) for _, rejected in policy_tokens]),
+        token_logps_N=torch.empty(0),
+        aux_loss=None,
+    )
+    reference = ReferenceLogps(**_sums(reference_tokens))
+    numbers = _numbers(case)
+    outcome = _loss(numbers.pop("text"), policy, reference, **numbers)
     assert outcome.chosen_rewards_B is not None
     assert outcome.rejected_rewards_B is not None
     loss = outcome.losses_B.mean()
-    leaves = [side for pair in tokens for side in pair]
     gradients = [value for gradient in torch.autograd.grad(loss, leaves) for value in gradient.tolist()]
     rewards = [outcome.chosen_rewards_B.mean().item(), outcome.rejected_rewards_B.mean().item()]
     return loss.item(), gradients, rewards
+
+
+def _sums(tokens: list[list[Tensor]]) -> dict[str, Tensor]:
+    """Sums over each side, and over what both sides of a pair have in common."""
+    common = [min(len(chosen), len(rejected)) for chosen, rejected in tokens]
+    return {
+        "chosen_logps_B": torch.stack([chosen.sum() for chosen, _ in tokens]),
+        "rejected_logps_B": torch.stack([rejected.sum() for _, rejected in tokens]),
+        "chosen_common_logps_B": torch.stack([pair[0][:stop].sum() for pair, stop in zip(tokens, common, strict=True)]),
+        "rejected_common_logps_B": torch.stack(
+            [pair[1][:stop].sum() for pair, stop in zip(tokens, common, strict=True)]
+        ),
+    }
