@@ -73,6 +73,14 @@ def _metrics(loss: str = "dpo", **options: Any) -> PairMetrics:
     return PairMetrics(resolve_loss(loss), device=CPU, **{"tie_margin": 1e-4, **options})
 
 
+def test_every_field_stands_on_the_page_about_training() -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    metrics = _metrics()
+    metrics.add(_scored(PAIRS, aux_loss=1.0))
+    for name in step_line(metrics, training_step=1, learning_rate=1e-6, epoch=0.5, grad_norm=2.0):
+        assert f"`{name}`" in page, name
+
+
 PAIRS = [(-10.0, -12.0, -11.0, -10.0), (-9.0, -8.0, -8.5, -9.0), (-7.0, -7.5, -7.25, -7.0), (-3.0, -4.0, -3.0, -4.5)]
 LEARNED = ("train_loss", "logps/", "rewards/")
 
