@@ -202,6 +202,11 @@ def resolve_loss(
         ld_alpha=1.0 if ld_alpha is None else ld_alpha,
         nll_coef=nll_coef,
     )
+    if beta is not None and all(":" in term for term in text.split(",")):
+        raise DpoCacheError(
+            f"--beta means nothing to --loss {text}, where every loss has a beta of its own",
+            next_step="leave --beta out, or the betas in --loss",
+        )
     names = [loss.name for loss in objective.losses]
     if gamma_beta_ratio is not None and "simpo" not in names:
         raise DpoCacheError(f"--gamma-beta-ratio means nothing to --loss {text}", expected="--loss simpo")

@@ -60,6 +60,7 @@ def test_a_beta_of_the_other_unit_is_warned_about(name: str, beta: float) -> Non
         ("dpo,ipo=-1", {}, "the weight of --loss ipo=-1 is -1"),
         ("dpo:0", {}, "the beta of --loss dpo:0 is 0"),
         ("dpo", {"beta": -1.0}, r"--beta is -1\.0"),
+        ("dpo:0.1,ipo:0.2", {"beta": 0.3}, "--beta means nothing to --loss dpo:0.1,ipo:0.2"),
         ("dpo", {"gamma_beta_ratio": 0.5}, "--gamma-beta-ratio means nothing to --loss dpo"),
         ("ipo", {"label_smoothing": 0.1}, "--label-smoothing is not defined for --loss ipo"),
         ("dpo,apo_zero", {"label_smoothing": 0.1}, "--label-smoothing is not defined for --loss apo_zero"),
