@@ -148,13 +148,14 @@ class ScoringWorker:
                     continue
                 forward_started = time.monotonic()
                 self._score(batch.places, batch.pairs, batch.tensors, unit)
-                now = time.monotonic()
+                forward_s = time.monotonic() - forward_started
                 if batch.ends_unit:
                     done, number, unit = unit, batch.unit, ScoredUnit()
                     writer.submit(lambda done=done, number=number: self._write(number, done))  # type: ignore[misc]
-                self._counting.add("forward_us", int(1e6 * (now - forward_started)))
-                turn_started, turn_ended = time.monotonic(), turn_started
-                self._counting.add("turn_us", int(1e6 * (turn_started - turn_ended)))
+                self._counting.add("forward_us", int(1e6 * forward_s))
+                turn_s = time.monotonic() - turn_started  # waiting for the reader and the writer included
+                self._counting.add("turn_us", int(1e6 * turn_s))
+                turn_started += turn_s
 
     def _laid_out(self) -> Iterator[LaidOutBatch]:
         """Batches of one unit after another, made in the reading thread."""
