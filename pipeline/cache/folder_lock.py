@@ -11,7 +11,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -70,8 +70,9 @@ def _locked(path: Path, mode: int, *, work: str) -> Iterator[None]:
         except OSError as error:
             raise _refused(path, error, work) from error
         if mode & fcntl.LOCK_EX:
-            os.ftruncate(file, 0)
-            os.pwrite(file, _description(work).encode(), 0)
+            with suppress(OSError):  # a full disk: who holds it is a courtesy, the lock holds without
+                os.ftruncate(file, 0)
+                os.pwrite(file, _description(work).encode(), 0)
         yield
     finally:
         os.close(file)

@@ -51,7 +51,7 @@ def test_a_disk_that_is_full_at_any_operation_ends_a_build_cleanly(tmp_path: Pat
 def test_small_and_read_only_file_systems_end_a_build_cleanly(tmp_path: Path) -> None:
     if not fault_trials.can_mount(tmp_path):
         pytest.skip("mounting needs user namespaces, which this machine does not allow")
-    trials = fault_trials.full_disks(tmp_path, [12, 32, 52])
+    trials = fault_trials.full_disks(tmp_path, [8, 32, 52])
     assert trials.note.startswith("3 builds stopped")
     assert_nothing_lost(trials)
     assert_nothing_lost(fault_trials.read_only_folders(tmp_path))
