@@ -15,6 +15,7 @@ from dpo_cache.pipeline.scoring.model_loading import find_causal_lm, load_causal
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.scoring.scoring_batch import Layout
 from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspeed_config, partitioned_loading
+from dpo_cache.pipeline.training.expert_blocks import gather_expert_blocks_whole
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.objective import Objective, resolve_loss
@@ -87,6 +88,8 @@ def make_engine(
     load_from: Path | None = None,
     lora: LoraSettings | None = None,
     gradient_checkpointing: bool = False,
+    load_balancing_weight: float | None = None,
+    **partitioning: Any,
 ) -> PolicyEngine:
     """An engine around the tiny policy, or around the model in a folder, partitioned while it is read."""
     config = deepspeed_config(
@@ -98,6 +101,7 @@ def make_engine(
             hidden_size=1,  # nothing is small enough to stay whole on every rank
             on_gpu=False,
             load_universal=load_universal,
+            **partitioning,
         )
     )
     if load_from is None:
@@ -111,8 +115,10 @@ def make_engine(
         policy = add_lora(policy, lora)
     if gradient_checkpointing:
         find_causal_lm(policy).gradient_checkpointing_enable({"use_reentrant": False})
+    gather_expert_blocks_whole(policy)
     return PolicyEngine(
-        PairScorer(policy),
+        PairScorer(policy, load_balancing=load_balancing_weight is not None),
+        load_balancing_weight=load_balancing_weight or 0.0,
         config=config,
         loss=loss or resolve_loss("dpo_norm"),
         weight_decay=weight_decay,

@@ -16,12 +16,13 @@ import os
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from ...errors import DpoCacheError
 from ..cache.durable_file import write_durably
@@ -261,18 +262,34 @@ def load_checkpoint(engine: PolicyEngine, checkpoint: Checkpoint, *, converted: 
     assert engine.updates_done == checkpoint.state.step
 
 
-def check_free_space(folder: Path, *, num_parameters: int, weight_bytes: int, keep_last: int | None) -> None:
+def check_free_space(
+    folder: Path,
+    *,
+    parameters: Iterable[nn.Parameter],
+    weight_bytes: int,
+    keep_last: int | None,
+    only_adapter: bool = False,
+) -> None:
     """Refuse early a disk that the run would fill.
 
     Args:
         folder: Where checkpoints go.
-        num_parameters: Trained parameters.
+        parameters: The policy's, partitioned or not; frozen ones are not in a checkpoint.
         weight_bytes: Bytes of a weight in the dtype computed in.
         keep_last: Checkpoints kept; one more exists while a new one is written. None counts as one.
+        only_adapter: The model saved at the end is what was trained, without the frozen weights.
+
+    Raises:
+        DpoCacheError: There is less room than that.
     """
+    trained = total = 0
+    for parameter in parameters:
+        numbers = int(getattr(parameter, "ds_numel", parameter.numel()))
+        total += numbers
+        trained += numbers if parameter.requires_grad else 0
     # Master weight and two moments in float32, and the weight itself; one more copy of the weights is the model.
-    checkpoint = num_parameters * (12 + weight_bytes)
-    needed = checkpoint * ((keep_last or 1) + 1) + num_parameters * weight_bytes
+    checkpoint = trained * (12 + weight_bytes)
+    needed = checkpoint * ((keep_last or 1) + 1) + (trained if only_adapter else total) * weight_bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DpoCacheError(

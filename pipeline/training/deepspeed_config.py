@@ -46,21 +46,25 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
-            raise DpoCacheError(f"--zero-stage is {self.zero_stage}.", expected="0, 1, 2 or 3")
+            raise DpoCacheError(f"--zero-stage is {self.zero_stage}", expected="0, 1, 2 or 3")
         if self.dtype not in ("float32", "bfloat16"):
-            raise DpoCacheError(f"--dtype {self.dtype} is unknown.", expected="float32 or bfloat16")
+            raise DpoCacheError(f"--dtype {self.dtype} is unknown", expected="float32 or bfloat16")
         if self.max_grad_norm < 0:
-            raise DpoCacheError(f"--max-grad-norm is {self.max_grad_norm}.", expected="0 (off) or above")
+            raise DpoCacheError(f"--max-grad-norm is {self.max_grad_norm}", expected="0 (off) or above")
         if self.offload_optimizer and self.zero_stage == 0:
-            raise DpoCacheError("--offload-optimizer has no effect at --zero-stage 0.", expected="stage 1, 2 or 3")
+            raise DpoCacheError("--offload-optimizer has no effect at --zero-stage 0", expected="stage 1, 2 or 3")
         if self.offload_parameters and self.zero_stage != 3:
             raise DpoCacheError(
-                f"--offload-parameters has no effect at --zero-stage {self.zero_stage}.", expected="stage 3"
+                f"--offload-parameters has no effect at --zero-stage {self.zero_stage}", expected="stage 3"
             )
         if self.hierarchical_partition_size != 1 and self.zero_stage != 3:
             raise DpoCacheError(
-                f"Hierarchical partitioning has no effect at --zero-stage {self.zero_stage}.",
-                expected="stage 3",
+                f"--zero-hpz-partition-size has no effect at --zero-stage {self.zero_stage}", expected="stage 3"
+            )
+        if self.num_ranks % self.hierarchical_partition_size:
+            raise DpoCacheError(
+                f"--zero-hpz-partition-size is {self.hierarchical_partition_size} on {self.num_ranks} ranks",
+                expected=f"a number that divides {self.num_ranks}",
             )
 
 
@@ -79,6 +83,7 @@ def deepspeed_config(settings: EngineSettings) -> Json:
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
         "zero_optimization": _zero(settings),
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host too
         "checkpoint": {"load_universal": settings.load_universal},
     }
     if settings.dtype == "bfloat16":

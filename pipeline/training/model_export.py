@@ -48,7 +48,7 @@ class TensorHeader(NamedTuple):
     shape: tuple[int, ...]
 
 
-def export_model(engine: PolicyEngine, folder: Path, *, base_folder: Path) -> None:
+def export_model(engine: PolicyEngine, folder: Path, *, base_folder: Path, card: str = "") -> None:
     """Write the policy, an adapter on it added to its weights; collective, and only rank 0 writes.
 
     Args:
@@ -56,6 +56,7 @@ def export_model(engine: PolicyEngine, folder: Path, *, base_folder: Path) -> No
         folder: The model's folder. One already there is replaced once the new one is whole.
         base_folder: The checkpoint that training started from. Weights are written in its dtype, and its tokenizer
             is copied.
+        card: Text of a README.md.
 
     Raises:
         DpoCacheError: It could not be written, or a header is not what it should be.
@@ -63,10 +64,12 @@ def export_model(engine: PolicyEngine, folder: Path, *, base_folder: Path) -> No
     model: Any = find_causal_lm(engine.scorer.model)
     dtype = checkpoint_dtype(base_folder)
     state = _gathered_state(engine.scorer.model, dtype, keep=engine.rank == 0)
-    _write_on_main(engine, folder, lambda temporary: _write(model, state, temporary, dtype, base_folder))
+    _write_on_main(engine, folder, lambda temporary: _write(model, state, temporary, dtype, base_folder), card)
 
 
-def export_adapter(engine: PolicyEngine, folder: Path, *, base_folder: Path, base: str, revision: str | None) -> None:
+def export_adapter(
+    engine: PolicyEngine, folder: Path, *, base_folder: Path, base: str, revision: str | None, card: str = ""
+) -> None:
     """Write the adapter alone, with the tokenizer; collective, and only rank 0 writes.
 
     Args:
@@ -75,6 +78,7 @@ def export_adapter(engine: PolicyEngine, folder: Path, *, base_folder: Path, bas
         base_folder: The checkpoint that training started from; its tokenizer is copied.
         base: That checkpoint as a path or a Hub id, which those who load the adapter need.
         revision: Its commit on the Hub.
+        card: Text of a README.md.
 
     Raises:
         DpoCacheError: It could not be written, or a header is not what it should be.
@@ -87,16 +91,18 @@ def export_adapter(engine: PolicyEngine, folder: Path, *, base_folder: Path, bas
         _copy_tokenizer(base_folder, temporary)
         check_headers(temporary, {name: _header(tensor) for name, tensor in state.items()})
 
-    _write_on_main(engine, folder, write)
+    _write_on_main(engine, folder, write, card)
 
 
-def _write_on_main(engine: PolicyEngine, folder: Path, write: Callable[[Path], None]) -> None:
+def _write_on_main(engine: PolicyEngine, folder: Path, write: Callable[[Path], None], card: str) -> None:
     """Rank 0 writes beside the folder and puts it in its place; the others wait."""
     if engine.rank == 0:
         temporary = folder.with_name(folder.name + ".tmp")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             write(temporary)
+            if card:
+                (temporary / "README.md").write_text(card, encoding="utf-8")
             _follow_umask(temporary)
             _put_in_place(temporary, folder)
         except OSError as error:

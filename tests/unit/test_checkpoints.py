@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 import torch.distributed as dist
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
@@ -29,6 +30,7 @@ from dpo_cache.pipeline.training.checkpoints import (
     save_checkpoint,
 )
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
+from torch import nn
 from training_factory import make_engine, random_pairs, train_steps
 
 RUN = {"mixture": "a1b2", "seed": 42, "global_batch_size": 6}
@@ -136,10 +138,19 @@ def test_another_run_is_refused_by_field() -> None:
         check_same_run(checkpoint, run={**RUN, "loss": "dpo"}, zero_stage=3)
 
 
-def test_a_disk_that_is_too_small_is_refused_at_the_start(tmp_path: Path) -> None:
-    check_free_space(tmp_path, num_parameters=1000, weight_bytes=2, keep_last=3)
-    with pytest.raises(DpoCacheError, match="GiB free"):
-        check_free_space(tmp_path, num_parameters=10**15, weight_bytes=2, keep_last=3)
+def test_a_disk_that_is_too_small_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = nn.Parameter(torch.empty(2**30, device="meta"))
+    disk_usage = SimpleNamespace(free=58 * 2**30)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: disk_usage)
+    check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3)  # 4 checkpoints of 14 GiB, a model of 2
+    disk_usage.free -= 1
+    with pytest.raises(DpoCacheError, match=r"58\.0 GiB free.\n.*58\.0 GiB for 4 checkpoints and the model"):
+        check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3)
+    frozen = nn.Parameter(gib.detach(), requires_grad=False)
+    disk_usage.free = 2 * 2**30
+    check_free_space(tmp_path, parameters=[frozen], weight_bytes=2, keep_last=3)
+    disk_usage.free = 0
+    check_free_space(tmp_path, parameters=[frozen], weight_bytes=2, keep_last=3, only_adapter=True)
 
 
 def _weights(engine: PolicyEngine) -> list[float]:

@@ -52,6 +52,7 @@ def test_offloading_and_hierarchical_partitioning() -> None:
         ({"zero_stage": 0, "offload_optimizer": True}, "--offload-optimizer has no effect at --zero-stage 0"),
         ({"zero_stage": 2, "offload_parameters": True}, "--offload-parameters has no effect at --zero-stage 2"),
         ({"zero_stage": 2, "hierarchical_partition_size": 8}, "has no effect at --zero-stage 2"),
+        ({"hierarchical_partition_size": 3}, "--zero-hpz-partition-size is 3 on 8 ranks"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(change: dict[str, Any], message: str) -> None:
