@@ -67,7 +67,6 @@ def _start(
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
     }
-    environment.pop("XDG_CACHE_HOME", None)  # what DeepSpeed compiled once stays compiled for the next process
     with (folder / f"{rank}.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, __file__, file, function, json.dumps(args), str(folder / f"{rank}.json")],
