@@ -14,6 +14,8 @@ from ..pipeline.cache.reference_identity import differences, identify_reference
 from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import SCORING_VERSION
 from ..pipeline.training.deepspeed_config import partitioned_loading
+from ..pipeline.training.expert_blocks import gather_expert_blocks_whole, refuse_load_balancing
+from ..pipeline.training.liger_layers import use_liger_layers
 from ..pipeline.training.lora_adapter import LoraSettings, add_lora
 from .model_folder import ModelFolder, find_model_folder
 from .recipe import Recipe
@@ -105,6 +107,10 @@ def load_policy(
             device=device,
             trust_remote_code=config.trust_remote_code,
         )
+    if config.load_balancing_loss:
+        refuse_load_balancing(policy)
+    if config.use_liger_kernel:
+        use_liger_layers(policy)
     lora = config.resolved_lora()
     if lora is not None:
         targets = tuple(lora["target_modules"])
@@ -113,6 +119,7 @@ def load_policy(
     if config.gradient_checkpointing:
         # Not reentrant: the other kind finds nothing to differentiate behind frozen embeddings.
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    gather_expert_blocks_whole(policy)
     module: nn.Module = policy
     return module
 

@@ -82,6 +82,7 @@ class Recipe:
             "max_grad_norm": config.max_grad_norm,
             "seed": self.seed,
             "lora": config.resolved_lora(),
+            "load_balancing_weight": config.resolved_load_balancing_weight(),
         }
 
     def to_json(self) -> dict[str, Any]:

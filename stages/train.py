@@ -7,12 +7,15 @@ is one of the ranks itself.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from .child_processes import free_port, is_child, python_command, run_children, threads_for
+from .hub_model import HubTarget, upload_model
 from .progress import quiet_libraries
 from .ranks import Ranks, ranks_from_environment
 from .recipe import Recipe, resolve_recipe
@@ -80,6 +83,13 @@ def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport | Dry
     return DryRunReport.read(config.output) if config.dry_run else TrainReport.read(config.output)
 
 
+def _upload(target: HubTarget, report: TrainReport) -> TrainReport:
+    steps = f"{report.steps} updates on {report.pairs} pairs"
+    uploaded = replace(report, hub=upload_model(target, Path(report.output) / "model", message=f"DPO: {steps}"))
+    uploaded.write()
+    return uploaded
+
+
 def _train_rank(config: TrainConfig, ranks: Ranks) -> TrainReport | DryRunReport | None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks once, when it is imported
@@ -89,4 +99,6 @@ def _train_rank(config: TrainConfig, ranks: Ranks) -> TrainReport | DryRunReport
     with process_group(ranks) as device:
         run = TrainingRun(config, ranks, device)
         report = run.dry_run() if config.dry_run else run.run()
+    if run.hub_target is not None and isinstance(report, TrainReport):
+        report = _upload(run.hub_target, report)  # the ranks have parted: no one waits for it
     return report if ranks.rank == 0 and not is_child() else None

@@ -22,6 +22,9 @@ class TrainConfig:
     eval_steps: int | None = setting(
         None, help="Evaluate every N steps [default: before the first and after the last].", minimum=1
     )
+    keep_best: str | None = setting(
+        None, help="Keep the best model by the held-out reward in OUTPUT/best too.", choices=("accuracy", "margin")
+    )
 
     model: str | None = setting(
         None, help="Where the policy starts [default: the cache's reference].", metavar="PATH_OR_ID"
@@ -50,7 +53,11 @@ class TrainConfig:
         help="Layers that get an adapter, by name; repeatable [default: all linear ones but the head].",
         metavar="NAME",
     )
+    use_qlora: bool = setting(False, help="Not supported: adapters on quantized weights; refused with the reason.")
     merge: bool = setting(False, help="Add the adapter to the weights and save a whole model at the end.")
+    load_balancing_loss: bool = setting(False, help="Keep a mixture of experts balanced: adds its auxiliary loss.")
+    load_balancing_weight: float | None = setting(None, help="Weight of the auxiliary loss [default: 0.001].", above=0)
+    use_liger_kernel: bool = setting(False, help="Liger's kernels for rotary embedding, norms and MLPs, on a GPU.")
 
     loss: str = setting(
         "dpo_norm",
@@ -104,6 +111,13 @@ class TrainConfig:
         None, help="Processes, one a GPU [default: all GPUs; one process on a CPU].", minimum=1
     )
     zero_stage: int = setting(3, help="What DeepSpeed partitions across the ranks.", minimum=0, maximum=3)
+    offload_optimizer: bool = setting(False, help="Keep optimizer state and master weights in host memory.")
+    offload_parameters: bool = setting(False, help="Keep partitioned weights in host memory, at stage 3.")
+    zero_hpz_partition_size: int = setting(
+        1,
+        help="Ranks that hold a second copy of the weights between them, usually those of a node; 1 for none.",
+        minimum=1,
+    )
 
     checkpointing_steps: int | None = setting(
         500, help="Save a checkpoint every N updates; one is saved at the end too.", minimum=1
@@ -120,6 +134,12 @@ class TrainConfig:
     wandb_project: str = setting("dpo-cache", help="Weights & Biases project.")
     wandb_entity: str | None = setting(None, help="Weights & Biases entity.")
     run_name: str | None = setting(None, help="Name of the run in trackers [default: the output folder's].")
+    push_to_hub: bool = setting(False, help="Upload the trained model to the Hugging Face Hub at the end.")
+    hub_model_id: str | None = setting(
+        None, help="Repository on the Hub [default: the run's name, in your own namespace].", metavar="OWNER/NAME"
+    )
+    hub_revision: str | None = setting(None, help="Branch of that repository [default: the run's name].")
+    hub_private: bool = setting(True, help="Make a private repository, where there is none yet.")
     dry_run: bool = setting(
         False,
         help="Run the longest global batch forward and backward, report memory and time; train nothing.",
@@ -138,6 +158,13 @@ class TrainConfig:
             )
         if self.eval_steps is not None and self.eval_mixture is None:
             raise DpoCacheError("--eval-steps without --eval-mixture has nothing to evaluate on")
+        if self.use_qlora:
+            raise DpoCacheError(
+                "--use-qlora is not supported: quantized weights do not give the cached values back, so nothing "
+                "would prove that policy and cache belong together, and ZeRO-3 cannot partition them",
+                expected="--use-lora, which keeps the reference's weights as they are",
+                next_step="add --zero-stage 3, --gradient-checkpointing or --offload-parameters if memory is short",
+            )
         self._refuse_without(
             "use_lora",
             lora_rank=self.lora_rank is not None,
@@ -145,6 +172,15 @@ class TrainConfig:
             lora_target_modules=bool(self.lora_target_modules),
             merge=self.merge,
         )
+        self._refuse_without("load_balancing_loss", load_balancing_weight=self.load_balancing_weight is not None)
+        self._refuse_without(
+            "push_to_hub",
+            hub_model_id=self.hub_model_id is not None,
+            hub_revision=self.hub_revision is not None,
+            no_hub_private=not self.hub_private,
+        )
+        if self.keep_best is not None and self.eval_mixture is None:
+            raise DpoCacheError("--keep-best without --eval-mixture has nothing to judge by")
         if self.keep_last_n_checkpoints == 0:
             raise DpoCacheError("--keep-last-n-checkpoints is 0", expected="1 or more, or -1 to keep all")
 
@@ -158,6 +194,11 @@ class TrainConfig:
                 f"{ignored[0]} has no effect without {_flag(needed)}",
                 next_step=f"add {_flag(needed)}, or leave {ignored[0]} out",
             )
+
+    @property
+    def resolved_run_name(self) -> str:
+        """The run's name in trackers and on the Hub."""
+        return self.run_name or self.output.resolve().name
 
     def resolved_lora(self) -> dict[str, Any] | None:
         """The adapter's numbers; None where the policy itself is trained."""
@@ -181,6 +222,10 @@ class TrainConfig:
             ld_alpha=self.ld_alpha,
             nll_coef=self.nll_coef,
         )
+
+    def resolved_load_balancing_weight(self) -> float | None:
+        """Weight of a mixture of experts' auxiliary loss; None without."""
+        return (self.load_balancing_weight or 0.001) if self.load_balancing_loss else None
 
     def resolved_global_batch_size(self, num_ranks: int) -> int:
         """Pairs in one update on ``num_ranks`` ranks."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .hub_model import HubUpload
 from .output_folder import write_json
 
 FILE = "summary.json"
@@ -26,6 +27,7 @@ class TrainReport:
         eval_before: Evaluation before the first update, where there is one.
         eval_after: Evaluation after the last.
         last: The last logged line.
+        hub: What came of ``--push-to-hub``; None without it.
     """
 
     output: str
@@ -37,6 +39,7 @@ class TrainReport:
     eval_before: dict[str, float] | None
     eval_after: dict[str, float] | None
     last: dict[str, float]
+    hub: HubUpload | None = None
 
     def write(self) -> None:
         """Keep it in the run's folder."""
@@ -45,7 +48,9 @@ class TrainReport:
     @classmethod
     def read(cls, output: Path) -> TrainReport:
         """Read what :meth:`write` wrote."""
-        return cls(**json.loads((output / FILE).read_text(encoding="utf-8")))
+        fields = json.loads((output / FILE).read_text(encoding="utf-8"))
+        hub = fields.pop("hub")
+        return cls(**fields, hub=HubUpload(**hub) if hub else None)
 
     def to_json(self) -> dict[str, Any]:
         """One object for ``--json``."""
@@ -64,4 +69,6 @@ class TrainReport:
             margin = self.eval_after["eval/rewards/margin"]
             lines.append(f"held out: reward accuracy {before:.1%} before, {after:.1%} after, margin {margin:.3g}")
         lines.append(f"model: {self.output}/model")
+        if self.hub:
+            lines.append(self.hub.summary())
         return "\n".join(lines)

@@ -13,7 +13,9 @@ from typing import Any
 
 import click
 import torch
+import torch.distributed as dist
 
+from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.mixture_check import check_mixture
@@ -23,6 +25,7 @@ from ..pipeline.scoring.pair_scorer import PairScorer
 from ..pipeline.training.checkpoints import (
     Checkpoint,
     TrainerState,
+    check_free_space,
     check_same_run,
     convert_checkpoint,
     load_checkpoint,
@@ -36,6 +39,9 @@ from ..pipeline.training.model_export import export_adapter, export_model
 from ..pipeline.training.policy_engine import PolicyEngine
 from ..pipeline.training.run_log import RunLog, TrackingSettings
 from ..pipeline.training.step_zero import StepZeroFigures, check_step_zero, write_step_zero
+from .best_model import BestModel
+from .hub_model import HubTarget, prepare_hub_target
+from .model_card import model_card
 from .output_folder import output_lock, refuse_overwriting, write_json
 from .policy import PolicyOrigin, check_policy, find_policy, load_policy
 from .process_group import all_or_none, any_rank
@@ -63,6 +69,7 @@ class TrainingRun:
         self._device = device
         self._is_main = ranks.rank == 0
         self._started = time.monotonic()
+        self.hub_target: HubTarget | None = None
 
     def run(self) -> TrainReport:
         """Run it to its end, or until it is asked to stop.
@@ -75,6 +82,7 @@ class TrainingRun:
             self._prepare(held)
             checkpoint = self._find_checkpoint()
             origin = self._find_policy()
+            self.hub_target = all_or_none(lambda: self._prepare_hub(origin), on=self._is_main)
             self._write_config(origin)
             self._start_engine(origin, checkpoint)
             return self._train(origin, checkpoint)
@@ -159,6 +167,20 @@ class TrainingRun:
         differs = self._is_main and not check_policy(self._config, self._cache, model).is_reference
         return PolicyOrigin(model=model, is_reference=not any_rank(differs, self._device))
 
+    def _prepare_hub(self, origin: PolicyOrigin) -> HubTarget | None:
+        if not self._config.push_to_hub:
+            return None
+        if self._config.use_lora and not self._config.merge and origin.model.commit is None:
+            raise DpoCacheError(
+                f"--push-to-hub: an adapter names the model it belongs on, and {origin.model.name} is a folder here",
+                expected="a model of the Hub under the adapter",
+                next_step="add --merge to upload a whole model, or train from a Hub id: --model OWNER/NAME",
+            )
+        name = self._config.resolved_run_name
+        return prepare_hub_target(
+            self._config.hub_model_id, branch=self._config.hub_revision or name, private=self._config.hub_private
+        )
+
     def _write_config(self, origin: PolicyOrigin) -> None:
         if self._is_main:
             settings = {name: str(value) if isinstance(value, Path) else value for name, value in _fields(self._config)}
@@ -180,17 +202,22 @@ class TrainingRun:
                 num_ranks=self._ranks.num_ranks,
                 hidden_size=load_config(origin.model.folder).get_text_config().hidden_size,
                 on_gpu=self._device.type == "cuda",
+                offload_optimizer=self._config.offload_optimizer,
+                offload_parameters=self._config.offload_parameters,
+                hierarchical_partition_size=self._config.zero_hpz_partition_size,
                 load_universal=convert,
             )
         )
         policy = load_policy(self._config, self._recipe, origin.model, self._device, engine_config)
         self._engine = PolicyEngine(
-            PairScorer(policy),
+            PairScorer(policy, load_balancing=self._config.load_balancing_loss),
             config=engine_config,
             loss=self._recipe.loss,
             weight_decay=self._config.weight_decay,
             bad_batch_path=self._config.output / "bad_batch.json",
+            load_balancing_weight=self._config.resolved_load_balancing_weight() or 0.0,
         )
+        all_or_none(self._check_free_space, on=self._is_main)
         layout = choose_layout(self._engine.deepspeed, device=self._device)
         if checkpoint is not None:
             self._load(checkpoint, convert)
@@ -209,6 +236,17 @@ class TrainingRun:
             self._recipe,
             micro_batches(self._mixture),
             micro_batches(self._eval_mixture) if self._eval_mixture else None,
+        )
+
+    def _check_free_space(self) -> None:
+        """Before hours are spent on what could not be saved."""
+        keep = self._config.keep_last_n_checkpoints
+        check_free_space(
+            self._config.output,
+            parameters=self._engine.parameters(),
+            weight_bytes=4 if self._recipe.dtype == "float32" else 2,
+            keep_last=None if keep == -1 else keep,
+            only_adapter=self._config.use_lora and not self._config.merge,
         )
 
     def _load(self, checkpoint: Checkpoint, convert: bool) -> None:
@@ -235,15 +273,21 @@ class TrainingRun:
             last_step=first_step,
             tracking=self._tracking(checkpoint),
         )
+        self._best = BestModel(self._config.output, by=self._config.keep_best, last_step=first_step)
+        dist.barrier()  # all ranks have read what rank 0 is about to write
         eval_before = self._evaluate(log, 0) if checkpoint is None else None
+        self._keep_best(origin, {}, eval_before)  # nothing is kept yet, but a loss without rewards is refused
         with stop_requests() as stop_requested:
-            line = self._update_until_done(log, first_step, stop_requested)
+            line = self._update_until_done(origin, log, first_step, stop_requested)
         eval_after = self._evaluate(log, self._recipe.total_steps)
+        self._keep_best(origin, line, eval_after)
         log.close()
-        self._export(origin, self._config.output / "model")
+        self._export(origin, self._config.output / "model", card=self._card(origin, line, eval_after))
         return self._report(step_zero, eval_before, eval_after, line)
 
-    def _update_until_done(self, log: RunLog, first_step: int, stop_requested: Callable[[], bool]) -> dict[str, float]:
+    def _update_until_done(
+        self, origin: PolicyOrigin, log: RunLog, first_step: int, stop_requested: Callable[[], bool]
+    ) -> dict[str, float]:
         """All updates from ``first_step`` on; the last logged line."""
         line: dict[str, float] = {}
         for step in range(first_step, self._recipe.total_steps):
@@ -254,7 +298,7 @@ class TrainingRun:
                 line = self._loop.line(batch, grad_norm)
                 log.write(line)
             if self._config.eval_steps and done % self._config.eval_steps == 0 and not is_last:
-                self._evaluate(log, done)
+                self._keep_best(origin, line, self._evaluate(log, done))
             stop = any_rank(stop_requested(), self._device) and not is_last
             if stop or is_last or (self._config.checkpointing_steps and done % self._config.checkpointing_steps == 0):
                 self._save(done, log)
@@ -264,14 +308,26 @@ class TrainingRun:
                 raise KeyboardInterrupt
         return line
 
-    def _export(self, origin: PolicyOrigin, folder: Path) -> None:
+    def _card(self, origin: PolicyOrigin, line: dict[str, float], evaluation: dict[str, float] | None) -> str:
+        return model_card(
+            self._config,
+            self._recipe,
+            name=self._config.resolved_run_name,
+            base=origin.model,
+            cache=self._cache,
+            mixture=self._mixture,
+            last_line=line,
+            evaluation=evaluation,
+        )
+
+    def _export(self, origin: PolicyOrigin, folder: Path, *, card: str = "") -> None:
         """Save the policy, or the adapter that was trained on it."""
         model = origin.model
         if not self._config.use_lora or self._config.merge:
-            export_model(self._engine, folder, base_folder=model.folder)
+            export_model(self._engine, folder, base_folder=model.folder, card=card)
             return
         base = model.name if model.commit else str(model.folder)
-        export_adapter(self._engine, folder, base_folder=model.folder, base=base, revision=model.commit)
+        export_adapter(self._engine, folder, base_folder=model.folder, base=base, revision=model.commit, card=card)
 
     def _prove_step_zero(self, origin: PolicyOrigin) -> StepZeroFigures:
         figures = self._loop.prove_step_zero()
@@ -287,6 +343,12 @@ class TrainingRun:
         line = self._loop.evaluate(updates_done)
         log.write(line)
         return line
+
+    def _keep_best(self, origin: PolicyOrigin, line: dict[str, float], evaluation: dict[str, float] | None) -> None:
+        if evaluation is None or not self._best.is_beaten_by(evaluation):
+            return
+        self._export(origin, self._config.output / "best", card=self._card(origin, line, evaluation))
+        self._best.remember(evaluation, is_main=self._is_main)
 
     def _save(self, updates_done: int, log: RunLog) -> None:
         keep = self._config.keep_last_n_checkpoints
@@ -309,7 +371,7 @@ class TrainingRun:
         return TrackingSettings(
             project=self._config.wandb_project,
             entity=self._config.wandb_entity,
-            name=self._config.run_name or self._config.output.name,
+            name=self._config.resolved_run_name,
             run_id=checkpoint.state.tracking_run_id if checkpoint else None,
             config=self._recipe.to_json(),
         )

@@ -64,9 +64,7 @@ def main(pairs_file: Path, folder: Path) -> None:
     pairs = [json.loads(line) for line in pairs_file.read_text(encoding="utf-8").splitlines()]
     dialogues = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
     tokenizer = train_tokenizer([message["content"] for dialogue in dialogues for message in dialogue])
-    sequences = [
-        tokenizer.apply_chat_template(dialogue, tokenize=True, return_dict=False) for dialogue in dialogues
-    ]
+    sequences = [tokenizer.apply_chat_template(dialogue, tokenize=True, return_dict=False) for dialogue in dialogues]
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(

@@ -21,6 +21,11 @@ def config(**options: Any) -> TrainConfig:
         ({"lora_alpha": 8.0}, "--lora-alpha has no effect without --use-lora"),
         ({"lora_target_modules": ("q_proj",)}, "--lora-target-modules has no effect without --use-lora"),
         ({"merge": True}, "--merge has no effect without --use-lora"),
+        ({"load_balancing_weight": 0.1}, "--load-balancing-weight has no effect without --load-balancing-loss"),
+        ({"hub_model_id": "lab/model"}, "--hub-model-id has no effect without --push-to-hub"),
+        ({"hub_private": False}, "--no-hub-private has no effect without --push-to-hub"),
+        ({"use_qlora": True}, "--use-qlora is not supported"),
+        ({"keep_best": "margin"}, "--keep-best without --eval-mixture has nothing to judge by"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(options: dict[str, Any], message: str) -> None:

@@ -1,0 +1,53 @@
+"""The best model so far by the held-out pairs, kept in ``best/`` of a run's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import DpoCacheError
+from .output_folder import write_json
+
+FILE = "best.json"
+FIELDS = {"accuracy": "eval/rewards/accuracy", "margin": "eval/rewards/margin"}
+
+
+class BestModel:
+    """Remembers the best evaluation of a run, also of the part before a resume.
+
+    Args:
+        output: The run's folder.
+        by: ``accuracy`` or ``margin``; None to keep no best model.
+        last_step: Updates done when this process starts; what was evaluated later comes again.
+    """
+
+    def __init__(self, output: Path, *, by: str | None, last_step: int) -> None:
+        self._path = output / FILE
+        self._field = FIELDS[by] if by else None
+        self._best: float | None = None
+        if self._path.exists():
+            record = json.loads(self._path.read_text(encoding="utf-8"))
+            if record["training_step"] <= last_step and record["field"] == self._field:
+                self._best = float(record["value"])
+
+    def is_beaten_by(self, line: dict[str, float]) -> bool:
+        """Whether an evaluation after at least one update is better than all before; the first of equals stays.
+
+        Raises:
+            DpoCacheError: The loss has no rewards to judge by.
+        """
+        if self._field is None:
+            return False
+        if self._field not in line:
+            raise DpoCacheError("--keep-best means nothing to a loss without a reference: it has no rewards")
+        if line["training_step"] == 0:
+            return False
+        return self._best is None or line[self._field] > self._best
+
+    def remember(self, line: dict[str, float], *, is_main: bool) -> None:
+        """This evaluation's model has been saved."""
+        assert self._field is not None
+        self._best = line[self._field]
+        if is_main:
+            record = {"field": self._field, "value": self._best, "training_step": line["training_step"]}
+            write_json(self._path, record)
