@@ -3,7 +3,8 @@
 The convention, which figures elsewhere may not share: two operations a multiply-add; every weight matrix that a
 token passes, active experts only; attention over couples (query, key) that the mask lets through, so causal
 attention counts half; the vocabulary head on scored positions only; a prompt that is computed once counts once. No
-padding, no recomputation, no embedding look-up. A backward pass counts twice a forward pass.
+padding, no recomputation, no embedding look-up. A backward pass counts twice a forward pass; once where the weights
+are frozen under an adapter, whose own matrices are counted as weights.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ class ModelCost:
         backbone_weights: Elements of the matrices that a token passes, the vocabulary head left out.
         head_weights: Elements of the vocabulary head.
         attention_width: Query width (heads times head size), summed over the attention layers.
+        backward_forwards: Forward passes that a backward pass costs.
     """
 
     backbone_weights: int
     head_weights: int
     attention_width: int
+    backward_forwards: int = 2
 
     @classmethod
     def of_model(cls, model: nn.Module) -> ModelCost:
@@ -41,6 +44,7 @@ class ModelCost:
             backbone_weights=sum(_passed_elements(find_backbone(model), config)),
             head_weights=_elements(find_head(model).weight),
             attention_width=config.num_attention_heads * head_size * _attention_layers(config),
+            backward_forwards=2 if find_head(model).weight.requires_grad else 1,
         )
 
 

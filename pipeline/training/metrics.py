@@ -166,7 +166,7 @@ class PairMetrics:
                 num_attended=int(totals["attended"]),
                 num_scored=int(totals["scored"]),
             )
-            done = forward if self._prefix else 3 * forward
+            done = forward if self._prefix else (1 + self._cost.backward_forwards) * forward
             fields["perf/mfu"] = done / (seconds * self._peak_flops * num_ranks)
         return fields
 

@@ -7,6 +7,7 @@ import torch
 from dpo_cache.pipeline.scoring.flops import ModelCost, forward_flops
 from dpo_cache.pipeline.scoring.layouts import padded_batch
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
+from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from tiny_model_factory import tiny_model, token_pairs
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,3 +42,10 @@ def test_torch_counts_the_same_once_padding_and_hidden_couples_are_added(name: s
     )
     # Rotary embeddings multiply positions and frequencies as a matrix product.
     assert 0 <= counter.get_total_flops() - ours <= 0.02 * ours
+
+
+def test_frozen_weights_under_an_adapter_need_no_gradients_of_their_own() -> None:
+    model = tiny_model("llama")
+    assert ModelCost.of_model(model).backward_forwards == 2
+    adapted = add_lora(model, LoraSettings(rank=2, alpha=2.0, target_modules=("q_proj",), seed=0))
+    assert ModelCost.of_model(adapted).backward_forwards == 1
