@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import deepspeed
 import torch
@@ -70,6 +70,17 @@ def all_or_none(work: Callable[[], Result], *, on: bool = True) -> Result | None
     if explained:
         raise DpoCacheError(explained[0])
     return result
+
+
+def decided_by_first(decide: Callable[[], Result]) -> Result:
+    """Let rank 0 decide and tell the others: what a folder holds may look different from another machine.
+
+    Raises:
+        DpoCacheError: Rank 0 could not decide; on all ranks alike.
+    """
+    decision: list[Result | None] = [all_or_none(decide, on=dist.get_rank() == 0)]
+    dist.broadcast_object_list(decision, src=0)
+    return cast("Result", decision[0])
 
 
 def any_rank(value: bool, device: torch.device) -> bool:

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from .hub_model import HubTarget, prepare_hub_target
 from .model_card import model_card
 from .output_folder import output_lock, refuse_overwriting, write_json
 from .policy import PolicyOrigin, check_policy, find_policy, load_policy
-from .process_group import all_or_none, any_rank
+from .process_group import all_or_none, any_rank, decided_by_first
 from .ranks import Ranks
 from .recipe import resolve_recipe, warnings_of
 from .stop_request import stop_requests
@@ -149,23 +149,28 @@ class TrainingRun:
         """The checkpoint to go on from, the same on all ranks; None for a fresh start."""
         if self._config.resume is None:
             return None
+        checkpoint = decided_by_first(self._choose_checkpoint)
+        if checkpoint is None:
+            self._say(f"no complete checkpoint in {self._checkpoints}: starting from the beginning")
+        else:
+            self._say(f"going on from {checkpoint.path}")
+        return checkpoint
+
+    def _choose_checkpoint(self) -> Checkpoint | None:
+        assert self._config.resume is not None
         if self._config.resume == "latest":
             checkpoint = newest_checkpoint(self._checkpoints)
         else:
             checkpoint = open_checkpoint(Path(self._config.resume))
-        if checkpoint is None:
-            self._say(f"no complete checkpoint in {self._checkpoints}: starting from the beginning")
-            return None
-        check_same_run(checkpoint, run=self._recipe.must_stay(self._config), zero_stage=self._config.zero_stage)
-        self._say(f"going on from {checkpoint.path}")
+        if checkpoint is not None:
+            check_same_run(checkpoint, run=self._recipe.must_stay(self._config), zero_stage=self._config.zero_stage)
         return checkpoint
 
     def _find_policy(self) -> PolicyOrigin:
         model = find_policy(self._config, self._cache)
         # Hashing the weights is for one rank; what it finds, all have to know.
-        all_or_none(lambda: check_policy(self._config, self._cache, model), on=self._is_main)
-        differs = self._is_main and not check_policy(self._config, self._cache, model).is_reference
-        return PolicyOrigin(model=model, is_reference=not any_rank(differs, self._device))
+        origin = decided_by_first(lambda: check_policy(self._config, self._cache, model))
+        return replace(origin, model=model)
 
     def _prepare_hub(self, origin: PolicyOrigin) -> HubTarget | None:
         if not self._config.push_to_hub:
