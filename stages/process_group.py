@@ -25,9 +25,11 @@ Result = TypeVar("Result")
 @contextmanager
 def process_group(ranks: Ranks) -> Iterator[torch.device]:
     """Join the ranks of this job; gives this rank's device."""
+    rendezvous = rendezvous_environment(ranks)
     if ranks.num_ranks == 1 and "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())  # alone: two runs on one machine must not meet
-    os.environ.update(rendezvous_environment(ranks))
+        rendezvous["MASTER_PORT"] = str(free_port())  # alone: two runs on one machine must not meet
+    before = dict(os.environ)
+    os.environ.update(rendezvous)
     _quiet_deepspeed()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", ranks.rank_of_node) if on_gpu else torch.device("cpu")
@@ -40,6 +42,9 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+        # Processes that this one starts later are no ranks of this job.
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def all_or_none(work: Callable[[], Result], *, on: bool = True) -> Result | None:
