@@ -260,9 +260,14 @@ class TrainingRun:
             return
         self._say(f"converting a checkpoint of {checkpoint.state.num_ranks} ranks for {self._ranks.num_ranks}")
         converted = self._checkpoints / "converted"
-        shutil.rmtree(converted, ignore_errors=True)
-        all_or_none(lambda: convert_checkpoint(checkpoint, converted), on=self._is_main)
+
+        def convert_afresh() -> None:
+            shutil.rmtree(converted, ignore_errors=True)
+            convert_checkpoint(checkpoint, converted)
+
+        all_or_none(convert_afresh, on=self._is_main)
         load_checkpoint(self._engine, checkpoint, converted=converted)
+        dist.barrier()  # all ranks have read it
         if self._is_main:
             shutil.rmtree(converted, ignore_errors=True)
 
