@@ -112,6 +112,10 @@ class TrainingLoop:
         grad_norm = self._engine.apply_update(self._recipe.learning_rate(step))
         return batch, grad_norm
 
+    def pairs_after(self, updates_done: int) -> int:
+        """Training pairs that went into the updates so far, pairs of later epochs counted again."""
+        return round(self._plan.batch(updates_done - 1).epochs_done * self._plan.num_pairs)
+
     def line(self, batch: GlobalBatch, grad_norm: float) -> dict[str, float]:
         """The metrics since the last line; all ranks call this."""
         return step_line(

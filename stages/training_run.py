@@ -396,7 +396,7 @@ class TrainingRun:
         report = TrainReport(
             output=str(self._config.output),
             steps=self._recipe.total_steps,
-            pairs=round(last_line.get("epoch", 0.0) * self._recipe.num_pairs),
+            pairs=self._loop.pairs_after(self._recipe.total_steps),
             seconds=time.monotonic() - self._started,
             reference_forwards=0,
             step0=asdict(step_zero) if step_zero else self._recorded_step_zero(),
