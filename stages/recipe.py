@@ -119,6 +119,12 @@ def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture,
     global_batch_size = config.resolved_global_batch_size(num_ranks)
     batches = global_batches(mixture, global_batch_size, config.seed)
     total_steps = batches.total_steps(num_epochs=config.num_train_epochs, max_steps=config.max_steps)
+    if config.stop_after_steps is not None and config.stop_after_steps >= total_steps:
+        raise DpoCacheError(
+            f"--stop-after-steps is {config.stop_after_steps}, and the run has {total_steps} updates",
+            expected="fewer than the run has",
+            next_step="leave --stop-after-steps out to train to the end",
+        )
     return Recipe(
         loss=config.resolved_loss(),
         dtype=dtype,

@@ -99,6 +99,6 @@ def _train_rank(config: TrainConfig, ranks: Ranks) -> TrainReport | DryRunReport
     with process_group(ranks) as device:
         run = TrainingRun(config, ranks, device)
         report = run.dry_run() if config.dry_run else run.run()
-    if run.hub_target is not None and isinstance(report, TrainReport):
+    if run.hub_target is not None and isinstance(report, TrainReport) and report.is_finished:
         report = _upload(run.hub_target, report)  # the ranks have parted: no one waits for it
     return report if ranks.rank == 0 and not is_child() else None

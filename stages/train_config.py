@@ -98,6 +98,9 @@ class TrainConfig:
     )
     num_train_epochs: float = setting(1.0, help="Passes over the mixture.", above=0)
     max_steps: int | None = setting(None, help="Updates; overrides the epochs and sets the schedule.", minimum=1)
+    stop_after_steps: int | None = setting(
+        None, help="End after N updates with a checkpoint to go on from; the schedule stays the whole run's.", minimum=1
+    )
     learning_rate: float = setting(5e-7, help="Peak learning rate.", minimum=0)
     lr_scheduler_type: str = setting(
         "linear", help="Shape of the learning rate after warm-up.", choices=("linear", "cosine", "constant")

@@ -15,11 +15,12 @@ FILE = "summary.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainReport:
-    """A finished run.
+    """A run that is finished, or that ended where ``--stop-after-steps`` said.
 
     Attributes:
         output: The run's folder.
         steps: Updates done.
+        total_steps: Updates of the whole run.
         pairs: Training pairs that went into them, by this process and those it resumed from.
         seconds: Wall time of this process.
         reference_forwards: Forward passes of the reference: none, the trainer has no code for it.
@@ -32,6 +33,7 @@ class TrainReport:
 
     output: str
     steps: int
+    total_steps: int
     pairs: int
     seconds: float
     reference_forwards: int
@@ -40,6 +42,11 @@ class TrainReport:
     eval_after: dict[str, float] | None
     last: dict[str, float]
     hub: HubUpload | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing of the run is left to do; then there is a model."""
+        return self.steps == self.total_steps
 
     def write(self) -> None:
         """Keep it in the run's folder."""
@@ -68,7 +75,10 @@ class TrainReport:
             before, after = (line["eval/rewards/accuracy"] for line in (self.eval_before, self.eval_after))
             margin = self.eval_after["eval/rewards/margin"]
             lines.append(f"held out: reward accuracy {before:.1%} before, {after:.1%} after, margin {margin:.3g}")
-        lines.append(f"model: {self.output}/model")
+        if self.is_finished:
+            lines.append(f"model: {self.output}/model")
+        else:
+            lines.append(f"stopped after {self.steps} of {self.total_steps} updates; --resume goes on from there")
         if self.hub:
             lines.append(self.hub.summary())
         return "\n".join(lines)

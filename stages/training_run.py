@@ -278,6 +278,7 @@ class TrainingRun:
         step_zero = self._prove_step_zero(origin) if checkpoint is None else None
         log = RunLog(
             self._config.output,
+        last_step = self._config.stop_after_steps or self._recipe.total_steps
             is_main=self._is_main,
             total_steps=self._recipe.total_steps,
             last_step=first_step,
@@ -288,26 +289,30 @@ class TrainingRun:
         eval_before = self._evaluate(log, 0) if checkpoint is None else None
         self._keep_best(origin, {}, eval_before)  # nothing is kept yet, but a loss without rewards is refused
         with stop_requests() as stop_requested:
-            line = self._update_until_done(origin, log, first_step, stop_requested)
-        eval_after = self._evaluate(log, self._recipe.total_steps)
-        self._keep_best(origin, line, eval_after)
+            line = self._update_until_done(origin, log, range(first_step, last_step), stop_requested)
+        updates_done = max(first_step, last_step)
+        eval_after = self._evaluate(log, updates_done)
+        is_finished = updates_done == self._recipe.total_steps
+        if is_finished or self._evaluates_after(updates_done):
+            self._keep_best(origin, line, eval_after)
         log.close()
-        self._export(origin, self._config.output / "model", card=self._card(origin, line, eval_after))
-        return self._report(step_zero, eval_before, eval_after, line)
+        if is_finished:
+            self._export(origin, self._config.output / "model", card=self._card(origin, line, eval_after))
+        return self._report(step_zero, eval_before, eval_after, line, updates_done=updates_done)
 
     def _update_until_done(
-        self, origin: PolicyOrigin, log: RunLog, first_step: int, stop_requested: Callable[[], bool]
+        self, origin: PolicyOrigin, log: RunLog, steps: range, stop_requested: Callable[[], bool]
     ) -> dict[str, float]:
-        """All updates from ``first_step`` on; the last logged line."""
+        """The updates ``steps``, counted from 0; the last logged line."""
         line: dict[str, float] = {}
-        for step in range(first_step, self._recipe.total_steps):
+        for step in steps:
             batch, grad_norm = self._loop.update(step)
             log.advance()
-            done, is_last = step + 1, step + 1 == self._recipe.total_steps
+            done, is_last = step + 1, step + 1 == steps.stop
             if is_last or done % self._config.logging_steps == 0:
                 line = self._loop.line(batch, grad_norm)
                 log.write(line)
-            if self._config.eval_steps and done % self._config.eval_steps == 0 and not is_last:
+            if self._evaluates_after(done) and not is_last:
                 self._keep_best(origin, line, self._evaluate(log, done))
             stop = any_rank(stop_requested(), self._device) and not is_last
             if stop or is_last or (self._config.checkpointing_steps and done % self._config.checkpointing_steps == 0):
@@ -321,6 +326,9 @@ class TrainingRun:
     def _card(self, origin: PolicyOrigin, line: dict[str, float], evaluation: dict[str, float] | None) -> str:
         return model_card(
             self._config,
+    def _evaluates_after(self, updates_done: int) -> bool:
+        return self._config.eval_steps is not None and updates_done % self._config.eval_steps == 0
+
             self._recipe,
             name=self._config.resolved_run_name,
             base=origin.model,
@@ -395,13 +403,16 @@ class TrainingRun:
     ) -> TrainReport:
         report = TrainReport(
             output=str(self._config.output),
-            steps=self._recipe.total_steps,
-            pairs=self._loop.pairs_after(self._recipe.total_steps),
+            steps=updates_done,
+            total_steps=self._recipe.total_steps,
+            pairs=self._loop.pairs_after(updates_done),
             seconds=time.monotonic() - self._started,
             reference_forwards=0,
             step0=asdict(step_zero) if step_zero else self._recorded_step_zero(),
             eval_before=eval_before,
             eval_after=eval_after,
+        *,
+        updates_done: int,
             last=last_line,
         )
         if self._is_main:

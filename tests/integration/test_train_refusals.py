@@ -163,6 +163,7 @@ def test_other_numerics_than_the_caches(cache: Path, tmp_path: Path, flag: str, 
         (["--loss", "ipo", "--label-smoothing", "0.1"], "--label-smoothing is not defined for --loss ipo"),
         (["--gamma-beta-ratio", "0.5"], "--gamma-beta-ratio means nothing to --loss dpo_norm"),
         (["--eval-mixture", "held-out"], "has no mixture 'held-out'"),
+        (["--stop-after-steps", "1"], "--stop-after-steps is 1, and the run has 1 updates"),
     ],
 )
 def test_options_that_would_be_ignored_or_mean_nothing(
