@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.pair_stream import PairStream
 from ..pipeline.scoring.flops import ModelCost
 from ..pipeline.scoring.scoring_batch import Layout
+from ..pipeline.training.eval_margins import EvalMargins
 from ..pipeline.training.global_batches import GlobalBatch, deal
 from ..pipeline.training.metrics import PairMetrics, step_line
 from ..pipeline.training.micro_batch import MicroBatch, collate
@@ -72,6 +74,28 @@ class MicroBatches:
         return int(self._lengths[rows].max())
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Evaluation:
+    """What the held-out pairs said.
+
+    Attributes:
+        line: The fields to log.
+        margins: Reward margin of each pair in the mixture's order; None for a loss without rewards.
+    """
+
+    line: dict[str, float]
+    margins: npt.NDArray[np.float64] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Dealt:
+    """One micro-batch of this rank, the rows of the mixture it holds, and whether it is the last of its batch."""
+
+    rows: npt.NDArray[np.int64]
+    micro_batch: MicroBatch
+    is_last: bool
+
+
 class TrainingLoop:
     """Updates and evaluations of one run.
 
@@ -95,8 +119,8 @@ class TrainingLoop:
     def prove_step_zero(self) -> StepZeroFigures:
         """Compare the policy with the cache on the first global batch, before anything is changed."""
         proof = StepZeroProof(self._recipe.loss, dtype=self._recipe.dtype, device=self._engine.device)
-        for micro_batch, _ in self._dealt(self._training, self._plan.batch(0).rows):
-            proof.add(self._engine.evaluate(micro_batch))
+        for dealt in self._dealt(self._training, self._plan.batch(0).rows):
+            proof.add(self._engine.evaluate(dealt.micro_batch))
         return proof.figures()
 
     def update(self, step: int) -> tuple[GlobalBatch, float]:
@@ -106,8 +130,8 @@ class TrainingLoop:
             The batch, and the norm of its gradient before clipping.
         """
         batch = self._plan.batch(step)
-        for micro_batch, is_last in self._dealt(self._training, batch.rows):
-            scored = self._engine.micro_step(micro_batch, num_pairs=len(batch.rows), is_last=is_last)
+        for dealt in self._dealt(self._training, batch.rows):
+            scored = self._engine.micro_step(dealt.micro_batch, num_pairs=len(batch.rows), is_last=dealt.is_last)
             self._metrics.add(scored)
         grad_norm = self._engine.apply_update(self._recipe.learning_rate(step))
         return batch, grad_norm
@@ -126,16 +150,22 @@ class TrainingLoop:
             grad_norm=grad_norm,
         )
 
-    def evaluate(self, updates_done: int) -> dict[str, float]:
+    def evaluate(self, updates_done: int) -> Evaluation:
         """Score all held-out pairs; all ranks call this."""
         assert self._evaluation is not None
         metrics = self._new_metrics(prefix="eval/")
         num_pairs = self._evaluation.mixture.num_pairs
+        margins = EvalMargins(num_pairs, device=self._engine.device)
         for start in range(0, num_pairs, self._recipe.global_batch_size):
             rows = np.arange(start, min(start + self._recipe.global_batch_size, num_pairs))
-            for micro_batch, _ in self._dealt(self._evaluation, rows):
-                metrics.add(self._engine.evaluate(micro_batch))
-        return {"training_step": updates_done, **metrics.reduce()}
+            for dealt in self._dealt(self._evaluation, rows):
+                scored = self._engine.evaluate(dealt.micro_batch)
+                metrics.add(scored)
+                margins.add(dealt.rows, scored)
+        return Evaluation(
+            line={"training_step": updates_done, **metrics.reduce()},
+            margins=margins.reduce() if self._recipe.loss.uses_reference else None,
+        )
 
     def time_heaviest_batches(self) -> float:
         """Forward and backward on the first epoch's batch of most tokens and on that of the longest pair.
@@ -156,19 +186,19 @@ class TrainingLoop:
         """The most memory any rank has held; all ranks call this."""
         return self._new_metrics().reduce()["perf/peak_memory_gib"]
 
-    def _dealt(self, source: MicroBatches, rows: npt.NDArray[np.int64]) -> Iterator[tuple[MicroBatch, bool]]:
-        """This rank's micro-batches of a global batch, and whether each is the last."""
+    def _dealt(self, source: MicroBatches, rows: npt.NDArray[np.int64]) -> Iterator[_Dealt]:
+        """This rank's micro-batches of a global batch."""
         shares = source.of(rows)
         micro_batches: Iterator[MicroBatch] = map(source.read, shares)
         if self._recipe.loss.sorts_global_batch:
             micro_batches = iter(self._engine.with_partners(micro_batches))
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            yield micro_batch, number == len(shares)
+        for number, (share, micro_batch) in enumerate(zip(shares, micro_batches, strict=True), start=1):
+            yield _Dealt(rows=share, micro_batch=micro_batch, is_last=number == len(shares))
 
     def _time_batch(self, batch: GlobalBatch) -> float:
         started = time.perf_counter()
-        for micro_batch, _ in self._dealt(self._training, batch.rows):
-            self._engine.micro_step(micro_batch, num_pairs=len(batch.rows), is_last=False)
+        for dealt in self._dealt(self._training, batch.rows):
+            self._engine.micro_step(dealt.micro_batch, num_pairs=len(batch.rows), is_last=False)
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started

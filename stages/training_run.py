@@ -19,6 +19,7 @@ from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.mixture_check import check_mixture
+from ..pipeline.cache.parquet_file import KEY_COLUMN
 from ..pipeline.scoring.layout_choice import choose_layout
 from ..pipeline.scoring.model_loading import load_config
 from ..pipeline.scoring.pair_scorer import PairScorer
@@ -35,6 +36,8 @@ from ..pipeline.training.checkpoints import (
     save_checkpoint,
 )
 from ..pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
+from ..pipeline.training.eval_margins import FILE as EVAL_MARGINS
+from ..pipeline.training.eval_margins import write_eval_margins
 from ..pipeline.training.model_export import export_adapter, export_model
 from ..pipeline.training.policy_engine import PolicyEngine
 from ..pipeline.training.run_log import RunLog, TrackingSettings
@@ -275,10 +278,10 @@ class TrainingRun:
 
     def _train(self, origin: PolicyOrigin, checkpoint: Checkpoint | None) -> TrainReport:
         first_step = checkpoint.state.step if checkpoint else 0
+        last_step = self._config.stop_after_steps or self._recipe.total_steps
         step_zero = self._prove_step_zero(origin) if checkpoint is None else None
         log = RunLog(
             self._config.output,
-        last_step = self._config.stop_after_steps or self._recipe.total_steps
             is_main=self._is_main,
             total_steps=self._recipe.total_steps,
             last_step=first_step,
@@ -323,12 +326,12 @@ class TrainingRun:
                 raise KeyboardInterrupt
         return line
 
-    def _card(self, origin: PolicyOrigin, line: dict[str, float], evaluation: dict[str, float] | None) -> str:
-        return model_card(
-            self._config,
     def _evaluates_after(self, updates_done: int) -> bool:
         return self._config.eval_steps is not None and updates_done % self._config.eval_steps == 0
 
+    def _card(self, origin: PolicyOrigin, line: dict[str, float], evaluation: dict[str, float] | None) -> str:
+        return model_card(
+            self._config,
             self._recipe,
             name=self._config.resolved_run_name,
             base=origin.model,
@@ -358,9 +361,16 @@ class TrainingRun:
     def _evaluate(self, log: RunLog, updates_done: int) -> dict[str, float] | None:
         if self._eval_mixture is None:
             return None
-        line = self._loop.evaluate(updates_done)
-        log.write(line)
-        return line
+        evaluation = self._loop.evaluate(updates_done)
+        log.write(evaluation.line)
+        if self._is_main and evaluation.margins is not None:
+            write_eval_margins(
+                self._config.output / EVAL_MARGINS,
+                training_step=updates_done,
+                keys=self._eval_mixture.table.column(KEY_COLUMN),
+                margins=evaluation.margins,
+            )
+        return evaluation.line
 
     def _keep_best(self, origin: PolicyOrigin, line: dict[str, float], evaluation: dict[str, float] | None) -> None:
         if evaluation is None or not self._best.is_beaten_by(evaluation):
@@ -400,6 +410,8 @@ class TrainingRun:
         eval_before: dict[str, float] | None,
         eval_after: dict[str, float] | None,
         last_line: dict[str, float],
+        *,
+        updates_done: int,
     ) -> TrainReport:
         report = TrainReport(
             output=str(self._config.output),
@@ -411,8 +423,6 @@ class TrainingRun:
             step0=asdict(step_zero) if step_zero else self._recorded_step_zero(),
             eval_before=eval_before,
             eval_after=eval_after,
-        *,
-        updates_done: int,
             last=last_line,
         )
         if self._is_main:

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import dpo_cache, dpo_train, kill_when, metrics, run, shard_rows
+from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.cache.example_key import key_at
 from dpo_cache.pipeline.cache.pair_order import epoch_order
 from safetensors.torch import load_file
 from tiny_model import message_pairs, plain_logps, write_rows, write_tiny_model
@@ -198,6 +200,12 @@ def test_a_run_evaluates_logs_and_saves_a_model_that_loads(reference: Path, tmp_
     assert [line["learning_rate"] for line in steps] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3, 2e-3 / 3, 1e-3 / 3])
     assert [line["epoch"] for line in steps] == pytest.approx([0.4, 0.8, 1.0, 1.4, 1.8, 2.0])
     assert report["eval_before"]["eval/rewards/accuracy"] == 0.5
+    margins = [json.loads(line) for line in (output / "eval_margins.jsonl").read_text(encoding="utf-8").splitlines()]
+    held_out = ReferenceCache.open(tmp_path / "cache").read_mixture("held-out").rows().example_keys
+    assert [line["key"] for line in margins] == [key_at(held_out, row).hex() for row in range(11)]
+    assert {line["training_step"] for line in margins} == {6}
+    mean = sum(line["rewards/margin"] for line in margins) / len(margins)
+    assert mean == pytest.approx(report["eval_after"]["eval/rewards/margin"], rel=1e-9)
     assert report["step0"]["max_per_token"] < 3e-2
 
     header = load_file(output / "model/model.safetensors")

@@ -1,0 +1,62 @@
+"""The reward margin of every held-out pair at an evaluation, for whoever wants to read the best and the worst.
+
+Shapes: P pairs of the evaluation mixture, B pairs of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from ..cache.example_key import Keys, key_at
+from .micro_batch import ScoredMicroBatch
+
+FILE = "eval_margins.jsonl"
+
+
+class EvalMargins:
+    """Collects margins by their pair's place in the mixture, so that one sum brings the ranks together.
+
+    Args:
+        num_pairs: P.
+        device: Where they are kept, so that adding never waits for the device.
+    """
+
+    def __init__(self, num_pairs: int, *, device: torch.device) -> None:
+        self._margins_P = torch.zeros(num_pairs, dtype=torch.float64, device=device)
+
+    def add(self, rows_B: npt.NDArray[np.int64], scored: ScoredMicroBatch) -> None:
+        """Take the margins of the pairs in these rows of the mixture; a loss without rewards has none."""
+        chosen_B, rejected_B = scored.outcomes.chosen_rewards_B, scored.outcomes.rejected_rewards_B
+        if chosen_B is not None and rejected_B is not None:
+            self._margins_P[torch.from_numpy(rows_B).to(self._margins_P.device)] = chosen_B - rejected_B
+
+    def reduce(self) -> npt.NDArray[np.float64]:
+        """All margins in the mixture's order, on all ranks alike; all ranks call this."""
+        dist.all_reduce(self._margins_P)
+        return self._margins_P.cpu().numpy()
+
+
+def write_eval_margins(path: Path, *, training_step: int, keys: Keys, margins: npt.NDArray[np.float64]) -> None:
+    """One line a pair, in the mixture's order; the file of the evaluation before is replaced as a whole.
+
+    Args:
+        path: The file.
+        training_step: Updates done before this evaluation.
+        keys: Shape (P,).
+        margins: Shape (P,); one that is not finite is written as null.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as lines:
+        for place, margin in enumerate(margins.tolist()):
+            shown = margin if math.isfinite(margin) else None
+            line = {"training_step": training_step, "key": key_at(keys, place).hex(), "rewards/margin": shown}
+            lines.write(json.dumps(line) + "\n")
+    os.replace(partial, path)
