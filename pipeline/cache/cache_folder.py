@@ -10,12 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ...errors import DpoCacheError
+from ..data.token_pair import TokenPair
 from .canonical_json import BrokenSealError, JsonObject, read_sealed_json, take, write_sealed_json
 from .durable_file import make_folder_durably, remove_durably, settle_folder, write_durably
+from .example_key import KEY_BYTES, example_key
 from .folder_lock import building_lock, creation_lock, maintenance_lock
 from .key_index import KeyIndex, build_key_index
 from .mixture import MIXTURE_NAME, Mixture, MixtureRows, check_name, read_mixture, write_mixture, write_pointer
+from .pair_lookup import PairLookup
+from .pair_order import epoch_order
+from .pair_stream import PairStream
 from .parquet_file import reading
 from .reference_identity import ReferenceIdentity, differences
 from .shard_file import FORMAT_VERSION, SHARD_NAME, ScoredPair, ShardReader, ShardRef, verify_shard, write_shard
@@ -23,6 +31,7 @@ from .shard_file import FORMAT_VERSION, SHARD_NAME, ScoredPair, ShardReader, Sha
 MAX_CACHE_JSON_BYTES = 4 << 20
 _SUBFOLDERS = ("shards", "mixtures", "tmp")
 _COPY_BYTES = 1 << 20
+_READ_PAIRS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +69,7 @@ class ReferenceCache:
         self.reference_id = identity.digest
         self.vocabulary_sha256 = vocabulary_sha256
         self.recorded = recorded
+        self._lookup: PairLookup | None = None
 
     @classmethod
     def create(
@@ -99,12 +109,13 @@ class ReferenceCache:
         return cache
 
     @classmethod
-    def open(cls, path: Path) -> ReferenceCache:
+    def open(cls, path: Path | str) -> ReferenceCache:
         """Open a cache; nothing is written.
 
         Raises:
             DpoCacheError: There is none, its ``cache.json`` is damaged, or its format version is unknown.
         """
+        path = Path(path)
         source = path / "cache.json"
         if not source.exists():
             raise DpoCacheError(
@@ -139,6 +150,87 @@ class ReferenceCache:
                 f"{self.path} holds the values of another reference ({fields})",
                 next_step="use another --cache folder for this reference, or the model it was built with",
             )
+
+    # ---- pairs -------------------------------------------------------------------------------------------------------
+
+    def pairs(self, mixture: str = "train", *, seed: int | None = None, epoch: int = 0) -> Iterator[ScoredPair]:
+        """The training pairs of a mixture, one after another; memory does not grow with the cache.
+
+        Every shard's digest and every row's key is checked before it is handed out. Ids are views that must not be
+        written to.
+
+        Args:
+            mixture: Its name.
+            seed: None for the mixture's own order, pairs of one prompt side by side; or the seed of a shuffle, the
+                one that ``dpo-train`` goes by.
+            epoch: From 0; with a seed, each epoch has an order of its own.
+
+        Raises:
+            DpoCacheError: There is no such mixture, or what it names is missing or damaged.
+        """
+        opened = self.read_mixture(mixture)
+        order = np.arange(opened.num_pairs)
+        if seed is not None:
+            order = epoch_order(
+                num_pairs=opened.num_pairs,
+                block_rows=opened.block_rows,
+                seed=seed,
+                epoch=epoch,
+                mixture_digest=opened.digest,
+            )
+        stream = PairStream(self, opened)
+        try:
+            for start in range(0, len(order), _READ_PAIRS):
+                yield from stream.read(order[start : start + _READ_PAIRS])
+        finally:
+            stream.close()
+
+    def find(self, key: bytes) -> ScoredPair | None:
+        """The pair of this key (32 bytes), of whatever mixture; None where the cache has none.
+
+        The first call reads the keys of all shards, 40 bytes a pair of memory; shards written later are not seen.
+
+        Raises:
+            DpoCacheError: ``key`` is no key, or a shard is damaged.
+        """
+        if len(key) != KEY_BYTES:
+            raise DpoCacheError(f"a key of {len(key)} bytes was asked for", expected=f"{KEY_BYTES} bytes")
+        if self._lookup is None:
+            self._lookup = PairLookup(self)
+        return self._lookup.find(key)
+
+    def find_tokens(
+        self,
+        prompt_ids: npt.ArrayLike,
+        chosen_ids: npt.ArrayLike,
+        rejected_ids: npt.ArrayLike,
+        scored_mask: npt.ArrayLike | None = None,
+    ) -> ScoredPair | None:
+        """The pair of exactly these tokens, as :meth:`find` does.
+
+        Args:
+            prompt_ids: Token ids that both answers begin with.
+            chosen_ids: Token ids of the preferred answer.
+            rejected_ids: Token ids of the other.
+            scored_mask: Which of all three, laid end to end, are scored; None for every answer token and no other.
+
+        Raises:
+            DpoCacheError: The mask has another length than the tokens, or a shard is damaged.
+        """
+        pair = TokenPair(
+            prompt_ids=np.asarray(prompt_ids, dtype=np.int32),
+            chosen_ids=np.asarray(chosen_ids, dtype=np.int32),
+            rejected_ids=np.asarray(rejected_ids, dtype=np.int32),
+            scored_mask=None if scored_mask is None else np.asarray(scored_mask, dtype=np.bool_),
+        )
+        if pair.scored_mask is not None and len(pair.scored_mask) != pair.shared_prefix_tokens:
+            raise DpoCacheError(
+                f"the mask has {len(pair.scored_mask)} entries for {pair.shared_prefix_tokens} tokens",
+                expected="one for each token of prompt, chosen and rejected",
+            )
+        return self.find(example_key(pair))
+
+    # ---- shards ------------------------------------------------------------------------------------------------------
 
     def shard_paths(self) -> list[Path]:
         """The shards by ascending digest, which is the order in which duplicate keys resolve."""
@@ -208,6 +300,8 @@ class ReferenceCache:
             usable=[shard for shard in found if isinstance(shard, ShardRef)],
             unusable=[shard for shard in found if isinstance(shard, UnusableShard)],
         )
+
+    # ---- mixtures and locks ------------------------------------------------------------------------------------------
 
     def mixture_names(self) -> list[str]:
         """Names of the mixtures that have a pointer, sorted; files of other names are none of ours."""

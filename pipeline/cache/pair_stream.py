@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import DpoCacheError
-from .cache_folder import ReferenceCache
 from .example_key import key_at
 from .mixture import Mixture, MixtureBlock
-from .shard_file import RowGroup, ScoredPair, ShardReader, check_key, verify_shard
+from .row_reader import CACHED_BYTES, RecentlyUsed, RowReader
+from .shard_file import ScoredPair
 
-CACHED_BYTES = 256 << 20
-"""Decoded row groups kept: a window of the epoch order of pairs of about 4,000 tokens."""
-MAX_OPEN_SHARDS = 64
-
-
-class _Sized(Protocol):
-    @property
-    def num_bytes(self) -> int: ...
-
-
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V", bound=_Sized)
-
-
-class _RecentlyUsed(Generic[K, V]):
-    """Values by key, dropping those unused for longest once together they exceed a number of bytes."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._values: OrderedDict[K, V] = OrderedDict()
-
-    def get(self, key: K) -> V | None:
-        if key in self._values:
-            self._values.move_to_end(key)
-        return self._values.get(key)
-
-    def put(self, key: K, value: V) -> None:
-        self._values[key] = value
-        self._bytes += value.num_bytes
-        while self._bytes > self._max_bytes and len(self._values) > 1:
-            _, dropped = self._values.popitem(last=False)
-            self._bytes -= dropped.num_bytes
+if TYPE_CHECKING:
+    from .cache_folder import ReferenceCache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,9 +32,8 @@ class _Place:
 class PairStream:
     """Reads rows of a mixture; for one thread.
 
-    Before the first row of a shard is handed out, the whole file's SHA-256 is held against its name; every
-    row's key is recomputed from its token ids. Rows asked for together should lie near each other in the
-    mixture, as :func:`~.pair_order.epoch_order` makes them: then each row group is decoded about once.
+    What is read is checked as :class:`~.row_reader.RowReader` does. Rows asked for together should lie near each
+    other in the mixture, as :func:`~.pair_order.epoch_order` makes them: then each row group is decoded about once.
 
     Args:
         cache: The cache.
@@ -79,10 +44,8 @@ class PairStream:
     def __init__(self, cache: ReferenceCache, mixture: Mixture, *, cached_bytes: int = CACHED_BYTES) -> None:
         self._cache = cache
         self._mixture = mixture
-        self._blocks: _RecentlyUsed[int, MixtureBlock] = _RecentlyUsed(max(1, cached_bytes // 8))
-        self._row_groups: _RecentlyUsed[tuple[int, int], RowGroup] = _RecentlyUsed(cached_bytes)
-        self._open_shards: OrderedDict[int, ShardReader] = OrderedDict()
-        self._verified: set[int] = set()
+        self._blocks: RecentlyUsed[int, MixtureBlock] = RecentlyUsed(max(1, cached_bytes // 8))
+        self._rows = RowReader(cache, mixture.shards, cached_bytes=cached_bytes)
 
     def __len__(self) -> int:
         return self._mixture.num_pairs
@@ -101,8 +64,7 @@ class PairStream:
 
     def close(self) -> None:
         """Close all files."""
-        while self._open_shards:
-            self._open_shards.popitem()[1].close()
+        self._rows.close()
 
     def _places(self, mixture_rows: npt.NDArray[np.int64]) -> list[_Place]:
         assert len(mixture_rows) == 0 or 0 <= mixture_rows.min() <= mixture_rows.max() < len(self)
@@ -122,16 +84,11 @@ class PairStream:
         return places
 
     def _pair(self, place: _Place) -> ScoredPair:
-        shard = self._shard(place.shard)
-        if not 0 <= place.row < shard.num_rows:
+        if not 0 <= place.shard < len(self._mixture.shards):
+            raise DpoCacheError(f"mixture {self._mixture.name} names a shard that it does not list")
+        if not 0 <= place.row < self._rows.num_rows(place.shard):
             raise self._wrong_place(place)
-        group = int(shard.row_group_of(np.array([place.row]))[0])
-        rows = self._row_groups.get((place.shard, group))
-        if rows is None:
-            rows = shard.read_row_group(group)
-            self._row_groups.put((place.shard, group), rows)
-        pair = rows.scored_pair(place.row - rows.first_row)
-        check_key(pair, shard.path)
+        pair = self._rows.pair(place.shard, place.row)
         if pair.key != place.key or pair.pair.shared_prefix_tokens != place.length:
             raise self._wrong_place(place)
         return pair
@@ -142,25 +99,6 @@ class PairStream:
             block = self._mixture.table.block(number)
             self._blocks.put(number, block)
         return block
-
-    def _shard(self, number: int) -> ShardReader:
-        shard = self._open_shards.get(number)
-        if shard is None:
-            shard = self._cache.open_shard(self._verified_path(number))
-            self._open_shards[number] = shard
-            if len(self._open_shards) > MAX_OPEN_SHARDS:
-                self._open_shards.popitem(last=False)[1].close()
-        self._open_shards.move_to_end(number)
-        return shard
-
-    def _verified_path(self, number: int) -> Path:
-        if not 0 <= number < len(self._mixture.shards):
-            raise DpoCacheError(f"mixture {self._mixture.name} names a shard that it does not list")
-        path = self._cache.path / "shards" / self._mixture.shards[number].file_name
-        if number not in self._verified:
-            verify_shard(path)
-            self._verified.add(number)
-        return path
 
     def _wrong_place(self, place: _Place) -> DpoCacheError:
         return DpoCacheError(

@@ -12,7 +12,7 @@ import pytest
 from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import mixture as mixture_module
-from dpo_cache.pipeline.cache import pair_stream, shard_file
+from dpo_cache.pipeline.cache import row_reader, shard_file
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.example_key import example_key, key_at
 from dpo_cache.pipeline.cache.mixture import Mixture, MixtureRows
@@ -135,8 +135,8 @@ def test_each_shard_is_hashed_once_and_before_its_first_row(
         hashed.append(path.name)
         verify(path)
 
-    monkeypatch.setattr(pair_stream, "verify_shard", recording)
-    monkeypatch.setattr(pair_stream, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(row_reader, "verify_shard", recording)
+    monkeypatch.setattr(row_reader, "MAX_OPEN_SHARDS", 1)
     stream = PairStream(cache, mixture)
     for row in range(60):
         stream.read(np.array([row]))

@@ -1,0 +1,112 @@
+"""Rows of shards by number, with memory that does not grow with the cache."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from .shard_file import RowGroup, ScoredPair, ShardReader, ShardRef, check_key, verify_shard
+
+if TYPE_CHECKING:
+    from .cache_folder import ReferenceCache
+
+CACHED_BYTES = 256 << 20
+"""Decoded row groups kept: a window of the epoch order of pairs of about 4,000 tokens."""
+MAX_OPEN_SHARDS = 64
+
+
+class _Sized(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
+
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V", bound=_Sized)
+
+
+class RecentlyUsed(Generic[K, V]):
+    """Values by key, dropping those unused for longest once together they exceed a number of bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._values: OrderedDict[K, V] = OrderedDict()
+
+    def get(self, key: K) -> V | None:
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
+
+    def put(self, key: K, value: V) -> None:
+        self._values[key] = value
+        self._bytes += value.num_bytes
+        while self._bytes > self._max_bytes and len(self._values) > 1:
+            _, dropped = self._values.popitem(last=False)
+            self._bytes -= dropped.num_bytes
+
+
+class RowReader:
+    """Reads rows of some shards of a cache; for one thread.
+
+    Before the first row of a shard is handed out, the whole file's SHA-256 is held against its name; every row's key
+    is recomputed from its token ids.
+
+    Args:
+        cache: The cache.
+        shards: Its shards, in the order in which they are counted.
+        cached_bytes: Bound on decoded rows kept for later reads.
+    """
+
+    def __init__(self, cache: ReferenceCache, shards: Sequence[ShardRef], *, cached_bytes: int = CACHED_BYTES) -> None:
+        self._cache = cache
+        self._shards = shards
+        self._row_groups: RecentlyUsed[tuple[int, int], RowGroup] = RecentlyUsed(cached_bytes)
+        self._open_shards: OrderedDict[int, ShardReader] = OrderedDict()
+        self._verified: set[int] = set()
+
+    def num_rows(self, shard: int) -> int:
+        """Rows of a shard."""
+        return self._shard(shard).num_rows
+
+    def pair(self, shard: int, row: int) -> ScoredPair:
+        """A row of a shard. Its ids are views that must not be written to.
+
+        Raises:
+            DpoCacheError: The shard is missing or damaged, or the row's key is not that of its ids.
+        """
+        reader = self._shard(shard)
+        group = int(reader.row_group_of(np.array([row]))[0])
+        rows = self._row_groups.get((shard, group))
+        if rows is None:
+            rows = reader.read_row_group(group)
+            self._row_groups.put((shard, group), rows)
+        pair = rows.scored_pair(row - rows.first_row)
+        check_key(pair, reader.path)
+        return pair
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open_shards:
+            self._open_shards.popitem()[1].close()
+
+    def _shard(self, number: int) -> ShardReader:
+        shard = self._open_shards.get(number)
+        if shard is None:
+            shard = self._cache.open_shard(self._verified_path(number))
+            self._open_shards[number] = shard
+            if len(self._open_shards) > MAX_OPEN_SHARDS:
+                self._open_shards.popitem(last=False)[1].close()
+        self._open_shards.move_to_end(number)
+        return shard
+
+    def _verified_path(self, number: int) -> Path:
+        assert 0 <= number < len(self._shards)
+        path = self._cache.path / "shards" / self._shards[number].file_name
+        if number not in self._verified:
+            verify_shard(path)
+            self._verified.add(number)
+        return path
