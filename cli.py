@@ -195,6 +195,24 @@ def merge_command(sources: tuple[Path, ...], cache: Path, as_json: bool) -> None
         _print(merge(sources, cache), as_json)
 
 
+@dpo_cache.command("export", context_settings=CONTEXT)
+@cache_argument
+@click.argument("output", type=click.Path(path_type=Path), metavar="OUT")
+@click.option("--mixture", default="train", show_default=True, help="Which mixture.")
+@json_option
+def export_command(cache: Path, output: Path, mixture: str, as_json: bool) -> None:
+    """Write a mixture as a Parquet file with the columns that TRL's DPOTrainer trains on.
+
+    \b
+    Example:
+      dpo-cache export tulu3-cache tulu3.parquet
+    """
+    with faults_explained():
+        from .stages.export import export
+
+        _print(export(cache, output, mixture_name=mixture), as_json)
+
+
 @dpo_cache.command("gc", context_settings=CONTEXT)
 @cache_argument
 @click.option("--yes", is_flag=True, help="Remove without asking.")
