@@ -66,6 +66,7 @@ VALUE_COLUMNS = (
     "ref_chosen_common_logps",
     "ref_rejected_common_logps",
 )
+COMMON_COLUMNS = VALUE_COLUMNS[2:]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -77,7 +78,8 @@ class ScoredPair:
         pair: The token ids and scored mask.
         ref_chosen_logps: Sum of the reference's log-probabilities (nats) over the chosen side's scored tokens.
         ref_rejected_logps: The same for the rejected side.
-        ref_chosen_common_logps: Sum over the first ``min(chosen_tokens, rejected_tokens)`` scored tokens only.
+        ref_chosen_common_logps: Sum over the first ``min(chosen_tokens, rejected_tokens)`` scored tokens only; NaN
+            where it is not known, in imported rows.
         ref_rejected_common_logps: The same for the rejected side.
         chosen_tokens: How many tokens of the chosen side are scored.
         rejected_tokens: How many of the rejected side.
@@ -383,14 +385,17 @@ def unusable_values(values: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArra
     """Which rows hold a value no reference can have given.
 
     A sum of log-probabilities is finite and below zero; exactly zero is what a missing value looks like. The
-    sums over the common part may be zero: they can stand for a single token the reference was sure of.
+    sums over the common part may be zero: they can stand for a single token the reference was sure of. And they may
+    be NaN, which means that nobody knows them: imported rows come with whole sums alone. Scoring cannot make one
+    NaN without the whole sum, which is over the same tokens and more.
     """
     unusable = np.zeros(len(values[VALUE_COLUMNS[0]]), dtype=np.bool_)
     for name in VALUE_COLUMNS:
         value = values[name]
-        unusable |= ~np.isfinite(value) | (value > 0)
-        if not name.endswith("common_logps"):
-            unusable |= value == 0
+        if name in COMMON_COLUMNS:
+            unusable |= ~np.isnan(value) & ~(np.isfinite(value) & (value <= 0))
+        else:
+            unusable |= ~(np.isfinite(value) & (value < 0))
     return unusable
 
 
