@@ -31,6 +31,8 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
     before = dict(os.environ)
     os.environ.update(rendezvous)
     _quiet_deepspeed()
+    # Its operator over shared memory serves inference alone, and would need a C++ compiler at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", ranks.rank_of_node) if on_gpu else torch.device("cpu")
     if on_gpu:
