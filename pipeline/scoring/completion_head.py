@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from ...errors import DpoCacheError
+from .onednn_linear import linear
 
 CPU_CHUNK_BYTES = 8 * 2**20
 GPU_CHUNK_BYTES = 512 * 2**20
@@ -140,7 +140,7 @@ class _ChunkedLogps(torch.autograd.Function):
         logps_N = hidden_NH.new_empty(len(targets_N), dtype=wide)
         lse_N = torch.empty_like(logps_N)
         for chunk in _chunks(len(targets_N), chunk_tokens):
-            logits_CV = transform.apply_(F.linear(hidden_NH[chunk], weight_VH, bias_V).to(wide))
+            logits_CV = transform.apply_(linear(hidden_NH[chunk], weight_VH, bias_V).to(wide))
             picked_C = logits_CV.gather(1, targets_N[chunk, None])[:, 0]
             # log-sum-exp in place: a second chunk of logits would be the largest tensor here.
             largest_C = logits_CV.amax(dim=1)
@@ -161,15 +161,15 @@ class _ChunkedLogps(torch.autograd.Function):
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if wants_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if wants_bias else None
         for chunk in _chunks(len(targets_N), ctx.chunk_tokens):
-            logits_CV = ctx.transform.apply_(F.linear(hidden_NH[chunk], weight_VH, bias_V).to(wide))
+            logits_CV = ctx.transform.apply_(linear(hidden_NH[chunk], weight_VH, bias_V).to(wide))
             # d logp / d logits = onehot(target) - softmax(logits)
             grad_CV = torch.exp(logits_CV - lse_N[chunk, None]).mul_(-grad_N[chunk, None])
             grad_CV.scatter_add_(1, targets_N[chunk, None], grad_N[chunk, None])
             grad_CV = ctx.transform.backward_(grad_CV, logits_CV).to(narrow)
             if grad_hidden_NH is not None:
-                torch.mm(grad_CV, weight_VH, out=grad_hidden_NH[chunk])
+                grad_hidden_NH[chunk] = linear(grad_CV, weight_VH.T)
             if grad_weight_VH is not None:
-                grad_weight_VH += grad_CV.T @ hidden_NH[chunk]
+                grad_weight_VH += linear(grad_CV.T, hidden_NH[chunk].T)
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(dim=0, dtype=wide)
         return (

@@ -17,6 +17,7 @@ from ...errors import DpoCacheError
 from .attention_masks import LayerWindows, attention_mask
 from .completion_head import CompletionHead, install_completion_head
 from .model_loading import find_backbone, find_causal_lm, find_head
+from .onednn_linear import install_onednn_linear
 from .rope_limit import rope_limit
 from .scoring_batch import Layout, PairLogps, ScoringBatch, reduce_token_logps
 from .tree_attention import install_tree_attention
@@ -44,6 +45,7 @@ class PairScorer(nn.Module):
         causal_lm = find_causal_lm(model)
         self.config: Any = causal_lm.config
         install_completion_head(find_head(causal_lm), self.config, chunk_tokens=head_chunk_tokens)
+        install_onednn_linear(causal_lm)
         install_tree_attention()
         self.load_balancing = load_balancing
         self.windows = LayerWindows.of_config(self.config)
