@@ -51,10 +51,10 @@ def compact(path: Path) -> CompactReport:
     ones, then the mixtures over to them, then the old shards go.
 
     Args:
-        path: The cache. No training may be reading from it.
+        path: The cache.
 
     Raises:
-        DpoCacheError: There is no cache, a build is running, or something in the cache is damaged.
+        DpoCacheError: There is no cache, a build or a training is running, or something in the cache is damaged.
     """
     cache = ReferenceCache.open(path)
     with cache.maintaining("compacting"):

@@ -94,8 +94,8 @@ def collect_garbage(path: Path, *, min_age_days: float, agree: Callable[[Garbage
         agree: Shown what would go; not asked where there is nothing.
 
     Raises:
-        DpoCacheError: There is no cache, a build is running, or a pointer is damaged, so that nobody knows what it
-            names.
+        DpoCacheError: There is no cache, a build or a training is running, or a pointer is damaged, so that nobody
+            knows what it names.
     """
     cache = ReferenceCache.open(path)
     with cache.maintaining("a garbage collection"):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
-from ..pipeline.cache.mixture_check import check_mixture
+from ..pipeline.cache.mixture_check import check_common_values, check_mixture
 from ..pipeline.cache.parquet_file import KEY_COLUMN
 from ..pipeline.scoring.layout_choice import choose_layout
 from ..pipeline.scoring.model_loading import load_config
@@ -118,7 +118,7 @@ class TrainingRun:
 
     def _prepare(self, held: ExitStack) -> None:
         all_or_none(lambda: self._claim_output(held), on=self._is_main)
-        self._open_cache()
+        self._open_cache(held)
         self._recipe = resolve_recipe(self._config, self._cache, self._mixture, num_ranks=self._ranks.num_ranks)
         for warning in warnings_of(self._recipe):
             self._say(f"warning: {warning}")
@@ -130,8 +130,8 @@ class TrainingRun:
             refuse_overwriting(self._config.output)
         held.enter_context(output_lock(self._config.output))
 
-    def _open_cache(self) -> None:
-        """Open cache and mixtures; one rank a node looks at every row of them first."""
+    def _open_cache(self, held: ExitStack) -> None:
+        """Open cache and mixtures; one rank a node keeps others from deleting and looks at every row first."""
         names = [self._config.mixture, *([self._config.eval_mixture] if self._config.eval_mixture else [])]
 
         def open_mixtures() -> tuple[ReferenceCache, list[Mixture]]:
@@ -139,9 +139,12 @@ class TrainingRun:
             return cache, [cache.read_mixture(name) for name in names]
 
         def check_mixtures() -> None:
+            held.enter_context(ReferenceCache.open(self._config.cache).training())
             cache, mixtures = open_mixtures()
             for mixture in mixtures:
                 check_mixture(cache, mixture)
+                if self._config.resolved_loss().ld_alpha != 1:
+                    check_common_values(cache, mixture)
 
         all_or_none(check_mixtures, on=self._ranks.rank_of_node == 0)
         self._cache, mixtures = open_mixtures()

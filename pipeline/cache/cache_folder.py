@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..data.token_pair import TokenPair
 from .canonical_json import BrokenSealError, JsonObject, read_sealed_json, take, write_sealed_json
 from .durable_file import make_folder_durably, remove_durably, settle_folder, write_durably
 from .example_key import KEY_BYTES, example_key
-from .folder_lock import building_lock, creation_lock, maintenance_lock
+from .folder_lock import building_lock, creation_lock, maintenance_lock, training_lock
 from .key_index import KeyIndex, build_key_index
 from .mixture import MIXTURE_NAME, Mixture, MixtureRows, check_name, read_mixture, write_mixture, write_pointer
 from .pair_lookup import PairLookup
@@ -377,6 +377,12 @@ class ReferenceCache:
         """The lock of a builder; see :func:`~.folder_lock.building_lock`."""
         check_name(mixture_name)
         return building_lock(self.path / "tmp", mixture_name)
+
+    def training(self) -> AbstractContextManager[None]:
+        """The lock of a training, where one can be had; see :func:`~.folder_lock.training_lock`."""
+        with suppress(DpoCacheError):  # a copy of a cache may lack a folder that was empty, and be read-only
+            make_folder_durably(self.path / "tmp")
+        return training_lock(self.path / "tmp")
 
     def maintaining(self, work: str) -> AbstractContextManager[None]:
         """The lock of what deletes; see :func:`~.folder_lock.maintenance_lock`."""

@@ -1,7 +1,8 @@
 """Advisory locks on a cache folder, held by open files: whoever dies lets go.
 
-Builders share ``tmp/cache.lock`` and hold ``tmp/mixture-<name>.lock`` alone; what deletes (gc, repair) holds
-``tmp/cache.lock`` alone. Lock files are never deleted, or two processes could hold two files of one name.
+Builders share ``tmp/cache.lock`` and hold ``tmp/mixture-<name>.lock`` alone; trainings share ``tmp/cache.lock`` and
+``tmp/training.lock``; what deletes (gc, repair, compact) holds ``tmp/cache.lock`` alone. Lock files are never deleted,
+or two processes could hold two files of one name.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from ...errors import DpoCacheError
 
 CACHE_LOCK = "cache.lock"
 CREATION_LOCK = "create.lock"
+TRAINING_LOCK = "training.lock"
 _MAX_HOLDER_BYTES = 1024
+_IN_USE = (errno.EWOULDBLOCK, errno.EACCES)
 
 
 @contextmanager
@@ -52,6 +55,33 @@ def maintenance_lock(temporary_folder: Path, work: str) -> Iterator[None]:
 
 
 @contextmanager
+def training_lock(temporary_folder: Path) -> Iterator[None]:
+    """Held while a training reads: others may train and build, nobody may delete.
+
+    Reading needs no lock. Where none can be had (a read-only folder without lock files, a file system that knows no
+    locks), none is held.
+
+    Raises:
+        DpoCacheError: Something deletes in this cache; the message names it.
+    """
+    with ExitStack() as held:
+        for name in (CACHE_LOCK, TRAINING_LOCK):
+            file = _open_for_reading(temporary_folder / name)
+            if file is None:
+                continue
+            held.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                if name == CACHE_LOCK and error.errno in _IN_USE:
+                    raise _refused(temporary_folder / name, error, "a training") from error
+            else:
+                if name == TRAINING_LOCK:
+                    _describe(file, "a training")
+        yield
+
+
+@contextmanager
 def creation_lock(temporary_folder: Path) -> Iterator[None]:
     """Held for the moment in which ``cache.json`` is written; others wait."""
     with _locked(temporary_folder / CREATION_LOCK, fcntl.LOCK_EX, work="creating the cache"):
@@ -70,16 +100,29 @@ def _locked(path: Path, mode: int, *, work: str) -> Iterator[None]:
         except OSError as error:
             raise _refused(path, error, work) from error
         if mode & fcntl.LOCK_EX:
-            with suppress(OSError):  # a full disk: who holds it is a courtesy, the lock holds without
-                os.ftruncate(file, 0)
-                os.pwrite(file, _description(work).encode(), 0)
+            _describe(file, work)
         yield
     finally:
         os.close(file)
 
 
+def _open_for_reading(path: Path) -> int | None:
+    """A lock file, made where it can be; a shared lock needs no right to write."""
+    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
+        with suppress(OSError):
+            return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    return None
+
+
+def _describe(file: int, work: str) -> None:
+    """Say in a lock file who holds it."""
+    with suppress(OSError):  # a full disk: who holds it is a courtesy, the lock holds without
+        os.ftruncate(file, 0)
+        os.pwrite(file, _description(work).encode(), 0)
+
+
 def _refused(path: Path, error: OSError, work: str) -> DpoCacheError:
-    if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+    if error.errno not in _IN_USE:
         return DpoCacheError(
             f"cannot lock {path}: {error.strerror}",
             next_step="put the cache on a file system with file locks",
@@ -91,21 +134,24 @@ def _refused(path: Path, error: OSError, work: str) -> DpoCacheError:
 
 
 def _holders(path: Path) -> list[str]:
-    """Who holds a lock: the file says it; of a shared one, the mixtures' own locks do."""
+    """Who holds a lock: the file says it; of a shared one, the locks of mixtures and trainings do."""
     candidates = [path]
     if path.name == CACHE_LOCK:
         candidates += sorted(path.parent.glob("mixture-*.lock"))
-    holders = [_read_holder(candidate) for candidate in candidates if _is_held_alone(candidate)]
+    holders = [_read_holder(candidate) for candidate in candidates if _is_refused(candidate, fcntl.LOCK_SH)]
+    training = path.parent / TRAINING_LOCK
+    if path.name == CACHE_LOCK and _is_refused(training, fcntl.LOCK_EX):
+        holders.append(_read_holder(training))  # the one that began last
     return holders or ["another process"]
 
 
-def _is_held_alone(path: Path) -> bool:
+def _is_refused(path: Path, mode: int) -> bool:
     try:
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
     except OSError:
         return True
     finally:

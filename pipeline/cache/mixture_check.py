@@ -15,7 +15,7 @@ from ...errors import DpoCacheError
 from .cache_folder import ReferenceCache
 from .mixture import Mixture, name_keys, training_set_digest
 from .parquet_file import KEY_COLUMN
-from .shard_file import VALUE_COLUMNS, ShardReader, ShardRef, unusable_values, verify_shard
+from .shard_file import COMMON_COLUMNS, VALUE_COLUMNS, ShardReader, ShardRef, unusable_values, verify_shard
 
 HASH_AT_ONCE_BYTES = 1 << 30
 """Up to here (a second or two) all shards are hashed at once; beyond, each before its first row is used."""
@@ -54,6 +54,27 @@ def check_mixture(cache: ReferenceCache, mixture: Mixture) -> None:
             f"{int(unusable.sum())} pairs of mixture {mixture.name} have reference values that are missing, not "
             f"finite or not below zero: {name_keys(keys[unusable])}",
             next_step=f"score them again with: dpo-cache verify --repair {cache.path}, then dpo-cache build",
+        )
+
+
+def check_common_values(cache: ReferenceCache, mixture: Mixture) -> None:
+    """Check that the sums over the common part are known for all pairs of a mixture that :func:`check_mixture` passed.
+
+    Raises:
+        DpoCacheError: With the number of pairs whose sums are not.
+    """
+    shard_numbers, rows = mixture.table.column("shard"), mixture.table.column("row")
+    unknown = 0
+    for _, path, places in _by_shard(cache, mixture, shard_numbers, np.argsort(shard_numbers, kind="stable")):
+        with cache.open_shard(path) as reader:
+            values = np.stack([reader.numbers(name)[rows[places]] for name in COMMON_COLUMNS])
+            unknown += int(np.isnan(values).any(axis=0).sum())
+    if unknown:
+        raise DpoCacheError(
+            f"--ld-alpha needs the reference's sums up to the length of each pair's shorter answer, and "
+            f"{unknown} pairs of mixture {mixture.name} were imported without them",
+            expected="pairs that dpo-cache build scored",
+            next_step="score them into a cache of their own (dpo-cache build --cache OTHER …), or leave --ld-alpha out",
         )
 
 
