@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import click
 
 from . import __version__
+from .cli_completion import SHELLS, complete_mixture, completion_script
 from .cli_options import config_options
 from .errors import DpoCacheError
 from .stages.build_config import BuildConfig
@@ -102,7 +103,7 @@ def info_command(cache: Path, as_json: bool) -> None:
 @dpo_cache.command("show", context_settings=CONTEXT)
 @cache_argument
 @click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="How many pairs.")
-@click.option("--mixture", help="Of which mixture [default: train].")
+@click.option("--mixture", help="Of which mixture [default: train].", shell_complete=complete_mixture)
 @click.option("--key", metavar="HEX", help="The pair of this key, or of the only key that begins so.")
 @json_option
 def show_command(cache: Path, count: int, mixture: str | None, key: str | None, as_json: bool) -> None:
@@ -241,7 +242,7 @@ def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> No
 @cache_argument
 @json_option
 def compact_command(cache: Path, as_json: bool) -> None:
-    """Drop rows that stand in several shards, while nothing trains from the cache.
+    """Drop rows that stand in several shards; refused while something builds or trains.
 
     \b
     Example:
@@ -251,6 +252,41 @@ def compact_command(cache: Path, as_json: bool) -> None:
         from .stages.compact import compact
 
         _print(compact(cache), as_json)
+
+
+@dpo_cache.command("doctor", context_settings=CONTEXT)
+@json_option
+def doctor_command(as_json: bool) -> None:
+    """Look over this machine: versions, GPUs, kernels, disks, logins, and what to do about each problem.
+
+    Exit code 1 only where something keeps `dpo-cache build` or `dpo-train` from running.
+
+    \b
+    Example:
+      dpo-cache doctor
+    """
+    with faults_explained():
+        with stdout_for_reports():
+            from .stages.doctor import examine
+
+            report = examine(Path.cwd())
+        _print(report, as_json)
+    if not report.can_run:
+        sys.exit(1)
+
+
+@dpo_cache.command("completion", context_settings=CONTEXT)
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion_command(shell: str) -> None:
+    """Print what makes a shell complete the commands of this package, their options and their values.
+
+    \b
+    Example, once in ~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish:
+      eval "$(dpo-cache completion bash)"
+      eval "$(dpo-cache completion zsh)"
+      dpo-cache completion fish | source
+    """
+    click.echo(completion_script(shell))
 
 
 @click.command(context_settings=CONTEXT)

@@ -9,7 +9,10 @@ from typing import Any, TypeVar
 
 import click
 
+from .cli_completion import complete_mixture
 from .stages.setting import Setting, settings_of
+
+MIXTURES = ("mixture", "eval_mixture")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -53,6 +56,7 @@ def _option_of(declared: Setting) -> Callable[[Command], Command]:
         show_default=not required and declared.default not in (None, ()),
         help=description.help,
         metavar=description.metavar,
+        shell_complete=complete_mixture if declared.name in MIXTURES else None,
         **attributes,
     )
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Make .venv and install the project into it, with the versions of constraints.txt. Quick when nothing changed.
 #   bash scripts/setup.sh        what running needs
-#   bash scripts/setup.sh dev    and what the checks need
+#   bash scripts/setup.sh docs   and what the documentation's site needs
+#   bash scripts/setup.sh dev    and what the checks need, the site among them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 extras=lora
-[ "${1:-}" = dev ] && extras=lora,dev
+[ "${1:-}" = docs ] && extras=lora,docs
+[ "${1:-}" = dev ] && extras=lora,docs,dev
 
 find_python() {
     for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3; do

@@ -19,6 +19,7 @@ from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import PairScorer
 from .build_plan import ScoringPlan
 from .job_store import StoreAddress
+from .process_group import prepare_deepspeed
 from .ranks import ranks_from_environment
 
 Batch = TypeVar("Batch")
@@ -43,6 +44,7 @@ class PartitionedScoring:
             rank=ranks.rank,
             world_size=ranks.num_ranks,
         )
+        prepare_deepspeed()
         deepspeed.init_distributed()
         config = _zero3_config(plan.dtype)
         partitioning = HfDeepSpeedConfig(config)  # while it lives, weights are partitioned as they are read

@@ -30,9 +30,7 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
         rendezvous["MASTER_PORT"] = str(free_port())  # alone: two runs on one machine must not meet
     before = dict(os.environ)
     os.environ.update(rendezvous)
-    _quiet_deepspeed()
-    # Its operator over shared memory serves inference alone, and would need a C++ compiler at the first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    prepare_deepspeed()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", ranks.rank_of_node) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -97,7 +95,12 @@ def any_rank(value: bool, device: torch.device) -> bool:
     return bool(flag.item())
 
 
-def _quiet_deepspeed() -> None:
-    """Its notes at level INFO, and torch's about calls that DeepSpeed makes, are not for people who train."""
+def prepare_deepspeed() -> None:
+    """Quiet it, and keep it from compiling what nobody here calls.
+
+    Its notes at level INFO, and torch's about calls that DeepSpeed makes, are not for people who train. Its operator
+    over shared memory serves inference alone, and would need a C++ compiler at the first start on a CPU.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*torch\.distributed.* is deprecated", category=FutureWarning)
