@@ -25,7 +25,7 @@ class Progress:
         self._bar = tqdm(
             total=total,
             unit=unit,
-            unit_scale=unit == "tok",
+            unit_scale=unit in ("tok", "B"),
             desc=title,
             file=sys.stderr,
             disable=not shown,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import numpy.typing as npt
 from ...errors import DpoCacheError
 from ..data.token_pair import TokenPair
 from .canonical_json import BrokenSealError, JsonObject, read_sealed_json, take, write_sealed_json
-from .durable_file import make_folder_durably, remove_durably, settle_folder, write_durably
+from .durable_file import adopt_durably, make_folder_durably, remove_durably, settle_folder, write_durably
 from .example_key import KEY_BYTES, example_key
-from .folder_lock import building_lock, creation_lock, maintenance_lock, training_lock
+from .folder_lock import building_lock, creation_lock, fetching_lock, maintenance_lock, training_lock
 from .key_index import KeyIndex, build_key_index
 from .mixture import MIXTURE_NAME, Mixture, MixtureRows, check_name, read_mixture, write_mixture, write_pointer
 from .pair_lookup import PairLookup
@@ -259,6 +260,17 @@ class ReferenceCache:
             write_durably(destination, _verified_chunks(source), temporary_folder=self.path / "tmp")
         return shard
 
+    def adopt_shard(self, fetched: Path) -> ShardRef:
+        """Take over a shard that was fetched into ``tmp/``: it becomes visible once it is verified and durable.
+
+        Raises:
+            DpoCacheError: It is damaged, of another reference or format, or its name is no digest.
+        """
+        verify_shard(fetched)
+        shard = self._shard_ref(fetched)
+        adopt_durably(fetched, self.path / "shards" / fetched.name)
+        return shard
+
     def key_index(self, *, without: Collection[Path] = ()) -> KeyIndex:
         """Where each key stands. Of the shards only footers and keys are read.
 
@@ -383,6 +395,22 @@ class ReferenceCache:
         with suppress(DpoCacheError):  # a copy of a cache may lack a folder that was empty, and be read-only
             make_folder_durably(self.path / "tmp")
         return training_lock(self.path / "tmp")
+
+    @contextmanager
+    def fetching(self) -> Iterator[Path]:
+        """An empty folder in ``tmp/`` for what is fetched from elsewhere, by one process at a time; others wait.
+
+        What a killed process left there is cleared first, so that it never adds up.
+        """
+        with fetching_lock(self.path / "tmp"):
+            folder = self.path / "tmp" / "fetch"
+            shutil.rmtree(folder, ignore_errors=True)
+            for subfolder in (folder, folder / "shards", folder / "mixtures"):
+                make_folder_durably(subfolder)
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def maintaining(self, work: str) -> AbstractContextManager[None]:
         """The lock of what deletes; see :func:`~.folder_lock.maintenance_lock`."""

@@ -27,6 +27,10 @@ class FileOperations:
         """Open a new file for writing; an existing one is an error, a link is not followed."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
+    def open_existing(self, path: Path) -> int:
+        """Open a file to sync it; a link is not followed."""
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+
     def write(self, file: int, data: Bytes) -> None:
         rest = memoryview(data).cast("B")
         while len(rest):
@@ -81,6 +85,24 @@ def write_durably(path: Path, content: Bytes | Iterable[Bytes], *, temporary_fol
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        operations.sync_folder(path.parent)
+    except OSError as error:
+        raise _refused("write", path, error) from error
+
+
+def adopt_durably(temporary: Path, path: Path) -> None:
+    """Give a file that others have written in the temporary folder its name, once its bytes are on the disk.
+
+    Raises:
+        DpoCacheError: The operating system refused; the file stays where it was.
+    """
+    try:
+        file = operations.open_existing(temporary)
+        try:
+            operations.sync(file)
+        finally:
+            operations.close(file)
+        operations.rename(temporary, path)
         operations.sync_folder(path.parent)
     except OSError as error:
         raise _refused("write", path, error) from error

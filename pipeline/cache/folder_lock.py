@@ -20,6 +20,7 @@ from ...errors import DpoCacheError
 
 CACHE_LOCK = "cache.lock"
 CREATION_LOCK = "create.lock"
+FETCHING_LOCK = "fetch.lock"
 TRAINING_LOCK = "training.lock"
 _MAX_HOLDER_BYTES = 1024
 _IN_USE = (errno.EWOULDBLOCK, errno.EACCES)
@@ -78,6 +79,20 @@ def training_lock(temporary_folder: Path) -> Iterator[None]:
             else:
                 if name == TRAINING_LOCK:
                     _describe(file, "a training")
+        yield
+
+
+@contextmanager
+def fetching_lock(temporary_folder: Path) -> Iterator[None]:
+    """Held while shards are fetched from elsewhere: nobody deletes, and others who fetch wait.
+
+    Raises:
+        DpoCacheError: Another process deletes in this cache; the message names it.
+    """
+    with (
+        _locked(temporary_folder / FETCHING_LOCK, fcntl.LOCK_EX, work="fetching"),
+        _locked(temporary_folder / CACHE_LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB, work="fetching"),
+    ):
         yield
 
 
@@ -141,7 +156,7 @@ def _holders(path: Path) -> list[str]:
     holders = [_read_holder(candidate) for candidate in candidates if _is_refused(candidate, fcntl.LOCK_SH)]
     training = path.parent / TRAINING_LOCK
     if path.name == CACHE_LOCK and _is_refused(training, fcntl.LOCK_EX):
-        holders.append(_read_holder(training))  # the one that began last
+        holders.append(f"{_read_holder(training)} or an earlier one")  # the file names the last that began
     return holders or ["another process"]
 
 

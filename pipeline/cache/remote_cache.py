@@ -1,0 +1,240 @@
+"""A cache at an address: its small files are read into a folder of this machine, its shards only where they are needed.
+
+Nothing that comes from there is believed before its digest holds, and no name from there reaches a path before it has
+the form that the cache format gives it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...errors import DpoCacheError
+from .cache_folder import ReferenceCache
+from .mixture import MIXTURE_NAME, Mixture, check_name
+from .mixture_check import check_mixture
+from .remote_files import MissingRemoteFileError, RemoteFiles, UnreachableError
+from .shard_file import ShardRef, verify_shard
+
+SIMULTANEOUS = 8
+"""Shards fetched at once: one connection rarely fills a line."""
+MAX_NAMED_FAULTS = 5
+
+Reached = Callable[[int], None]
+"""Told how many bytes of the shards are here by now, of :func:`num_bytes` of the mixtures'."""
+
+
+def distinct_shards(mixtures: Iterable[Mixture]) -> list[ShardRef]:
+    """All shards that some mixture names, each once."""
+    return list({shard.sha256: shard for mixture in mixtures for shard in mixture.shards}.values())
+
+
+def num_bytes(shards: Iterable[ShardRef]) -> int:
+    """Their sizes together."""
+    return sum(shard.num_bytes for shard in shards)
+
+
+class RemoteCache:
+    """What lies at an address, with its small files in a local ``folder`` that is itself laid out as a cache.
+
+    Args:
+        files: The files at the address.
+        folder: An empty folder of this machine, to which ``cache.json`` is read at once and the rest as asked.
+
+    Raises:
+        DpoCacheError: There is no cache, or its ``cache.json`` is not what was written.
+    """
+
+    def __init__(self, files: RemoteFiles, folder: Path) -> None:
+        self.files = files
+        self.folder = folder
+        for subfolder in ("shards", "mixtures"):
+            (folder / subfolder).mkdir(exist_ok=True)
+        with self._explained():
+            try:
+                files.fetch("cache.json", folder / "cache.json")
+            except MissingRemoteFileError as error:
+                raise DpoCacheError(
+                    f"there is no cache at {files.address}: no cache.json, or you may not see it",
+                    next_step=error.next_step,
+                ) from error
+            self.cache = ReferenceCache.open(folder)
+
+    def mixture_names(self) -> list[str]:
+        """Names of all mixtures at the address.
+
+        Raises:
+            DpoCacheError: The server lists no files, so nobody knows.
+        """
+        names = [Path(name).stem for name in self.files.list_names("mixtures") if name.endswith(".json")]
+        names = [name for name in names if MIXTURE_NAME.fullmatch(name)]
+        if not names:
+            raise DpoCacheError(
+                f"{self.files.address} lists no mixtures: there are none, or its server does not list folders",
+                next_step=f"name one: dpo-cache pull {self.files.address} DIR --mixture train",
+            )
+        return names
+
+    def mixture(self, name: str) -> Mixture:
+        """Read a mixture's pointer.
+
+        Raises:
+            DpoCacheError: There is none of that name (naming those there are, where the server lists them), or it is
+                not to be trusted.
+        """
+        check_name(name)
+        try:
+            with self._explained():
+                self.files.fetch(f"mixtures/{name}.json", self.folder / "mixtures" / f"{name}.json")
+                return self.cache.read_mixture(name)
+        except MissingRemoteFileError as error:
+            listed = [Path(file).stem for file in self.files.list_names("mixtures") if file.endswith(".json")]
+            raise DpoCacheError(
+                f"{self.files.address} has no mixture {name!r}",
+                expected=f"one of: {', '.join(listed)}" if listed else None,
+            ) from error
+
+    def fetch_table(self, mixture: Mixture) -> None:
+        """Read a mixture's table, so that the mixture is whole but for its shards.
+
+        Raises:
+            DpoCacheError: It is missing or damaged.
+        """
+        with self._explained():
+            self.files.fetch(f"mixtures/{mixture.table.path.name}", mixture.table.path)
+            mixture.table.verify()
+
+    def fetch_shards(self, shards: Collection[ShardRef]) -> None:
+        """Read shards into the folder itself, for a look at their rows.
+
+        Raises:
+            DpoCacheError: One is missing or damaged.
+        """
+        with self._explained():
+            for shard in shards:
+                self.files.fetch(f"shards/{shard.file_name}", self.folder / "shards" / shard.file_name)
+                verify_shard(self.folder / "shards" / shard.file_name)
+
+    def copy_mixtures(
+        self,
+        mixtures: Sequence[Mixture],
+        cache: ReferenceCache,
+        *,
+        hash_present: bool,
+        neighbours: Iterable[Path] = (),
+        reached: Reached = lambda _bytes: None,
+    ) -> list[ShardRef]:
+        """Bring mixtures into a cache of the same reference, their pointers last.
+
+        Shards that are there already are not fetched again, so a copy that was killed goes on where it was.
+
+        Args:
+            mixtures: Mixtures of this remote cache.
+            cache: The cache that takes them in; this one's folder lies in its ``tmp/``.
+            hash_present: Hash the shards that are there already too, and fetch those again that are damaged.
+            neighbours: Other caches on the same file system: what they hold is linked instead of fetched.
+            reached: Told of progress.
+
+        Returns:
+            The shards that were fetched.
+
+        Raises:
+            DpoCacheError: Something is missing or damaged at the address, named; no pointer of ours was written.
+        """
+        wanted = distinct_shards(mixtures)
+        missing = [shard for shard in wanted if not _is_present(cache, shard, hash_present=hash_present)]
+        rest = [shard for shard in missing if not self._link(shard, cache, neighbours)]
+        with self._explained():
+            for mixture in mixtures:
+                self.fetch_table(mixture)
+            self._fetch_into(cache, rest, reached, num_bytes(wanted) - num_bytes(rest))
+            for mixture in mixtures:
+                check_mixture(cache, mixture)
+                cache.import_mixture(mixture)
+        return rest
+
+    def _fetch_into(self, cache: ReferenceCache, shards: Sequence[ShardRef], reached: Reached, done: int) -> None:
+        reached(done)
+        faults: list[DpoCacheError] = []
+        with ThreadPoolExecutor(SIMULTANEOUS, thread_name_prefix="fetch") as pool:
+            waiting: list[tuple[ShardRef, Future[None]]] = [
+                (shard, pool.submit(self._fetch_shard, cache, shard)) for shard in shards
+            ]
+            try:
+                for shard, fetched in waiting:
+                    try:
+                        fetched.result()
+                    except UnreachableError:
+                        raise
+                    except DpoCacheError as fault:  # damage: the others may be sound, and all of it is worth knowing
+                        faults.append(fault)
+                    done += shard.num_bytes
+                    reached(done)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if faults:
+            named = "; ".join(fault.found for fault in faults[:MAX_NAMED_FAULTS])
+            raise DpoCacheError(
+                f"{len(faults)} of {len(shards)} shards could not be fetched: {named}",
+                next_step=faults[0].next_step,
+            ) from faults[0]
+
+    def _fetch_shard(self, cache: ReferenceCache, shard: ShardRef) -> None:
+        fetched = self.folder / "shards" / shard.file_name
+        try:
+            self.files.fetch(f"shards/{shard.file_name}", fetched)
+            _adopt(cache, shard, fetched)
+        finally:
+            fetched.unlink(missing_ok=True)
+
+    def _link(self, shard: ShardRef, cache: ReferenceCache, neighbours: Iterable[Path]) -> bool:
+        """Whether another cache of this machine had the shard; it then stands in both and takes up room once."""
+        linked = self.folder / "shards" / shard.file_name
+        for neighbour in neighbours:
+            try:
+                os.link(neighbour / "shards" / shard.file_name, linked)
+                _adopt(cache, shard, linked)
+                return True
+            except (OSError, DpoCacheError):  # not there, on another disk, or damaged: then it is fetched
+                linked.unlink(missing_ok=True)
+        return False
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Faults of what came from the address name the address, not the folder it was read into."""
+        try:
+            yield
+        except DpoCacheError as error:
+            found = error.found.replace(str(self.folder), self.files.address)
+            if found == error.found:
+                raise
+            raise DpoCacheError(
+                found,
+                expected=error.expected,
+                next_step="nothing was made usable here; ask whoever keeps that cache to upload it again",
+            ) from error
+
+
+def _is_present(cache: ReferenceCache, shard: ShardRef, *, hash_present: bool) -> bool:
+    path = cache.path / "shards" / shard.file_name
+    if not path.is_file() or path.stat().st_size != shard.num_bytes:
+        return False
+    if hash_present:
+        try:
+            verify_shard(path)
+        except DpoCacheError:
+            return False
+    return True
+
+
+def _adopt(cache: ReferenceCache, shard: ShardRef, fetched: Path) -> None:
+    adopted = cache.adopt_shard(fetched)
+    if adopted != shard:
+        raise DpoCacheError(
+            f"{fetched} has {adopted.num_rows} rows and {adopted.num_bytes} bytes",
+            expected=f"{shard.num_rows} rows and {shard.num_bytes} bytes, as its mixture states",
+        )

@@ -1,0 +1,171 @@
+"""Files at an address (``hf://``, ``s3://``, ``gs://``, ``https://``, …), read through fsspec: never written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+
+from ...errors import DpoCacheError
+
+PAUSES_S = (1.0, 4.0, 16.0)
+"""How long to wait before each new attempt after a failure of the network or the server."""
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+"""The extra of this package that brings what fsspec needs for a protocol."""
+_SERVER_ERRORS_FROM = 500
+_TOO_MANY_REQUESTS = 429
+_CONNECT_TIMEOUT_S, _SILENCE_TIMEOUT_S = 30, 120
+
+Result = TypeVar("Result")
+
+
+class MissingRemoteFileError(DpoCacheError):
+    """There is no such file at the address, or none that may be seen."""
+
+
+class UnreachableError(DpoCacheError):
+    """A file could not be read: the network or the server fails, or refuses."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFiles:
+    """The files below one address. Safe to use from several threads.
+
+    Attributes:
+        address: As it was given.
+        commit: The commit it meant when it was opened, where it lies in a repository on the Hub: files read one after
+            another are then of one state. Elsewhere None.
+    """
+
+    address: str
+    commit: str | None
+    _filesystem: Any
+    _root: str
+
+    @classmethod
+    def open(cls, address: str) -> RemoteFiles:
+        """Find the protocol's implementation; on the Hub, resolve the revision too.
+
+        Raises:
+            DpoCacheError: The protocol is unknown, or its package is not installed (naming the extra that is); or
+                there is no such repository or revision.
+        """
+        protocol = address.partition("://")[0]
+        _refuse_secrets(address)
+        try:
+            # A filesystem of its own: those that fsspec shares remember listings, and pointers change.
+            filesystem, root = fsspec.url_to_fs(address, skip_instance_cache=True, **_options(protocol))
+        except ImportError as error:
+            extra = EXTRAS.get(protocol)
+            raise DpoCacheError(
+                f"{address} cannot be read: what reads {protocol}:// is not installed ({error})",
+                next_step=f"pip install 'dpo-cache[{extra}]'" if extra else None,
+            ) from error
+        except ValueError as error:
+            raise DpoCacheError(
+                f"{address} cannot be read: {error}", expected="hf://, s3://, gs:// or https://, or a folder"
+            ) from error
+        files = cls(address.rstrip("/"), None, filesystem, root.rstrip("/"))
+        if protocol != "hf":
+            return files
+        commit, root = files._attempt(lambda: _pinned(filesystem, root), address)
+        return cls(files.address, commit, filesystem, root)
+
+    def list_names(self, folder: str) -> list[str]:
+        """Names of the files in a folder, sorted; empty where there is no such folder.
+
+        A web server need not list anything; then the answer is empty too.
+        """
+
+        def listed() -> list[str]:
+            return [str(path) for path in self._filesystem.ls(f"{self._root}/{folder}", detail=False)]
+
+        try:
+            return sorted(path.rstrip("/").rpartition("/")[2] for path in self._attempt(listed, folder))
+        except MissingRemoteFileError:
+            return []
+
+    def fetch(self, name: str, destination: Path) -> None:
+        """Copy a file as it is; after a failure ``destination`` may hold a part of it.
+
+        Raises:
+            MissingRemoteFileError: There is none.
+            UnreachableError: It cannot be read, after several attempts where another one could help.
+        """
+
+        def copy() -> None:
+            self._filesystem.get_file(f"{self._root}/{name}", str(destination))
+
+        self._attempt(copy, name)
+
+    def _attempt(self, action: Callable[[], Result], what: str) -> Result:
+        where = what if what == self.address else f"{self.address}/{what}"
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return action()
+            except FileNotFoundError as error:
+                raise MissingRemoteFileError(
+                    f"there is no {where}, or you may not see it",
+                    next_step="check the address, and that you are logged in where it is private",
+                ) from error
+            except Exception as error:  # each protocol's library raises its own kinds
+                if pause_s is None or not _may_pass(error):
+                    raise UnreachableError(
+                        f"{where} cannot be read: {_first_line(error)}",
+                        next_step="the same command goes on from there, once the server answers",
+                    ) from error
+                time.sleep(pause_s)
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    if protocol not in ("http", "https"):
+        return {}
+    import aiohttp
+
+    # Its own limit is five minutes for a whole file, however large.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_SILENCE_TIMEOUT_S)
+    return {"client_kwargs": {"timeout": timeout, "trust_env": True}}  # proxies, and names and passwords in ~/.netrc
+
+
+def _refuse_secrets(address: str) -> None:
+    """An address stands in messages and in the records of runs: no place for a password or a signature."""
+    parts = urlsplit(address)
+    if parts.scheme in ("http", "https") and (parts.password or parts.query):
+        raise DpoCacheError(
+            f"the address of {parts.hostname} carries a password or a query",
+            expected="https://HOST/PATH; a name and password can stand in ~/.netrc",
+        )
+
+
+def _pinned(filesystem: Any, root: str) -> tuple[str | None, str]:
+    """The commit that a path on the Hub means now, and the path that goes on meaning it."""
+    from huggingface_hub import HfApi
+
+    place = filesystem.resolve_path(root)
+    if not hasattr(place, "repo_id"):  # a bucket has no commits
+        return None, root
+    info = HfApi(endpoint=filesystem.endpoint).repo_info(
+        place.repo_id, repo_type=place.repo_type, revision=place.revision
+    )
+    return info.sha, f"{place.repo_type}s/{place.repo_id}@{info.sha}/{place.path}".rstrip("/")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt could end better: not where a server understood and refused."""
+    if isinstance(error, PermissionError | IsADirectoryError | NotImplementedError):
+        return False
+    if type(error).__name__ in ("NoCredentialsError", "OfflineModeIsEnabled", "LocalTokenNotFoundError"):
+        return False
+    response = getattr(error, "response", None)
+    status = getattr(error, "status", None) or getattr(response, "status_code", None)
+    return not isinstance(status, int) or status >= _SERVER_ERRORS_FROM or status == _TOO_MANY_REQUESTS
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
