@@ -63,17 +63,21 @@ class ShownPair:
             "ref_rejected_token_logps": _listed(row.rejected_token_logps),
         }
 
-    def text(self) -> str:
-        """For a terminal; colours mark what was scored."""
+    def facts(self) -> dict[str, str]:
+        """Lengths, and what the reference said, of each part."""
         row = self.row
-        lengths = {
+        return {
             "prompt": f"{len(row.pair.prompt_ids)} tokens",
             "chosen": _side(len(row.pair.chosen_ids), row.chosen_tokens, row.ref_chosen_logps),
             "rejected": _side(len(row.pair.rejected_ids), row.rejected_tokens, row.ref_rejected_logps),
         }
-        lines = [click.style(f"key {row.key.hex()}", bold=True)]
+
+    def text(self) -> str:
+        """For a terminal; colours mark what was scored."""
+        lines = [click.style(f"key {self.row.key.hex()}", bold=True)]
+        facts = self.facts()
         for name, runs in self.parts.items():
-            lines.append(click.style(f"{name}  {lengths[name]}", bold=True))
+            lines.append(click.style(f"{name}  {facts[name]}", bold=True))
             lines.append("".join(_coloured(run, COLOURS[name]) for run in runs))
         return "\n".join(lines)
 
@@ -123,8 +127,8 @@ def show(path: Path, *, count: int, mixture_name: str | None, key: str | None) -
         raise DpoCacheError(
             f"{path} has no mixture yet: no build has finished", next_step="name a pair instead: --key HEX"
         )
-    decode, note = _decoder(mixture)
-    return ShowReport(pairs=[_shown(row, decode) for row in rows], note=note)
+    decode, note = decoder_of(mixture)
+    return ShowReport(pairs=[shown_pair(row, decode) for row in rows], note=note)
 
 
 def _find_mixture(cache: ReferenceCache, name: str | None) -> Mixture | None:
@@ -154,7 +158,7 @@ def _find_row(cache: ReferenceCache, key: str) -> ScoredPair:
     return row
 
 
-def _decoder(mixture: Mixture | None) -> tuple[Decode, str | None]:
+def decoder_of(mixture: Mixture | None) -> tuple[Decode, str | None]:
     """The recorded tokenizer's decoding, or plain ids and the reason."""
     if mixture is None:
         return _ids_in_words, "no mixture says which tokenizer made these tokens: here are their ids"
@@ -169,7 +173,8 @@ def _decoder(mixture: Mixture | None) -> tuple[Decode, str | None]:
     return (lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)), None
 
 
-def _shown(row: ScoredPair, decode: Decode) -> ShownPair:
+def shown_pair(row: ScoredPair, decode: Decode) -> ShownPair:
+    """Decode one pair, scored and other tokens apart, without control characters."""
     pair = row.pair
     return ShownPair(
         row=row,

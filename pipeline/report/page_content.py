@@ -1,0 +1,152 @@
+"""What stands on the page, in the order it is read; text as it came, escaped only when the page is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .histogram import Histogram
+from .run_series import Chart, Series
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRow:
+    """One run in a table.
+
+    Attributes:
+        number: Its place among all runs of the page, which gives it its colour.
+        name: What it is called.
+        state: How far it came.
+        cells: Text of each column.
+    """
+
+    number: int
+    name: str
+    state: str
+    cells: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunTable:
+    """Runs side by side: those of a sweep, or those named one by one.
+
+    Attributes:
+        heading: Above the table.
+        note: What to know about it.
+        columns: After name and state: the settings in which the runs differ, then what came of them.
+        rows: Best first in a sweep.
+    """
+
+    heading: str
+    note: str
+    columns: list[str]
+    rows: list[RunRow]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProofStatement:
+    """What the proof before the first update said of one run."""
+
+    number: int
+    name: str
+    proved: bool
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """A series and whose it is."""
+
+    number: int
+    series: Series
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChartCurves:
+    """A chart that at least one run has something to say to."""
+
+    chart: Chart
+    curves: list[Curve]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextRun:
+    """Neighbouring tokens as text, all scored or all not."""
+
+    text: str
+    scored: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairPart:
+    """The prompt or an answer.
+
+    Attributes:
+        name: ``prompt``, ``chosen`` or ``rejected``.
+        facts: Its length, and what the reference said.
+        text: Decoded.
+        omitted: Characters left out at its end.
+    """
+
+    name: str
+    facts: str
+    text: list[TextRun]
+    omitted: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairCard:
+    """One pair, decoded."""
+
+    margin: str
+    key: str
+    parts: list[PairPart]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairGroup:
+    """Pairs at the two ends of a margin.
+
+    Attributes:
+        heading: Whose margin.
+        note: What the margin is, and why ids stand in place of text where they do.
+        largest, smallest: From the outermost inwards.
+    """
+
+    heading: str
+    note: str
+    largest: list[PairCard]
+    smallest: list[PairCard]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSection:
+    """What runs were trained from.
+
+    Attributes:
+        heading: Its folder and mixture.
+        facts: Names and values.
+        note: What cannot be said, and why; empty where nothing is missing.
+        sampled: What the distributions were made from.
+        histograms: Lengths and log-probabilities.
+        pairs: By the reference's own margin; None where the cache cannot be read.
+    """
+
+    heading: str
+    facts: list[tuple[str, str]]
+    note: str
+    sampled: str = ""
+    histograms: tuple[Histogram, ...] = ()
+    pairs: PairGroup | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PageContent:
+    """The whole page."""
+
+    run_names: list[str]
+    tables: list[RunTable]
+    proofs: list[ProofStatement]
+    charts: list[ChartCurves]
+    caches: list[CacheSection]
+    pairs: list[PairGroup]
+    notes: list[str]

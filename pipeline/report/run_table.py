@@ -1,0 +1,141 @@
+"""Runs in words: a table of what they differ in and what came of them, and the proof each of them began with."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .page_content import ProofStatement, RunRow, RunTable
+from .run_record import RunRecord
+from .run_series import training_seconds
+
+NOT_A_DIFFERENCE = frozenset(
+    {
+        *("output", "resume", "plan", "dry_run", "stop_after_steps", "num_gpus"),
+        *("checkpointing_steps", "keep_last_n_checkpoints", "logging_steps", "eval_steps"),
+        *("run_name", "with_tracking", "wandb_project", "wandb_entity"),
+        *("push_to_hub", "hub_model_id", "hub_revision", "hub_private"),
+    }
+)
+"""Settings that say where and how a run goes on, not what is trained."""
+ACCURACY, MARGIN = "eval/rewards/accuracy", "eval/rewards/margin"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NumberedRun:
+    """A run and its place among all runs of the page."""
+
+    number: int
+    record: RunRecord
+
+
+def run_table(heading: str, runs: Sequence[NumberedRun], *, best_first: bool, note: str = "") -> RunTable:
+    """Put runs side by side.
+
+    Args:
+        heading: Above the table.
+        runs: The runs.
+        best_first: By held-out accuracy, then by held-out margin.
+        note: What to know about it.
+    """
+    settings = differing_settings([run.record for run in runs])
+    ordered = sorted(runs, key=_badness) if best_first else list(runs)
+    return RunTable(
+        heading=heading,
+        note=note,
+        columns=[
+            *(name.replace("_", " ") for name in settings),
+            "held-out accuracy",
+            "held-out margin",
+            "held-out loss",
+            "final loss",
+            "time",
+        ],
+        rows=[
+            RunRow(
+                number=run.number,
+                name=run.record.name,
+                state=_state(run.record),
+                cells=[
+                    *(_setting(run.record.settings.get(name)) for name in settings),
+                    _share(run.record.last(ACCURACY)),
+                    figure(run.record.last(MARGIN)),
+                    figure(run.record.last("eval/loss")),
+                    figure(run.record.last("train_loss")),
+                    _duration(run.record),
+                ],
+            )
+            for run in ordered
+        ],
+    )
+
+
+def differing_settings(runs: Sequence[RunRecord]) -> list[str]:
+    """Names of the settings that are not the same in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in NOT_A_DIFFERENCE)
+    return [name for name in names if len({_setting(run.settings.get(name)) for run in runs if run.settings}) > 1]
+
+
+def proof_statement(run: NumberedRun) -> ProofStatement:
+    """What ``step0.json`` says, as a sentence with its figures."""
+    figures = run.record.step_zero
+    name, number = run.record.name, run.number
+    try:
+        if figures is None:
+            text = "no proof was recorded: the run ended before it, or went on from another folder's checkpoint"
+            return ProofStatement(number=number, name=name, proved=False, text=text)
+        proved = figures["within_bound"] is True
+        distance = (
+            f"at most {figure(figures['max_per_token'])} nats a token apart (mean {figure(figures['mean_per_token'])}) "
+            f"over the {figures['sides']} answers of the first {figures['pairs']} pairs; "
+            f"the bound in {figures['dtype']} is {figure(figures['bound_per_token'])}"
+        )
+        expected = figures["expected_loss"]
+        loss = f"loss {figures['loss']:.6f}" + ("" if expected is None else f", expected {expected:.6f}")
+    except (KeyError, TypeError, ValueError):
+        return ProofStatement(number=number, name=name, proved=False, text="its step0.json cannot be read")
+    if proved:
+        text = f"before the first update policy and cache were {distance}; {loss}"
+    else:
+        text = f"trained although policy and cache differed before the first update: {distance}; {loss}"
+    return ProofStatement(number=number, name=name, proved=proved, text=text)
+
+
+def figure(value: object) -> str:
+    """A number with four digits that count; a dash for none."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "–"
+    return f"{value:.4g}"
+
+
+def _badness(run: NumberedRun) -> tuple[float, float]:
+    accuracy, margin = run.record.last(ACCURACY), run.record.last(MARGIN)
+    return (-math.inf if accuracy is None else accuracy) * -1, (-math.inf if margin is None else margin) * -1
+
+
+def _state(run: RunRecord) -> str:
+    total = run.total_updates
+    updates = f"{run.updates_done} updates" if total is None else f"{run.updates_done} of {total} updates"
+    return f"finished, {run.updates_done} updates" if run.is_finished else f"unfinished, {updates}"
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return "default"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _duration(run: RunRecord) -> str:
+    seconds = next(reversed(training_seconds(run)), math.nan)
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 180:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3 * 3600 else f"{seconds / 3600:.1f} h"

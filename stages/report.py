@@ -1,0 +1,212 @@
+"""Runs on one page: read their folders, look into the caches they name, write what they say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import DpoCacheError
+from ..pipeline.report.figures import require_matplotlib, write_figures
+from ..pipeline.report.page import page_html
+from ..pipeline.report.page_content import ChartCurves, Curve, PageContent, PairGroup, RunTable
+from ..pipeline.report.run_record import RunRecord, is_run, read_run
+from ..pipeline.report.run_series import CHARTS, series_of
+from ..pipeline.report.run_table import NumberedRun, proof_statement, run_table
+from .report_cache import cache_sections
+from .report_pairs import OpenMixtures, held_out_pairs
+
+MAX_DEPTH = 3
+"""How far below a sweep's folder its runs are looked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportSummary:
+    """What was written.
+
+    Attributes:
+        page: The page.
+        page_bytes: Its size.
+        runs: Folders of the runs on it.
+        figures: Picture files, where they were asked for.
+        notes: What is missing from it, and why.
+    """
+
+    page: Path
+    page_bytes: int
+    runs: list[Path]
+    figures: list[Path]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        return {
+            "page": str(self.page),
+            "page_bytes": self.page_bytes,
+            "runs": [str(run) for run in self.runs],
+            "figures": [str(figure) for figure in self.figures],
+            "notes": self.notes,
+        }
+
+    def text(self) -> str:
+        """For a terminal."""
+        runs = "1 run" if len(self.runs) == 1 else f"{len(self.runs)} runs"
+        lines = [*self.notes, f"{self.page}: {runs}, {self.page_bytes / 1024:,.0f} KiB; open it in any browser"]
+        if self.figures:
+            lines.append(f"{self.figures[0].parent}: {len(self.figures)} figures")
+        return "\n".join(lines)
+
+
+def report(folders: Sequence[Path], page: Path, *, figures_folder: Path | None = None) -> ReportSummary:
+    """Write the page, and the figures where they are asked for.
+
+    Args:
+        folders: Of runs, or of sweeps, which hold runs.
+        page: The HTML file; replaced where it exists.
+        figures_folder: For one PNG a chart; None for none.
+
+    Raises:
+        DpoCacheError: A folder is no run and holds none, matplotlib is missing, or the disk refused.
+    """
+    if figures_folder is not None:
+        require_matplotlib()
+    sweeps = {folder: runs_in(folder) for folder in folders}
+    paths = list(dict.fromkeys(path for found in sweeps.values() for path in found))
+    runs = [read_run(path, name=name) for path, name in zip(paths, _names(paths), strict=True)]
+    content = _content(runs, _tables(sweeps, dict(zip(paths, _numbered(runs), strict=True))))
+    _write(page, page_html(content, version=__version__, written=datetime.now()))
+    return ReportSummary(
+        page=page,
+        page_bytes=page.stat().st_size,
+        runs=paths,
+        figures=write_figures(content.charts, content.run_names, figures_folder) if figures_folder else [],
+        notes=content.notes,
+    )
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folder itself if it is a run, or the runs in the folders below it.
+
+    Raises:
+        DpoCacheError: There are none.
+    """
+    if is_run(folder):
+        return [folder]
+    below, found = [folder], []
+    for _ in range(MAX_DEPTH):
+        below = sorted(path for parent in below if parent.is_dir() for path in parent.iterdir() if path.is_dir())
+        found += [path for path in below if is_run(path)]
+        below = [path for path in below if not is_run(path)]
+    if not found:
+        raise DpoCacheError(
+            f"{folder} is no run and holds none" if folder.is_dir() else f"there is no folder {folder}",
+            expected="the --output of a dpo-train that has begun, or a folder of such folders",
+        )
+    return found
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of the folders above as tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
+
+
+def _numbered(runs: Sequence[RunRecord]) -> list[NumberedRun]:
+    return [NumberedRun(number=number, record=run) for number, run in enumerate(runs)]
+
+
+def _tables(sweeps: dict[Path, list[Path]], runs: dict[Path, NumberedRun]) -> list[RunTable]:
+    """A table for each sweep, and one for all runs that were named one by one."""
+    single = [folder for folder, found in sweeps.items() if found == [folder]]
+    tables = [
+        run_table(
+            f"Sweep {folder.resolve().name}",
+            [runs[path] for path in found],
+            best_first=True,
+            note="Points by held-out reward accuracy, then margin.",
+        )
+        for folder, found in sweeps.items()
+        if folder not in single
+    ]
+    if single:
+        heading = "The run" if len(single) == 1 else "Runs"
+        tables.append(run_table(heading, [runs[path] for path in single], best_first=False))
+    return tables
+
+
+def _content(runs: Sequence[RunRecord], tables: list[RunTable]) -> PageContent:
+    charts = [
+        ChartCurves(
+            chart=chart,
+            curves=[
+                Curve(number=number, series=series)
+                for number, run in enumerate(runs)
+                for series in series_of(run, chart)
+            ],
+        )
+        for chart in CHARTS
+    ]
+    mixtures = OpenMixtures()
+    try:
+        caches = cache_sections(runs, mixtures)
+        pairs, missing = _held_out_pairs(runs, mixtures)
+    finally:
+        mixtures.close()
+    return PageContent(
+        run_names=[run.name for run in runs],
+        tables=tables,
+        proofs=[proof_statement(run) for run in _numbered(runs)],
+        charts=[chart for chart in charts if chart.curves],
+        caches=caches,
+        pairs=pairs,
+        notes=[*_notes(runs, charts), *missing],
+    )
+
+
+def _held_out_pairs(runs: Sequence[RunRecord], mixtures: OpenMixtures) -> tuple[list[PairGroup], list[str]]:
+    groups, missing = [], []
+    for run in runs:
+        try:
+            group = held_out_pairs(run, mixtures)
+        except DpoCacheError as fault:
+            missing.append(f"{run.name}: its held-out pairs cannot be shown: {fault.found}")
+        else:
+            groups += [group] if group else []
+    return groups, missing
+
+
+def _notes(runs: Sequence[RunRecord], charts: Sequence[ChartCurves]) -> list[str]:
+    """What a reader of the page should know before the figures."""
+    notes = []
+    for run in runs:
+        if not run.steps:
+            notes.append(f"{run.name}: no update has been logged yet")
+        if run.unreadable_lines:
+            lines = "1 line" if run.unreadable_lines == 1 else f"{run.unreadable_lines} lines"
+            notes.append(f"{run.name}: {lines} of metrics.jsonl cut short and left out")
+    curves = [curve.series for chart in charts for curve in chart.curves]
+    if any(series.lines > len(series.values) for series in curves):
+        longest = max(curves, key=lambda series: series.lines)
+        notes.append(
+            f"curves of up to {longest.lines:,} points are drawn with {len(longest.values):,}: the lowest and the "
+            "highest of each stretch"
+        )
+    return notes
+
+
+def _write(page: Path, html: str) -> None:
+    """Replace the page as a whole."""
+    partial = page.with_name(page.name + ".partial")
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(html, encoding="utf-8")
+        os.replace(partial, page)
+    except OSError as refused:
+        raise DpoCacheError(f"{page} cannot be written: {refused.strerror}") from refused
