@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from .cli_completion import complete_mixture
+from .cli_location import FOLDER, LOCATION
 from .stages.setting import Setting, settings_of
 
 MIXTURES = ("mixture", "eval_mixture")
@@ -64,7 +65,9 @@ def _option_of(declared: Setting) -> Callable[[Command], Command]:
 def _click_type(declared: Setting) -> Any:
     if declared.description.choices is not None:
         return click.Choice(declared.description.choices)
-    return click.Path(path_type=Path) if declared.value_type is Path else declared.value_type
+    if declared.is_location:
+        return LOCATION
+    return FOLDER if declared.value_type is Path else declared.value_type
 
 
 def _read_config_file(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
+from ..pipeline.cache.remote_cache import distinct_shards, num_bytes
+from .local_copy import glance
+from .location import Location, is_address
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,16 +17,16 @@ class CacheReport:
     """A cache at a glance.
 
     Attributes:
-        path: The folder.
+        path: The folder or the address.
         reference_id: Digest of the reference's identity.
         identity: What the digest is made of.
         recorded: Names and versions beside it.
-        shards: Number of shard files.
+        shards: Number of shard files; at an address, of those that a mixture names.
         shard_bytes: Their bytes together.
         mixtures: The mixtures by name.
     """
 
-    path: Path
+    path: Location
     reference_id: str
     identity: dict[str, Any]
     recorded: dict[str, Any]
@@ -61,23 +63,30 @@ class CacheReport:
         return "\n".join(lines)
 
 
-def inspect_cache(path: Path) -> CacheReport:
+def inspect_cache(location: Location) -> CacheReport:
     """Read what a cache says of itself; no row is read and nothing is verified.
 
     Raises:
         DpoCacheError: There is no cache, or a pointer is damaged.
     """
-    cache = ReferenceCache.open(path)
-    shards = cache.shard_paths()
-    return CacheReport(
-        path=path,
-        reference_id=cache.reference_id,
-        identity=cache.identity.to_json(),
-        recorded=cache.recorded,
-        shards=len(shards),
-        shard_bytes=sum(shard.stat().st_size for shard in shards),
-        mixtures={name: cache.read_mixture(name) for name in cache.mixture_names()},
-    )
+    with glance(location) as folder:
+        cache = ReferenceCache.open(folder)
+        mixtures = {name: cache.read_mixture(name) for name in cache.mixture_names()}
+        if is_address(location):
+            named = distinct_shards(mixtures.values())
+            shards, shard_bytes = len(named), num_bytes(named)
+        else:
+            paths = cache.shard_paths()
+            shards, shard_bytes = len(paths), sum(path.stat().st_size for path in paths)
+        return CacheReport(
+            path=location,
+            reference_id=cache.reference_id,
+            identity=cache.identity.to_json(),
+            recorded=cache.recorded,
+            shards=shards,
+            shard_bytes=shard_bytes,
+            mixtures=mixtures,
+        )
 
 
 def _mixture_json(mixture: Mixture) -> dict[str, Any]:

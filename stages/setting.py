@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DpoCacheError
+from .location import Location
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +61,7 @@ class Setting:
     Attributes:
         name: The field's name, ``max_seq_length``.
         value_type: ``str``, ``int``, ``float``, ``bool`` or ``Path``; of the elements, where it repeats.
+        is_location: A path that may also be an address, which stays text.
         repeats: The option may be given several times; the value is a tuple.
         default: The default, or ``dataclasses.MISSING`` where it is required.
         description: Help and limits.
@@ -67,6 +69,7 @@ class Setting:
 
     name: str
     value_type: type
+    is_location: bool
     repeats: bool
     default: Any
     description: SettingDescription
@@ -85,6 +88,7 @@ def settings_of(config_class: type[Any]) -> Iterator[Setting]:
         yield Setting(
             name=config_field.name,
             value_type=value_type,
+            is_location=hints[config_field.name] == Location,
             repeats=repeats,
             default=_default_of(config_field),
             description=config_field.metadata["setting"],
@@ -126,6 +130,8 @@ def _element_type(hint: Any) -> tuple[type, bool]:
     """``int | None`` is an optional int; ``tuple[str, ...]`` a repeated str."""
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
+    if hint == Location:
+        return Path, False
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
     assert hint in (str, int, float, bool, Path), f"no command-line form for {hint}"

@@ -19,6 +19,8 @@ from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.pair_stream import PairStream
 from ..pipeline.cache.shard_file import ScoredPair, read_shard_rows
 from ..pipeline.data.pair_tokenizer import load_tokenizer, vocabulary_sha256
+from .local_copy import glance, local_copy
+from .location import Location
 
 Decode = Callable[[Sequence[int]], str]
 KEY_LETTERS = 64
@@ -103,11 +105,11 @@ class ShowReport:
         return "\n\n".join([*([self.note] if self.note else []), *(pair.text() for pair in self.pairs)])
 
 
-def show(path: Path, *, count: int, mixture_name: str | None, key: str | None) -> ShowReport:
+def show(location: Location, *, count: int, mixture_name: str | None, key: str | None) -> ShowReport:
     """Decode pairs with the tokenizer that made them, or show their ids where it is not to be had.
 
     Args:
-        path: The cache.
+        location: The cache. Of one at an address, no more shards are read than it takes.
         count: How many pairs, in the mixture's order.
         mixture_name: Of which mixture; None for ``train``, or the only one there is.
         key: A pair's key in hex, or how it begins, instead of the first pairs.
@@ -115,6 +117,14 @@ def show(path: Path, *, count: int, mixture_name: str | None, key: str | None) -
     Raises:
         DpoCacheError: There is no such cache, mixture or pair, or it is damaged.
     """
+    names = [mixture_name] if mixture_name else None
+    if key is not None:  # any shard could hold it
+        return _show(local_copy(location, names), count=count, mixture_name=mixture_name, key=key)
+    with glance(location, names, first_rows=count) as path:
+        return _show(path, count=count, mixture_name=mixture_name, key=None)
+
+
+def _show(path: Path, *, count: int, mixture_name: str | None, key: str | None) -> ShowReport:
     cache = ReferenceCache.open(path)
     mixture = _find_mixture(cache, mixture_name)
     if key is not None:

@@ -16,6 +16,7 @@ from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from .child_processes import free_port, is_child, python_command, run_children, threads_for
 from .hub_model import HubTarget, upload_model
+from .local_copy import glance, local_copy
 from .progress import quiet_libraries
 from .ranks import Ranks, ranks_from_environment
 from .recipe import Recipe, resolve_recipe
@@ -57,8 +58,13 @@ def train(config: TrainConfig) -> TrainReport | DryRunReport | Recipe | None:
 
 
 def _plan(config: TrainConfig, num_ranks: int) -> Recipe:
-    cache = ReferenceCache.open(config.cache)
-    return resolve_recipe(config, cache, cache.read_mixture(config.mixture), num_ranks=num_ranks)
+    with glance(config.cache, [config.mixture], first_rows=0) as folder:
+        cache = ReferenceCache.open(folder)
+        return resolve_recipe(config, cache, cache.read_mixture(config.mixture), num_ranks=num_ranks)
+
+
+def _cache_folder(config: TrainConfig) -> Path:
+    return local_copy(config.cache, [config.mixture, *([config.eval_mixture] if config.eval_mixture else [])])
 
 
 def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport | DryRunReport:
@@ -68,6 +74,7 @@ def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport | Dry
         raise DpoCacheError(
             f"--num-gpus is {num_ranks}", expected=f"at most {torch.cuda.device_count()}, the GPUs here"
         )
+    _cache_folder(config)  # the ranks find there what is fetched once, with one bar
     rendezvous = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -96,8 +103,9 @@ def _train_rank(config: TrainConfig, ranks: Ranks) -> TrainReport | DryRunReport
     from .process_group import process_group
     from .training_run import TrainingRun
 
+    cache_folder = _cache_folder(config)  # before the ranks meet: the wait for a long copy has no limit here
     with process_group(ranks) as device:
-        run = TrainingRun(config, ranks, device)
+        run = TrainingRun(config, ranks, device, cache_folder)
         report = run.dry_run() if config.dry_run else run.run()
     if run.hub_target is not None and isinstance(report, TrainReport) and report.is_finished:
         report = _upload(run.hub_target, report)  # the ranks have parted: no one waits for it

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import DpoCacheError
 from ..pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, Objective, resolve_loss
+from .location import Location
 from .setting import check_settings, setting
 
 
@@ -15,7 +16,10 @@ from .setting import check_settings, setting
 class TrainConfig:
     """What to train from which cache, and how."""
 
-    cache: Path = setting(help="Folder of the cache that `dpo-cache build` wrote.")
+    cache: Location = setting(
+        help="Folder of the cache that `dpo-cache build` wrote, or an address: hf://datasets/ORG/NAME, s3://…, https://….",
+        metavar="DIR_OR_ADDRESS",
+    )
     output: Path = setting(help="Folder of this run: config, metrics, checkpoints, the trained model.")
     mixture: str = setting("train", help="Pairs to train on, by the name they have in the cache.")
     eval_mixture: str | None = setting(None, help="Held-out pairs, by the name they have in the cache.")

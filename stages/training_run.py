@@ -64,10 +64,12 @@ class TrainingRun:
         config: The settings.
         ranks: Which rank of how many this is; the process group stands.
         device: This rank's device.
+        cache_folder: Where the cache lies on this machine.
     """
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks, device: torch.device, cache_folder: Path) -> None:
         self._config = config
+        self._cache_folder = cache_folder
         self._ranks = ranks
         self._device = device
         self._is_main = ranks.rank == 0
@@ -135,11 +137,11 @@ class TrainingRun:
         names = [self._config.mixture, *([self._config.eval_mixture] if self._config.eval_mixture else [])]
 
         def open_mixtures() -> tuple[ReferenceCache, list[Mixture]]:
-            cache = ReferenceCache.open(self._config.cache)
+            cache = ReferenceCache.open(self._cache_folder)
             return cache, [cache.read_mixture(name) for name in names]
 
         def check_mixtures() -> None:
-            held.enter_context(ReferenceCache.open(self._config.cache).training())
+            held.enter_context(ReferenceCache.open(self._cache_folder).training())
             cache, mixtures = open_mixtures()
             for mixture in mixtures:
                 check_mixture(cache, mixture)
@@ -148,8 +150,20 @@ class TrainingRun:
 
         all_or_none(check_mixtures, on=self._ranks.rank_of_node == 0)
         self._cache, mixtures = open_mixtures()
+        digests = [mixture.digest for mixture in mixtures]
+        first = decided_by_first(lambda: digests)
+        all_or_none(lambda: self._refuse_other_mixtures(digests, first))
         self._mixture = mixtures[0]
         self._eval_mixture = mixtures[1] if self._config.eval_mixture else None
+
+    def _refuse_other_mixtures(self, digests: list[str], first: list[str]) -> None:
+        """Where each machine has a copy of its own, they may differ; the ranks would then train on different pairs."""
+        if digests != first:
+            raise DpoCacheError(
+                f"the mixture that rank {self._ranks.rank} reads from {self._config.cache} is not that of rank 0",
+                expected="the same cache on all machines",
+                next_step="start again, if it was being changed; else compare dpo-cache info on each machine",
+            )
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to go on from, the same on all ranks; None for a fresh start."""

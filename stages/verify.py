@@ -23,6 +23,8 @@ from ..pipeline.cache.mixture import MIXTURE_NAME, Mixture
 from ..pipeline.cache.mixture_check import check_mixture
 from ..pipeline.cache.parquet_file import KEY_COLUMN, file_sha256, reading
 from ..pipeline.cache.shard_file import SHARD_NAME, ShardReader, ShardRef, verify_shard
+from .local_copy import local_copy
+from .location import Location, is_address
 from .progress import Progress
 from .rescore import RescoreReport, RescoreSettings, rescore
 
@@ -167,18 +169,24 @@ class VerifyReport:
             yield "next: run dpo-cache build as before; it scores only what is missing"
 
 
-def verify_cache(path: Path, *, repair: bool = False, rescoring: RescoreSettings | None = None) -> VerifyReport:
+def verify_cache(location: Location, *, repair: bool = False, rescoring: RescoreSettings | None = None) -> VerifyReport:
     """Check every shard, table and pointer of a cache.
 
     Args:
-        path: The cache.
+        location: The cache. One at an address is copied, and the copy checked.
         repair: Retire the mixtures that depend on something wrong, then remove what is wrong.
         rescoring: Also score a sample again; values off by more than rounding count as findings.
 
     Raises:
-        DpoCacheError: There is no cache; or it is in use, where it is to be repaired; or the reference that is to
+        DpoCacheError: There is no cache; or it is in use, or only to be read, where it is to be repaired; or the reference that is to
             score again is not the one that scored.
     """
+    if repair and is_address(location):
+        raise DpoCacheError(
+            f"{location} is read-only: --repair works on folders",
+            next_step=f"pull a copy, repair that, and upload it again: dpo-cache pull {location} DIR",
+        )
+    path = local_copy(location)
     if not repair:
         return _Verification(path).report(rescoring)
     if not (path / "cache.json").exists():

@@ -1,0 +1,35 @@
+"""Folders and addresses on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .stages.location import is_address
+
+
+class _Folder(click.Path):
+    """A path. It would take the address ``s3://bucket/x`` for one in a folder named ``s3:``."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if is_address(value):
+            self.fail(
+                f"{value} is an address, and addresses are read-only: name a folder "
+                f"(dpo-cache pull {value} DIR makes one of a cache)",
+                parameter,
+                context,
+            )
+        return super().convert(value, parameter, context)
+
+
+class _Location(click.Path):
+    """A path, or an address, which stays text."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        return value if is_address(value) else super().convert(value, parameter, context)
+
+
+FOLDER = _Folder(path_type=Path)
+LOCATION = _Location(path_type=Path)
