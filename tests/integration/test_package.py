@@ -46,7 +46,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     assert names == {
         f"dpo_cache/{name}"
         for name in tracked_files()
-        if name.endswith((".py", ".jinja")) and (name.startswith(rooms) or "/" not in name)
+        if name.endswith((".py", ".jinja", ".css", ".js")) and (name.startswith(rooms) or "/" not in name)
     }
 
 
