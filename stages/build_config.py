@@ -38,7 +38,12 @@ class BuildConfig:
         help="What happens to a pair that is longer.",
         choices=("drop", "truncate-prompt-left", "truncate-response-right"),
     )
-    mask: str = setting("last-turn", help="Which assistant turns are scored.", choices=("last-turn", "all-turns"))
+    mask: str = setting(
+        "last-turn",
+        help="Which assistant turns are scored; token by token as open-instruct did with open-instruct-all-turns "
+        "(Tülu 3, OLMo 2: until 2025-06-26) and open-instruct-last-turn (OLMo 3).",
+        choices=("last-turn", "all-turns", "open-instruct-last-turn", "open-instruct-all-turns"),
+    )
     max_unusable_share: float = setting(
         0.1,
         help="The build fails if more than this share of the rows cannot be used.",

@@ -44,7 +44,7 @@ def ranks_from_environment(environment: Mapping[str, str] | None = None) -> Rank
             rank=_number(environment, "RANK"),
             num_ranks=_number(environment, "WORLD_SIZE"),
             rank_of_node=_number(environment, "LOCAL_RANK"),
-            ranks_per_node=int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])),
+            ranks_per_node=_processes_here(environment),
         )
     if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return Ranks(
@@ -83,6 +83,12 @@ def first_slurm_node(node_list: str) -> str:
     assert match is not None, "a SLURM node list is never empty"
     prefix, numbers = match.groups()
     return prefix if numbers is None else prefix + re.split(r"[-,]", numbers)[0]
+
+
+def _processes_here(environment: Mapping[str, str]) -> int:
+    """torchrun calls it ``LOCAL_WORLD_SIZE``, the deepspeed launcher ``LOCAL_SIZE``; without, there is one machine."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return _number(environment, next(name for name in names if name in environment))
 
 
 def _tasks_on_this_node(environment: Mapping[str, str]) -> int:

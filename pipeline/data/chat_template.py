@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import DpoCacheError
 
-PINNED_TEMPLATES = ("tulu", "tulu-bos")
+PINNED_TEMPLATES = ("tulu", "tulu-bos", "olmo-thinker")
 """Templates whose text is part of this package, so that a recipe's tokens do not move with a tokenizer's files."""
 
 

@@ -3,6 +3,10 @@
 The prompt of a pair is the longest common token prefix of the prompt rendered alone (with the generation prompt, so
 that the answer's header belongs to the prompt) and of both whole renderings. Everything after it is the answer, up to
 and including whatever the template writes behind the last message. Tokens are never found by comparing ids with pad.
+
+The masks of open-instruct go by counts of tokens: an answer is scored from as many tokens on as its prompt has when
+rendered alone. A token in which header and answer merge, and the first tokens of an answer that does not begin as the
+generation prompt does, are then counted to the prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from .preference import Message, Preference, UnusableRow
 from .token_pair import ScoredMask, TokenIds, TokenPair
 
 Truncation = Literal["drop", "truncate-prompt-left", "truncate-response-right"]
-MaskChoice = Literal["last-turn", "all-turns"]
+MaskChoice = Literal["last-turn", "all-turns", "open-instruct-last-turn", "open-instruct-all-turns"]
 
 _PROBE: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
@@ -42,7 +46,7 @@ class TokenizationSettings:
         max_seq_length: Most tokens of prompt and longer answer together; None for no limit.
         truncation: What becomes of longer pairs: dropped, or the prompt cut at its left (a leading bos stays), or
             each answer cut at its right (its eos is lost then).
-        mask: Score the last answer only, or every assistant's turn.
+        mask: Score the last answer only, or every assistant's turn; either also token by token as open-instruct did.
     """
 
     tokenizer: str
@@ -67,6 +71,16 @@ class TokenizationSettings:
             raise DpoCacheError(
                 f"--truncation {self.truncation} without a length does nothing", next_step="add --max-seq-length N"
             )
+
+    @property
+    def scores_all_turns(self) -> bool:
+        """Whether earlier answers are scored too."""
+        return self.mask.endswith("all-turns")
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether answers are found by counts of tokens, as open-instruct finds them."""
+        return self.mask.startswith("open-instruct")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,7 +213,7 @@ class PairTokenizer:
         )
 
     def _earlier_turns(self, preference: Preference, prompt: list[Message], full_text: str) -> list[_Turn]:
-        if self.settings.mask == "last-turn":
+        if not self.settings.scores_all_turns:
             return []
         turns = []
         for number, message in enumerate(prompt):
@@ -276,9 +290,12 @@ class PairTokenizer:
     def _whole_pair(self, rendering: _Rendering, token_ids: dict[str, TokenIds], *, is_chat: bool) -> TokenPair:
         """The pair before truncation."""
         prompt, chosen, rejected = (token_ids[text] for text in rendering.texts()[:3])
-        boundary = _common_prefix_length(prompt, chosen)
-        if boundary != _common_prefix_length(prompt, rejected):
+        boundaries = [_common_prefix_length(prompt, answer) for answer in (chosen, rejected)]
+        boundary = min(boundaries)
+        by_count = self.settings.counts_tokens and is_chat
+        if boundary != max(boundaries) and not by_count:
             raise UnusableRow("boundary-differs")
+        first_scored = len(prompt) - boundary if by_count else 0
         prompt_scored = self._scored_turns(rendering, token_ids, chosen)[:boundary]
         prompt, chosen, rejected = prompt[:boundary], chosen[boundary:], rejected[boundary:]
         if not is_chat:
@@ -291,15 +308,18 @@ class PairTokenizer:
         if np.array_equal(chosen, rejected):
             raise UnusableRow("identical-answers")
         self._refuse_doubled_specials_of_row(prompt, chosen, rejected)
-        return _token_pair(prompt, chosen, rejected, prompt_scored)
+        answers_scored = [np.arange(len(answer)) >= first_scored for answer in (chosen, rejected)]
+        return _token_pair((prompt, chosen, rejected), (prompt_scored, *answers_scored))
 
     def _scored_turns(self, rendering: _Rendering, token_ids: dict[str, TokenIds], full_ids: TokenIds) -> ScoredMask:
         """Which tokens of a whole rendering belong to an earlier answer."""
         scored = np.zeros(len(full_ids), dtype=np.bool_)
         for turn in rendering.earlier_turns:
-            start = _common_prefix_length(token_ids[turn.until_answer], full_ids)
-            end = _common_prefix_length(token_ids[turn.through_answer], full_ids)
-            scored[start:end] = True
+            start, end = (token_ids[text] for text in (turn.until_answer, turn.through_answer))
+            if self.settings.counts_tokens:
+                scored[len(start) : len(end)] = True
+            else:
+                scored[_common_prefix_length(start, full_ids) : _common_prefix_length(end, full_ids)] = True
         return scored
 
     # ---- special tokens ----
@@ -393,7 +413,10 @@ class PairTokenizer:
         has_bos = pair.prompt_ids[0] == self.tokenizer.bos_token_id
         tail = np.arange(len(pair.prompt_ids) - num_tokens, len(pair.prompt_ids))
         kept = np.concatenate([[0], tail[1:]]) if has_bos else tail
-        return _token_pair(pair.prompt_ids[kept], pair.chosen_ids, pair.rejected_ids, pair.prompt_scored[kept])
+        return _token_pair(
+            (pair.prompt_ids[kept], pair.chosen_ids, pair.rejected_ids),
+            (pair.prompt_scored[kept], pair.chosen_scored, pair.rejected_scored),
+        )
 
 
 def _with_answers_of(pair: TokenPair, num_tokens: int) -> TokenPair:
@@ -403,18 +426,26 @@ def _with_answers_of(pair: TokenPair, num_tokens: int) -> TokenPair:
     chosen, rejected = pair.chosen_ids[:num_tokens], pair.rejected_ids[:num_tokens]
     if np.array_equal(chosen, rejected):
         raise UnusableRow("identical-after-truncation")
-    return _token_pair(pair.prompt_ids, chosen, rejected, pair.prompt_scored)
+    return _token_pair(
+        (pair.prompt_ids, chosen, rejected),
+        (pair.prompt_scored, pair.chosen_scored[:num_tokens], pair.rejected_scored[:num_tokens]),
+    )
 
 
-def _token_pair(prompt: TokenIds, chosen: TokenIds, rejected: TokenIds, prompt_scored: ScoredMask) -> TokenPair:
-    """A pair whose mask is None where it says no more than the default does."""
+def _token_pair(ids: tuple[TokenIds, TokenIds, TokenIds], scored: Sequence[ScoredMask]) -> TokenPair:
+    """A pair of prompt, chosen and rejected; its mask is None where it says no more than the default does."""
+    prompt, chosen, rejected = ids
+    prompt_scored, chosen_scored, rejected_scored = scored
     prompt_scored = np.concatenate([np.zeros(len(prompt) - len(prompt_scored), np.bool_), prompt_scored])
     prompt_scored[0] = False  # nothing predicts the very first token
-    scored_mask = None
-    if prompt_scored.any():
-        answers_scored = np.ones(len(chosen) + len(rejected), dtype=np.bool_)
-        scored_mask = np.concatenate([prompt_scored, answers_scored])
-    return TokenPair(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected, scored_mask=scored_mask)
+    scored_mask = np.concatenate([prompt_scored, chosen_scored, rejected_scored])
+    is_default = chosen_scored.all() and rejected_scored.all() and not prompt_scored.any()
+    pair = TokenPair(
+        prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected, scored_mask=None if is_default else scored_mask
+    )
+    if not pair.chosen_tokens or not pair.rejected_tokens:
+        raise UnusableRow("nothing-scored")
+    return pair
 
 
 def _common_prefix_length(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> int:

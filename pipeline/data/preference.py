@@ -28,6 +28,7 @@ UNUSABLE_REASONS: dict[str, str] = {
     "template-rewrites-history": "the template renders an earlier answer differently once messages follow, "
     "so --mask all-turns cannot find it",
     "boundary-differs": "prompt and answer share a token on one side and not on the other",
+    "nothing-scored": "all tokens of an answer count to its prompt (--mask open-instruct-last-turn)",
     "double-bos": "the text itself begins with a bos, so that two would stand at the start",
     "double-eos": "the answer itself ends with an eos, so that two would stand at the end",
     "too-long": "prompt and longer answer exceed --max-seq-length (--truncation drop)",

@@ -43,11 +43,43 @@ def test_the_tulu_format_to_the_letter(tmp_path: Path, name: str, beginning: str
     assert render(tmp_path, name, CONVERSATION + answer) == f"{beginning}{TULU}<|assistant|>\nCiao</s>"
 
 
+NO_FUNCTIONS = " You do not currently have access to any functions. <functions></functions><|im_end|>\n"
+ABOUT_OLMO = (
+    "<|im_start|>system\nYou are OLMo, a helpful function-calling AI assistant built by Ai2. Your date cutoff is "
+    f"November 2024, and your model weights are available at https://huggingface.co/allenai.{NO_FUNCTIONS}"
+)
+
+
+def test_the_olmo_thinker_format_to_the_letter(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>a</think>b"}]
+    body = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>a</think>b"
+    assert render(tmp_path, "olmo-thinker", turns) == f"{ABOUT_OLMO}{body}</s>"
+    prompt = render(tmp_path, "olmo-thinker", [*turns, {"role": "user", "content": "Bye"}], add_generation_prompt=True)
+    assert prompt == f"{ABOUT_OLMO}{body}<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n<think>"
+
+
+def test_the_olmo_thinker_format_with_functions(tmp_path: Path) -> None:
+    conversation = [
+        {"role": "system", "content": "Be kind"},
+        {"role": "user", "content": "2+3?", "functions": "add(a, b)"},
+        {"role": "assistant", "function_calls": "add(2, 3)"},
+        {"role": "environment", "content": "5"},
+        {"role": "assistant", "content": "5."},
+    ]
+    assert render(tmp_path, "olmo-thinker", conversation) == (
+        f"<|im_start|>system\nBe kind{NO_FUNCTIONS}"
+        "<|im_start|>user\n2+3?\n<functions>add(a, b)</functions><|im_end|>\n"
+        "<|im_start|>assistant\n<function_calls>add(2, 3)</function_calls><|im_end|>\n"
+        "<|im_start|>environment\n5<|im_end|>\n<|im_start|>assistant\n5.</s>"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "digest"),
     [
         ("tulu", "eabfd26beb927fb164a55eccf43d605c1b112e21c95e2b62d466e7351fed9a3e"),
         ("tulu-bos", "fc49caff388fc6c4b65712d03eb77cf5d497cc2d286a4face5c189e2e19647da"),
+        ("olmo-thinker", "2a9c132fb88185b4a6df7e87078c5071d9d3d6a6db42454e51fd4ff1e1e6fdf1"),
     ],
 )
 def test_a_changed_pinned_template_is_a_decision(tmp_path: Path, name: str, digest: str) -> None:
@@ -87,7 +119,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(tmp_path: Path) -
     with pytest.raises(DpoCacheError) as error:
         resolve_chat_template(tokenizer(tmp_path, chat_template=CHATML), "tulo")
     assert error.value.found == "--chat-template tulo is neither a file nor a known name"
-    assert error.value.expected == "a file, or one of tulu, tulu-bos, default"
+    assert error.value.expected == "a file, or one of tulu, tulu-bos, olmo-thinker, default"
 
 
 @pytest.mark.parametrize(
@@ -112,4 +144,4 @@ def test_the_date_in_a_template_does_not_move_with_the_clock(tmp_path: Path) -> 
 def test_a_template_says_whether_it_reads_tools(tmp_path: Path) -> None:
     loaded = tokenizer(tmp_path, chat_template="{{ tools }}" + CHATML)
     templates = [resolve_chat_template(loaded, name) for name in (None, *PINNED_TEMPLATES)]
-    assert [template.reads_tools for template in templates if template is not None] == [True, False, False]
+    assert [template.reads_tools for template in templates if template is not None] == [True, False, False, False]

@@ -166,9 +166,12 @@ def test_the_very_first_token_is_never_scored(make: MakeTokenizer) -> None:
     assert pair.prompt_scored[1]
 
 
-def masks_by_prefix_counts(tokenizer: Any, template: str, messages: list[Message]) -> list[bool]:
-    """The published rule, written a second time: every message that is no assistant's is masked, from the length of
-    the rendering before it to the length of the rendering through it, the header included where an answer follows."""
+def masks_by_prefix_counts(
+    tokenizer: Any, template: str, messages: list[Message], *, all_turns: bool = True
+) -> list[bool]:
+    """The published rules, written a second time: every message that is no assistant's (every message but the last)
+    is masked, from the length of the rendering before it to the length of the rendering through it, the header
+    included where an answer follows."""
 
     def length(count: int, add_generation_prompt: bool) -> int:
         rendered = tokenizer.apply_chat_template(
@@ -178,7 +181,7 @@ def masks_by_prefix_counts(tokenizer: Any, template: str, messages: list[Message
 
     scored = [True] * length(len(messages), False)
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" if all_turns else i == len(messages) - 1:
             continue
         answer_follows = i + 1 < len(messages) and messages[i + 1]["role"] == "assistant"
         start, end = 0 if i == 0 else length(i, False), length(i + 1, answer_follows)
@@ -203,6 +206,74 @@ def test_all_turns_equals_the_published_rule(make: MakeTokenizer, turns: list[tu
             tokenizer.tokenizer, tokenizer.chat_template.text, preference.prompt + messages_
         )
         assert [*pair.prompt_scored.tolist(), *side.tolist()] == expected
+
+
+@pytest.mark.parametrize("turns_scored", ["all-turns", "last-turn"])
+@given(
+    turns=st.lists(st.tuples(st.text("ab ", min_size=1), st.text("\nc", min_size=1)), max_size=3),
+    answers=st.tuples(st.text("\ng", min_size=1), st.text("\nb", min_size=1)),
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_open_instruct_masks_equal_the_published_rules_where_tokens_merge(
+    make: MakeTokenizer, turns_scored: str, turns: list[tuple[str, str]], answers: tuple[str, str]
+) -> None:
+    tokenizer = make(mask=f"open-instruct-{turns_scored}", merges_newlines=True)
+    messages: list[Message] = []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    preference = chat([*messages, {"role": "user", "content": "last"}], *answers)
+    (pair,) = tokenizer.tokenize_batch([preference])
+    if isinstance(pair, UnusableRow):
+        assert pair.reason == "identical-answers"
+        return
+    assert tokenizer.chat_template is not None
+    assert isinstance(preference.prompt, list)
+    for messages_, side in ((preference.chosen, pair.chosen_scored), (preference.rejected, pair.rejected_scored)):
+        assert isinstance(messages_, list)
+        expected = masks_by_prefix_counts(
+            tokenizer.tokenizer,
+            tokenizer.chat_template.text,
+            preference.prompt + messages_,
+            all_turns=turns_scored == "all-turns",
+        )
+        assert [*pair.prompt_scored.tolist(), *side.tolist()] == expected
+
+
+@pytest.mark.parametrize("turns_scored", ["all-turns", "last-turn"])
+def test_where_nothing_merges_the_open_instruct_masks_are_the_plain_ones(
+    make: MakeTokenizer, turns_scored: str
+) -> None:
+    preference = chat(MULTI_TURN, "Goodbye now", "No")
+    plain = make(mask=turns_scored).tokenize(preference)
+    counted = make(mask=f"open-instruct-{turns_scored}").tokenize(preference)
+    for side in ("chosen", "rejected"):
+        assert marked(counted, side) == marked(plain, side)
+    assert (counted.scored_mask is None) == (turns_scored == "last-turn")
+
+
+@pytest.mark.parametrize("turns_scored", ["all-turns", "last-turn"])
+def test_open_instruct_counts_a_newline_that_merges_with_the_header_to_the_prompt(
+    make: MakeTokenizer, turns_scored: str
+) -> None:
+    pair = make(mask=f"open-instruct-{turns_scored}", merges_newlines=True).tokenize(chat("Hi", "\nYes", "No"))
+    assert pair.prompt_ids.tolist() == ids(ONE_TURN_PROMPT[:-1])
+    assert pair.chosen_ids.tolist() == [TWO_NEWLINES, *ids("Yes"), EOS]
+    assert marked(pair, "chosen") == f"{ONE_TURN_PROMPT[:-1]}\n\n⟦Yes</s>⟧"
+    assert marked(pair, "rejected") == f"{ONE_TURN_PROMPT}⟦No</s>⟧"
+
+
+def test_the_open_instruct_masks_leave_plain_text_alone(make: MakeTokenizer) -> None:
+    pair = make(None, mask="open-instruct-last-turn", merges_newlines=True).tokenize(text("Hi\n", "\nYes", "\nNo"))
+    assert marked(pair, "chosen") == "Hi⟦\n\nYes</s>⟧"
+
+
+def test_a_merged_token_stays_unscored_when_the_answer_is_cut(make: MakeTokenizer) -> None:
+    tokenizer = fitted(
+        make, "truncate-response-right", PROMPT_TOKENS + 2, mask="open-instruct-last-turn", merges_newlines=True
+    )
+    pair = tokenizer.tokenize(chat("Hi", "\nYes", "No"))
+    assert marked(pair, "chosen") == f"{ONE_TURN_PROMPT[:-1]}\n\n⟦Ye⟧"
+    assert marked(pair, "rejected") == f"{ONE_TURN_PROMPT}⟦No⟧"
 
 
 # ---- templates with a mind of their own ----
@@ -236,6 +307,23 @@ def test_the_last_turn_is_found_although_past_thoughts_are_rewritten(make: MakeT
 def test_an_opened_thought_that_no_answer_has_stays_out_of_the_prompt(make: MakeTokenizer) -> None:
     pair = make(None, chat_template=THINKING).tokenize(chat("Hi", "Yes", "No"))
     assert marked(pair, "chosen") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Yes<|im_end|>\n⟧"
+
+
+def test_open_instruct_counts_an_opened_thought_to_the_prompt_whether_or_not_the_answer_has_one(
+    make: MakeTokenizer,
+) -> None:
+    tokenizer = make("olmo-thinker", eos_token="<|im_end|>", mask="open-instruct-last-turn")
+    system: list[Message] = [{"role": "system", "content": "S"}]
+    pair = tokenizer.tokenize(chat([*system, *THOUGHTFUL], "<think>a</think>A", "Certainly not"))
+    before = (
+        "<|im_start|>system\nS You do not currently have access to any functions. <functions></functions><|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>Hm</think>Hello<|im_end|>\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert marked(pair, "chosen") == f"{before}<think>⟦a</think>A<|im_end|>⟧"
+    # `<think>` is seven tokens here, so the first seven of the other answer go unscored
+    assert marked(pair, "rejected") == f"{before}Certain⟦ly not<|im_end|>⟧"
+    assert reason(tokenizer, chat("Hi", "<think>a", "No")) == "nothing-scored"
 
 
 def test_all_turns_refuses_answers_that_the_template_rewrites(make: MakeTokenizer) -> None:

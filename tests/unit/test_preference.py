@@ -319,6 +319,7 @@ def test_the_names_of_reasons_are_stable() -> None:
         "no-prompt",
         "not-a-transcript",
         "not-text",
+        "nothing-scored",
         "prompt-too-long",
         "template-refused",
         "template-rewrites-history",

@@ -33,6 +33,12 @@ def test_torchrun_variables_are_taken_as_they_are() -> None:
     assert (ranks.rank, ranks.num_ranks, ranks.rank_of_node, ranks.ranks_per_node) == (3, 4, 1, 2)
 
 
+def test_the_deepspeed_launcher_has_its_own_name_for_the_processes_of_a_machine() -> None:
+    ranks = ranks_from_environment({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"})
+    assert ranks is not None
+    assert (ranks.rank_of_node, ranks.ranks_per_node) == (1, 8)
+
+
 def test_half_a_launcher_is_an_error_that_names_the_variable() -> None:
     with pytest.raises(DpoCacheError, match="WORLD_SIZE"):
         ranks_from_environment({"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
