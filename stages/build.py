@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import torch
+from torch.distributed import DistError
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
@@ -31,7 +32,7 @@ from .build_config import BuildConfig
 from .build_plan import ScoringPlan, cut_units
 from .build_reference import BuildReference, resolve_reference
 from .build_report import BuildReport
-from .job_store import JobStore
+from .job_store import JobStore, store_lost
 from .mixture_change import MixtureContent, mixture_content
 from .pair_collection import CollectedPairs, collect_pairs
 from .progress import quiet_libraries
@@ -73,16 +74,26 @@ class Build:
 
     def run(self) -> BuildReport:
         """Collect, score, and write the mixture; or only say what would be done."""
-        job = JobStore(self._ranks) if self._ranks else None
+        if self._ranks is None:
+            return self._build(None)
         try:
-            self._reference = resolve_reference(self._config)
-            numerics = f"{self._reference.dtype}, attention {self._reference.attention}"
-            say(f"reference {self._reference.model.name}: {numerics}")
-            return self._dry_run() if self._config.dry_run else self._run(job)
-        except BaseException as fault:
-            if job is not None:
-                job.announce_failure(f"rank 0 ended: {fault}")
-            raise
+            job = JobStore(self._ranks)
+            with job.beating():
+                try:
+                    report = self._build(job)
+                except BaseException as fault:
+                    job.announce_end(f"rank 0 ended: {str(fault) or 'it was asked to stop'}")
+                    raise
+                job.announce_end()
+                return report
+        except DistError as lost:
+            raise store_lost() from lost
+
+    def _build(self, job: JobStore | None) -> BuildReport:
+        self._reference = resolve_reference(self._config)
+        numerics = f"{self._reference.dtype}, attention {self._reference.attention}"
+        say(f"reference {self._reference.model.name}: {numerics}")
+        return self._dry_run() if self._config.dry_run else self._run(job)
 
     def _run(self, job: JobStore | None) -> BuildReport:
         cache = self._open_cache()

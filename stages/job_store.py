@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,11 +14,15 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import DistError
 
 from ..errors import DpoCacheError
+from .heartbeat import Heartbeat, HeartMonitor
 from .ranks import Ranks, rendezvous_environment
 
 CONNECT_TIMEOUT = timedelta(seconds=120)
 FAREWELL_S = 30.0
 POLL_S = 0.5
+RUN_AGAIN = "run the same command again: what is finished stays, it scores only the rest"
+LEADER_PATIENCE = 4.0
+"""A leader sorts and writes millions of rows and may miss beats; a following rank only waits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,26 +84,64 @@ class JobStore:
             agent_hosts = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             self._hosted = None
             if ranks.rank == 0 and not agent_hosts:
-                self._hosted = TCPStore(host, port, is_master=True, wait_for_workers=False)
+                self._hosted = _host_store(host, port)
         self.store = self.address.connect()
+        self._hearts = HeartMonitor(self.store)
+
+    def beating(self) -> AbstractContextManager[object]:
+        """While this is open the other ranks see that this one is alive."""
+        if self._ranks is None:
+            return nullcontext()
+        return Heartbeat(self.address.connect(), f"rank-{self._ranks.rank}")
+
+    # ---- the leader ------------------------------------------------------------------------------------------------
 
     def announce_plan(self, plan: Path) -> None:
         """Tell the following ranks where the plan lies."""
         self.store.set("plan", str(plan))
 
-    def announce_failure(self, reason: str) -> None:
-        """Tell the following ranks that there will be no plan."""
-        self.store.set("failed", reason)
+    def wait_for_others(self, *, while_waiting: Callable[[], None] = lambda: None) -> None:
+        """Wait until every following rank has scored what it can or is dead; hours, where only others can score."""
+        for rank in self._others():
+            while not self._has_told(rank, "scored") and not self._has_told(rank, "left"):
+                while_waiting()
+                time.sleep(POLL_S)
 
-    def wait_for_plan(self) -> Path:
-        """Where the plan lies, once the leader has made it; tokenising may take hours.
+    def num_living(self) -> int:
+        """Ranks whose heart beats, this one included; to be asked often, as nobody's silence counts before."""
+        return 1 + sum(not self._hearts.has_stopped(f"rank-{rank}") for rank in self._others())
+
+    def lost_ranks(self) -> list[int]:
+        """Following ranks that died or left before they had scored what they could."""
+        return [rank for rank in self._others() if not self.store.check([f"scored/{rank}"])]
+
+    def announce_end(self, failure: str | None = None) -> None:
+        """Tell the following ranks how the build ended, and keep the store up while they hear of it."""
+        self.store.set("ended", failure or "")
+        deadline = time.monotonic() + FAREWELL_S
+        for rank in self._others():
+            while not self._has_told(rank, "left") and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+
+    def _has_told(self, rank: int, what: str) -> bool:
+        """Whether a rank has come that far; a dead one has nothing more to tell."""
+        return self.store.check([f"{what}/{rank}"]) or self._hearts.has_stopped(f"rank-{rank}")
+
+    def _others(self) -> range:
+        return range(1, self._ranks.num_ranks if self._ranks else 1)
+
+    # ---- the following ranks ---------------------------------------------------------------------------------------
+
+    def wait_for_plan(self) -> Path | None:
+        """Where the plan lies, once the leader has made it; tokenising may take hours. None where there is none.
 
         Raises:
             DpoCacheError: The leader failed or is gone, or this machine does not see the leader's folder.
         """
         while not self.store.check(["plan"]):
-            if self.store.check(["failed"]):
-                raise DpoCacheError(self.store.get("failed").decode())
+            if self.has_ended():
+                return None
+            self._require_leader()
             time.sleep(POLL_S)
         plan = Path(self.store.get("plan").decode())
         if not plan.exists():
@@ -109,25 +152,61 @@ class JobStore:
             )
         return plan
 
-    def leave(self) -> None:
-        """A following rank is done."""
-        self.store.add("left", 1)
+    def announce_scored(self) -> None:
+        """This rank has nothing left to score."""
+        assert self._ranks is not None
+        self.store.set(f"scored/{self._ranks.rank}", "")
 
-    def wait_for_others(self) -> None:
-        """Keep the store up until the following ranks have left it, for a while at most."""
-        if self._ranks is not None:
-            _wait_until(lambda: self.store.add("left", 0) >= self._ranks.num_ranks - 1)  # type: ignore[union-attr]
+    def wait_for_end(self) -> None:
+        """Wait until the leader has written the mixture.
+
+        Raises:
+            DpoCacheError: It failed or is gone: the build is not finished.
+        """
+        while not self.has_ended():
+            self._require_leader()
+            time.sleep(POLL_S)
+
+    def has_ended(self) -> bool:
+        """Whether the leader has written the mixture.
+
+        Raises:
+            DpoCacheError: It failed.
+        """
+        if not self.store.check(["ended"]):
+            return False
+        if failure := self.store.get("ended").decode():
+            raise DpoCacheError(failure)
+        return True
+
+    def hear_of_failure(self) -> None:
+        """Raise the leader's fault if it has one: what this rank is scoring is of no use then."""
+        self.has_ended()
+
+    def leave(self) -> None:
+        """A following rank needs the store no more."""
+        assert self._ranks is not None
+        self.store.set(f"left/{self._ranks.rank}", "")
+
+    def _require_leader(self) -> None:
+        if self._hearts.has_stopped("rank-0", patience=LEADER_PATIENCE):
+            raise DpoCacheError("rank 0, which leads this build and writes its mixture, is gone", next_step=RUN_AGAIN)
 
 
 def store_lost() -> DpoCacheError:
     """The fault of a process whose store is gone."""
     return DpoCacheError(
         "the process that hands out the work of this build is gone",
-        next_step="run the same command again: what is finished stays",
+        next_step=RUN_AGAIN,
     )
 
 
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + FAREWELL_S
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+def _host_store(host: str, port: int) -> TCPStore:
+    try:
+        return TCPStore(host, port, is_master=True, wait_for_workers=False)
+    except DistError as refused:
+        raise DpoCacheError(
+            f"the store of this build cannot listen on {host}:{port}: {str(refused).splitlines()[0]}",
+            expected="a free port of the machine of rank 0",
+            next_step="name one: MASTER_PORT=…",
+        ) from refused

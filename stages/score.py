@@ -5,6 +5,7 @@ Three threads: one reads pairs and lays out batches ahead, this one drives the d
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -31,10 +32,11 @@ from ..pipeline.scoring.pair_scorer import PairScorer
 from ..pipeline.scoring.scoring_batch import ScoringBatch
 from .background import ReadAhead, WriteBehind
 from .build_plan import ScoringPlan
+from .heartbeat import Heartbeat, process_name
 from .job_store import StoreAddress, store_lost
 from .progress import quiet_libraries
 from .token_budget import TokenBudget
-from .unit_queue import Heartbeat, UnitQueue
+from .unit_queue import UnitQueue
 
 if TYPE_CHECKING:
     from .partitioned_scoring import PartitionedScoring
@@ -56,7 +58,7 @@ def score_units(plan_path: Path, address: StoreAddress, rank_of_node: int) -> No
     plan = ScoringPlan.read(plan_path)
     device = _device_of(rank_of_node)
     try:
-        with Heartbeat(address.connect()):
+        with Heartbeat(address.connect(), process_name(os.getpid())):
             partitioned = None
             if plan.zero_stage:
                 from .partitioned_scoring import PartitionedScoring  # DeepSpeed takes seconds to import

@@ -11,10 +11,11 @@ from torch.distributed import DistError
 from ..errors import DpoCacheError
 from .build_plan import ScoringPlan
 from .child_processes import python_command, run_children, threads_for
-from .job_store import JobStore, StoreAddress, store_lost
+from .heartbeat import process_name
+from .job_store import RUN_AGAIN, JobStore, StoreAddress, store_lost
 from .progress import Progress
 from .ranks import Ranks
-from .unit_queue import UnitQueue, process_name
+from .unit_queue import UnitQueue
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +67,7 @@ def lead_scoring(
                 min(total_tokens, queue.add("tokens", 0)),
                 pairs=queue.add("pairs", 0),
                 units=f"{queue.num_finished}/{queue.num_units}",
+                **({"ranks": f"{job.num_living()}/{ranks.num_ranks}"} if ranks else {}),
             )
 
         faults = run_children(
@@ -75,13 +77,14 @@ def lead_scoring(
             while_waiting=show,
             on_end=lambda pid: queue.declare_dead(process_name(pid)),
         )
-    job.wait_for_others()
+        job.wait_for_others(while_waiting=show)
     faults += queue.faults()
+    faults += [f"rank {rank} was lost" for rank in job.lost_ranks()]
     if queue.num_finished < queue.num_units:
         raise DpoCacheError(
             "\n".join(faults or ["the scoring processes ended early"])
             + f"\n  {queue.num_finished} of {queue.num_units} units are finished and stay",
-            next_step="run the same command again: it scores only the rest",
+            next_step=RUN_AGAIN,
         )
     return ScoringOutcome(
         forwards=queue.add("forwards", 0),
@@ -94,27 +97,39 @@ def lead_scoring(
 
 
 def follow_scoring(ranks: Ranks) -> None:
-    """What ranks other than 0 do: wait for the plan, run one scoring process, leave.
+    """What ranks other than 0 do: wait for the plan, run one scoring process, leave when the leader is done.
 
     Raises:
-        DpoCacheError: The leader failed, or a process without which the others cannot go on.
+        DpoCacheError: The leader failed or is gone, or a process without which the others cannot go on.
     """
-    job = JobStore(ranks)
     try:
-        plan_path = job.wait_for_plan()
-        plan = ScoringPlan.read(plan_path)
-        queue = UnitQueue(job.store, len(plan.units))
-        if plan.units:
-            faults = run_children(
-                [_score_command(plan_path, job.address, ranks.rank_of_node)],
-                [_environment(ranks, ranks.rank_of_node, ranks.ranks_per_node)],
-                survivors_go_on=not plan.zero_stage,
-                on_end=lambda pid: queue.declare_dead(process_name(pid)),
-            )
-            queue.report_faults(faults)  # another rank takes the unit over: no reason to end the job
-        job.leave()
+        job = JobStore(ranks)
+        with job.beating():
+            try:
+                _follow(job, ranks)
+            finally:
+                job.leave()
     except DistError as lost:
         raise store_lost() from lost
+
+
+def _follow(job: JobStore, ranks: Ranks) -> None:
+    plan_path = job.wait_for_plan()
+    if plan_path is None:
+        return
+    plan = ScoringPlan.read(plan_path)
+    queue = UnitQueue(job.store, len(plan.units))
+    if plan.units:
+        faults = run_children(
+            [_score_command(plan_path, job.address, ranks.rank_of_node)],
+            [_environment(ranks, ranks.rank_of_node, ranks.ranks_per_node)],
+            survivors_go_on=not plan.zero_stage,
+            while_waiting=job.hear_of_failure,
+            on_end=lambda pid: queue.declare_dead(process_name(pid)),
+        )
+        queue.report_faults(faults)  # another rank takes the unit over: no reason to end the job
+    job.announce_scored()
+    job.wait_for_end()
 
 
 def _environment(ranks: Ranks | None, rank_of_node: int, processes_here: int) -> dict[str, str]:

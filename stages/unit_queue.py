@@ -8,16 +8,13 @@ slow rather than dead, both write the same rows and readers keep one: a race cos
 from __future__ import annotations
 
 import os
-import socket
 import threading
-import time
 from collections.abc import Iterator
 
 from torch._C._distributed_c10d import Store
-from torch.distributed import DistError
 
-HEARTBEAT_S = 1.0
-STALE_AFTER_S = 15.0
+from .heartbeat import HeartMonitor, process_name
+
 IDLE_POLL_S = 0.25
 
 
@@ -33,6 +30,7 @@ class UnitQueue:
         self.num_units = num_units
         self._store = store
         self._owner = process_name(os.getpid())
+        self._hearts = HeartMonitor(store)
         self._stopped = threading.Event()
 
     def units(self, *, take_over: bool = True) -> Iterator[int]:
@@ -56,8 +54,8 @@ class UnitQueue:
         self._stopped.set()
 
     def declare_dead(self, process: str) -> None:
-        """Say that a process, see :func:`process_name`, has ended: its units need not wait for its heart."""
-        self._store.set(f"dead/{process}", "")
+        """Say that a process (:func:`~.heartbeat.process_name`) has ended: its units need not wait for its heart."""
+        self._hearts.declare_dead(process)
 
     def finish(self, unit: int) -> None:
         """Mark a unit done: its shard is durable."""
@@ -93,22 +91,13 @@ class UnitQueue:
         return sorted({bytes.fromhex(self._store.get(f"nonfinite/{n}").decode()) for n in range(count)})
 
     def _abandoned_units(self) -> Iterator[int]:
-        """Wait until every unit is done, taking over those whose owner's heart has stopped.
-
-        A heart is judged by this process's clock alone: how long the owner's counter has stood still.
-        """
-        seen: dict[str, tuple[int, float]] = {}
+        """Wait until every unit is done, taking over those whose owner's heart has stopped."""
         while self.num_finished < self.num_units and not self._stopped.is_set():
             for unit in range(self.num_units):
                 if self._store.add(f"units/{unit}/done", 0):
                     continue
                 owner = self._owner_of(unit)
-                beats, since = seen.get(owner, (-1, 0.0))
-                now = self._store.add(f"heartbeats/{owner}", 0)
-                is_dead = self._store.check([f"dead/{owner}"])
-                if now != beats and not is_dead:
-                    seen[owner] = (now, time.monotonic())
-                elif (is_dead or time.monotonic() - since > STALE_AFTER_S) and self._take_over(unit, owner):
+                if self._hearts.has_stopped(owner) and self._take_over(unit, owner):
                     yield unit
             self._stopped.wait(IDLE_POLL_S)
 
@@ -123,37 +112,3 @@ class UnitQueue:
             return False  # another idle worker was quicker
         self._store.set(f"units/{unit}/owner", self._owner)
         return True
-
-
-class Heartbeat:
-    """Beat in the store from a thread of its own: a long forward pass must not look like death.
-
-    Args:
-        store: A connection that only this heart uses.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._key = f"heartbeats/{process_name(os.getpid())}"
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-
-    def __enter__(self) -> Heartbeat:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
-            try:
-                self._store.add(self._key, 1)
-            except DistError:
-                return  # the store is gone; the main thread will notice and say so
-
-
-def process_name(pid: int) -> str:
-    """What a process of this machine is called among those of the build."""
-    return f"{socket.gethostname()}-{pid}"

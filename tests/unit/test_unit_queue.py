@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from dpo_cache.stages import unit_queue
+from dpo_cache.stages import heartbeat, unit_queue
 from dpo_cache.stages.unit_queue import UnitQueue
 from torch._C._distributed_c10d import HashStore
 
@@ -18,7 +18,7 @@ def drain(queue: UnitQueue) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unit_queue, "STALE_AFTER_S", 0.2)
+    monkeypatch.setattr(heartbeat, "STALE_AFTER_S", 0.2)
     monkeypatch.setattr(unit_queue, "IDLE_POLL_S", 0.02)
 
 
@@ -63,7 +63,7 @@ def test_nonfinite_pairs_named_by_any_worker_are_told_once_each() -> None:
 
 
 def test_the_unit_of_a_worker_declared_dead_is_taken_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unit_queue, "STALE_AFTER_S", 3600.0)
+    monkeypatch.setattr(heartbeat, "STALE_AFTER_S", 3600.0)
     store = HashStore()
     dead = UnitQueue(store, 3)
     dead._owner = "dead"

@@ -1,0 +1,75 @@
+"""Who of a job is alive: every process beats in the store, and others judge by their own clock alone."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+from torch._C._distributed_c10d import Store
+from torch.distributed import DistError
+
+HEARTBEAT_S = 1.0
+STALE_AFTER_S = 15.0
+
+
+class Heartbeat:
+    """Beat in the store from a thread of its own: a long forward pass must not look like death.
+
+    Args:
+        store: A connection that only this heart uses.
+        name: What the others call it.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = store
+        self._key = f"heartbeats/{name}"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            try:
+                self._store.add(self._key, 1)
+            except DistError:
+                return  # the store is gone; the main thread will notice and say so
+
+
+class HeartMonitor:
+    """How long the hearts of others have stood still, since this process first looked.
+
+    Args:
+        store: Where they beat.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    def has_stopped(self, name: str, *, patience: float = 1.0) -> bool:
+        """Whether a heart has stood still for ``patience`` times :data:`STALE_AFTER_S`, or was declared dead."""
+        if self._store.check([f"dead/{name}"]):
+            return True
+        beats, since = self._seen.get(name, (-1, 0.0))
+        now = self._store.add(f"heartbeats/{name}", 0)
+        if now != beats:
+            self._seen[name] = (now, time.monotonic())
+            return False
+        return time.monotonic() - since > patience * STALE_AFTER_S
+
+    def declare_dead(self, name: str) -> None:
+        """Say that a process has ended: nobody needs to wait for its heart."""
+        self._store.set(f"dead/{name}", "")
+
+
+def process_name(pid: int) -> str:
+    """What a process of this machine is called among those of the build."""
+    return f"{socket.gethostname()}-{pid}"

@@ -1,0 +1,113 @@
+"""The ranks of a build hear of each other's end, however it comes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.stages import heartbeat, job_store
+from dpo_cache.stages.child_processes import free_port
+from dpo_cache.stages.job_store import JobStore
+from dpo_cache.stages.ranks import Ranks
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(heartbeat, "STALE_AFTER_S", 0.5)
+    monkeypatch.setattr(job_store, "POLL_S", 0.02)
+    monkeypatch.setattr(job_store, "LEADER_PATIENCE", 1.0)
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], JobStore]:
+    """The store of a job of two ranks, as one of them holds it; rank 0 hosts it and has to come first."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    return lambda rank: JobStore(Ranks(rank=rank, num_ranks=2, rank_of_node=rank, ranks_per_node=2))
+
+
+@contextmanager
+def meanwhile(work: Callable[[], object]) -> Iterator[None]:
+    """Do something in a thread."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield
+    thread.join()
+
+
+def test_a_following_rank_waits_for_a_leader_that_lives_and_leaves_when_the_mixture_is_written(
+    job: Callable[[int], JobStore],
+) -> None:
+    leader, follower = job(0), job(1)
+
+    def lead() -> None:
+        with leader.beating():
+            time.sleep(1.2)  # more than twice as long as a heart may stand still
+            leader.announce_end()
+
+    with meanwhile(lead):
+        follower.wait_for_end()
+        follower.leave()
+
+
+@pytest.mark.parametrize("wait", [JobStore.wait_for_plan, JobStore.wait_for_end])
+def test_a_following_rank_whose_leader_died_says_so_and_how_to_go_on(
+    job: Callable[[int], JobStore], wait: Callable[[JobStore], object]
+) -> None:
+    leader, follower = job(0), job(1)
+    with leader.beating():
+        time.sleep(0.1)
+    with pytest.raises(DpoCacheError, match=r"rank 0, .* is gone") as lost:
+        wait(follower)
+    assert "run the same command again: what is finished stays" in str(lost.value)
+
+
+def test_a_leaders_fault_ends_following_ranks_while_they_wait_and_while_they_score(
+    job: Callable[[int], JobStore],
+) -> None:
+    leader, follower = job(0), job(1)
+    assert not follower.has_ended()
+    leader.store.set("ended", "rank 0 ended: no room on the disk")
+    for waiting in (follower.wait_for_plan, follower.wait_for_end, follower.has_ended):
+        with pytest.raises(DpoCacheError, match="no room on the disk"):
+            waiting()
+
+
+def test_a_build_that_ends_without_a_plan_lets_following_ranks_go(job: Callable[[int], JobStore]) -> None:
+    leader, follower = job(0), job(1)
+    leader.store.set("ended", "")
+    assert follower.wait_for_plan() is None
+
+
+def test_a_leader_waits_for_ranks_that_score_and_not_for_dead_ones(
+    job: Callable[[int], JobStore], tmp_path: Path
+) -> None:
+    leader, follower = job(0), job(1)
+
+    def score() -> None:
+        with follower.beating():
+            time.sleep(1.2)
+            follower.announce_scored()
+            follower.leave()
+
+    with meanwhile(score):
+        leader.wait_for_others()
+        assert leader.lost_ranks() == []
+
+    follower.store.delete_key("scored/1")
+    follower.store.delete_key("left/1")
+    leader.wait_for_others()
+    assert leader.lost_ranks() == [1]
+
+
+def test_a_port_that_is_taken_is_named(job: Callable[[int], JobStore]) -> None:
+    held = job(0)
+    with pytest.raises(DpoCacheError, match=r"cannot listen on 127\.0\.0\.1"):
+        job(0)
+    del held
