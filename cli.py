@@ -17,15 +17,18 @@ import click
 
 from . import __version__
 from .cli_completion import SHELLS, complete_mixture, completion_script
+from .cli_location import FOLDER, LOCATION
 from .cli_options import config_options
 from .errors import DpoCacheError
 from .stages.build_config import BuildConfig
+from .stages.location import Location
 from .stages.train_config import TrainConfig
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-cache_argument = click.argument("cache", type=click.Path(path_type=Path), metavar="DIR")
+cache_argument = click.argument("cache", type=FOLDER, metavar="DIR")
+readable_cache_argument = click.argument("cache", type=LOCATION, metavar="DIR_OR_ADDRESS")
 
 
 NOT_EXPLAINED = (
@@ -85,9 +88,9 @@ def score_command(plan: Path, store: str, rank_of_node: int) -> None:
 
 
 @dpo_cache.command("info", context_settings=CONTEXT)
-@cache_argument
+@readable_cache_argument
 @json_option
-def info_command(cache: Path, as_json: bool) -> None:
+def info_command(cache: Location, as_json: bool) -> None:
     """Say what a cache holds: the reference, its mixtures, rows, tokens, bytes, and what was dropped.
 
     \b
@@ -101,12 +104,12 @@ def info_command(cache: Path, as_json: bool) -> None:
 
 
 @dpo_cache.command("show", context_settings=CONTEXT)
-@cache_argument
+@readable_cache_argument
 @click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="How many pairs.")
 @click.option("--mixture", help="Of which mixture [default: train].", shell_complete=complete_mixture)
 @click.option("--key", metavar="HEX", help="The pair of this key, or of the only key that begins so.")
 @json_option
-def show_command(cache: Path, count: int, mixture: str | None, key: str | None, as_json: bool) -> None:
+def show_command(cache: Location, count: int, mixture: str | None, key: str | None, as_json: bool) -> None:
     """Print pairs as text, what was scored in colour, with lengths and the reference's log-probabilities.
 
     \b
@@ -120,7 +123,7 @@ def show_command(cache: Path, count: int, mixture: str | None, key: str | None, 
 
 
 @dpo_cache.command("verify", context_settings=CONTEXT)
-@cache_argument
+@readable_cache_argument
 @click.option(
     "--rescore", type=click.IntRange(min=1), metavar="N", help="Also score N random pairs again with the reference."
 )
@@ -130,7 +133,7 @@ def show_command(cache: Path, count: int, mixture: str | None, key: str | None, 
 @click.option("--repair", is_flag=True, help="Take away what is wrong; the next build refills just that.")
 @json_option
 def verify_command(
-    cache: Path,
+    cache: Location,
     rescore: int | None,
     model: str | None,
     seed: int,
@@ -177,9 +180,33 @@ def explain_command(cache: Path, as_json: bool, **values: Any) -> None:
         _print(report, as_json)
 
 
+@dpo_cache.command("pull", context_settings=CONTEXT)
+@click.argument("source", metavar="ORG/NAME")
+@click.argument("folder", type=FOLDER, metavar="DIR")
+@click.option("--revision", help="Branch, tag or commit [default: main].")
+@click.option("--mixture", "mixtures", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
+@click.option("--replace", is_flag=True, help="Let the mixtures there take the place of others of the same name.")
+@json_option
+def pull_command(
+    source: str, folder: Path, revision: str | None, mixtures: tuple[str, ...], replace: bool, as_json: bool
+) -> None:
+    """Copy a shared cache: a dataset on the Hugging Face Hub, or any address (s3://…, gs://…, https://…).
+
+    Every digest is checked before the copy can be used. Stop it whenever you like; the same command goes on from there.
+
+    \b
+    Example:
+      dpo-cache pull my-lab/tulu3-cache tulu3-cache --mixture train
+    """
+    with faults_explained():
+        from .stages.pull import pull
+
+        _print(pull(source, folder, revision=revision, mixture_names=mixtures, replace=replace), as_json)
+
+
 @dpo_cache.command("merge", context_settings=CONTEXT)
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SRC …")
-@click.option("--cache", type=click.Path(path_type=Path), required=True, help="The cache that takes them all in.")
+@click.argument("sources", nargs=-1, required=True, type=FOLDER, metavar="SRC …")
+@click.option("--cache", type=FOLDER, required=True, help="The cache that takes them all in.")
 @json_option
 def merge_command(sources: tuple[Path, ...], cache: Path, as_json: bool) -> None:
     """Unite caches of one reference; mixtures of one name become one.
