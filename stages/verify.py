@@ -178,8 +178,8 @@ def verify_cache(location: Location, *, repair: bool = False, rescoring: Rescore
         rescoring: Also score a sample again; values off by more than rounding count as findings.
 
     Raises:
-        DpoCacheError: There is no cache; or it is in use, or only to be read, where it is to be repaired; or the reference that is to
-            score again is not the one that scored.
+        DpoCacheError: There is no cache; or it is in use, or only to be read, where it is to be repaired; or the
+            reference that is to score again is not the one that scored.
     """
     if repair and is_address(location):
         raise DpoCacheError(
