@@ -18,13 +18,17 @@ MIXTURES = ("mixture", "eval_mixture")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def config_options(config_class: type[Any], *, without: Collection[str] = ()) -> Callable[[Command], Command]:
+def config_options(
+    config_class: type[Any], *, without: Collection[str] = (), from_file: bool = True
+) -> Callable[[Command], Command]:
     """Every setting of a stage but those ``without`` as an option, and ``--config`` for a YAML file of them."""
 
     def decorate(command: Command) -> Command:
         for declared in reversed(list(settings_of(config_class))):
             if declared.name not in without:
                 command = _option_of(declared)(command)
+        if not from_file:
+            return command
         return click.option(
             "--config",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),

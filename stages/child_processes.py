@@ -6,6 +6,7 @@ parent is, and takes its siblings with it when it fails: a rank whose peers are 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +88,65 @@ def run_children(
         return faults
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A process that has nothing to do with the others.
+
+    Attributes:
+        name: How messages call it.
+        command: What to run.
+        log: File that its output is appended to.
+    """
+
+    name: str
+    command: Sequence[str]
+    log: Path
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    places: Sequence[Mapping[str, str]],
+    *,
+    grace_s: float,
+    on_start: Callable[[Job], None],
+    on_end: Callable[[Job, str | None], None],
+) -> None:
+    """Run jobs, as many at a time as there are places; one that fails leaves the others alone.
+
+    Args:
+        jobs: In the order in which they start.
+        places: For each place the variables of the process that runs there, such as its GPUs.
+        grace_s: How long jobs that are asked to stop may take before they are killed.
+        on_start: Told each job that starts.
+        on_end: Told each job that has ended and its fault; None if it ended well or was stopped with this process.
+
+    Raises:
+        KeyboardInterrupt: This process was asked to stop (Ctrl-C or SIGTERM) and the jobs have stopped.
+    """
+    waiting, free = deque(jobs), list(places)
+    running: list[tuple[Job, Child, Mapping[str, str]]] = []
+    with tempfile.TemporaryDirectory(prefix="dpo-cache-") as folder, stop_requests() as stop_requested:
+        try:
+            while (waiting or running) and not stop_requested():
+                while waiting and free:
+                    job, place = waiting.popleft(), free.pop(0)
+                    on_start(job)
+                    child = _start(job.command, place, Path(folder) / f"fault-{len(waiting)}", log=job.log)
+                    running.append((job, child, place))
+                for ended in [one for one in running if one[1].process.poll() is not None]:
+                    running.remove(ended)
+                    job, child, place = ended
+                    free.append(place)
+                    on_end(job, _fault_of(job, child))
+                time.sleep(POLL_S)
+        finally:
+            _stop_all([child for _, child, _ in running], grace_s, grace_after_failure_s=grace_s)
+        if stop_requested():
+            for job, _, _ in running:
+                on_end(job, None)
+            raise KeyboardInterrupt
+
+
 def is_child() -> bool:
     """Whether :func:`run_children` started this process; then its parent reports."""
     return "DPO_CACHE_FAULT_FILE" in os.environ
@@ -122,27 +183,32 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str], fault_file: Path) -> Child:
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], fault_file: Path, *, log: Path | None = None
+) -> Child:
     ours = {"DPO_CACHE_FAULT_FILE": str(fault_file), "DPO_CACHE_PARENT": str(os.getpid())}
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **environment, **ours},
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr,  # stdout belongs to the parent's report
-        start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on once
-    )
+    with contextlib.ExitStack() as opened:
+        output = opened.enter_context(log.open("ab")) if log else None
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment, **ours},
+            stdin=subprocess.DEVNULL,
+            stdout=output or sys.stderr,  # stdout belongs to the parent's report
+            stderr=output,
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on once
+        )
     return Child(process=process, fault_file=fault_file)
 
 
-def _stop_all(children: Sequence[Child], grace_s: float) -> None:
-    """Ask, wait, insist. Once one has failed, the others can only wait for it: they get the usual grace at most."""
+def _stop_all(children: Sequence[Child], grace_s: float, *, grace_after_failure_s: float = GRACE_S) -> None:
+    """Ask, wait, insist. Once one has failed, others that can only wait for it get the usual grace at most."""
     for child in children:
         if child.process.poll() is None:
             child.process.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     while any(child.process.poll() is None for child in children):
         has_failure = any(child.process.poll() for child in children)
-        if time.monotonic() - asked > (min(grace_s, GRACE_S) if has_failure else grace_s):
+        if time.monotonic() - asked > (min(grace_s, grace_after_failure_s) if has_failure else grace_s):
             break
         time.sleep(POLL_S)
     for child in children:
@@ -157,6 +223,14 @@ def _faults(children: Sequence[Child]) -> list[str]:
         return list(dict.fromkeys(text.removeprefix("Error: ") for text in explained))
     failed = [child.process.returncode for child in children if child.process.returncode != 0]
     return [f"a process of this job ended with {_how(code)}; its own output is above" for code in failed[:1]]
+
+
+def _fault_of(job: Job, child: Child) -> str | None:
+    if child.process.returncode == 0:
+        return None
+    if child.fault_file.exists():
+        return child.fault_file.read_text("utf-8").removeprefix("Error: ")
+    return f"{job.name} ended with {_how(child.process.returncode)}; its output is in {job.log}"
 
 
 def _how(return_code: int) -> str:

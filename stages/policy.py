@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
-from ..pipeline.cache.reference_identity import differences, identify_reference
+from ..pipeline.cache.reference_identity import ReferenceIdentity, differences, identify_reference
 from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import SCORING_VERSION
 from ..pipeline.training.deepspeed_config import partitioned_loading
@@ -55,28 +55,28 @@ def find_policy(config: TrainConfig, cache: ReferenceCache) -> ModelFolder:
         ) from missing
 
 
-def check_policy(config: TrainConfig, cache: ReferenceCache, model: ModelFolder) -> PolicyOrigin:
+def check_policy(config: TrainConfig, reference: ReferenceIdentity, model: ModelFolder) -> PolicyOrigin:
     """Compare the policy's files with the cache's reference.
 
     Raises:
         DpoCacheError: They differ and ``--allow-other-policy`` was not given, naming each field that differs; or
             another version of the scoring code made the cache.
     """
-    if cache.identity.scoring_version != SCORING_VERSION:
+    if reference.scoring_version != SCORING_VERSION:
         raise DpoCacheError(
-            f"the cache was scored by version {cache.identity.scoring_version} of the scoring code",
+            f"the cache was scored by version {reference.scoring_version} of the scoring code",
             expected=f"version {SCORING_VERSION}",
             next_step="build a new cache, or use the dpo-cache that made this one",
         )
     identity = identify_reference(
         model.folder,
         adapter_folder=None,
-        weight_dtype=cache.identity.weight_dtype,
-        compute_dtype=cache.identity.compute_dtype,
-        attention=cache.identity.attention,
+        weight_dtype=reference.weight_dtype,
+        compute_dtype=reference.compute_dtype,
+        attention=reference.attention,
         scoring_version=SCORING_VERSION,
     )
-    found = differences(cache.identity, identity)
+    found = differences(reference, identity)
     if found and not config.allow_other_policy:
         fields = "; ".join(f"{name}: cache {_short(ours)}, policy {_short(theirs)}" for name, ours, theirs in found)
         raise DpoCacheError(

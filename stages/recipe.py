@@ -12,6 +12,7 @@ from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.pair_order import epoch_order
+from ..pipeline.cache.reference_identity import ReferenceIdentity
 from ..pipeline.training.global_batches import GlobalBatchPlan
 from ..pipeline.training.learning_rate import learning_rate, warmup_steps
 from ..pipeline.training.objective import Objective, beta_warnings
@@ -113,9 +114,7 @@ def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture,
         DpoCacheError: A number that does not fit the loss, or numerics other than the cache's.
     """
     identity = cache.identity
-    dtype = config.dtype or identity.compute_dtype
-    attention = config.attn_implementation or identity.attention
-    _refuse_other_numerics(config, cache, dtype, attention)
+    refuse_other_numerics(config, identity)
     global_batch_size = config.resolved_global_batch_size(num_ranks)
     batches = global_batches(mixture, global_batch_size, config.seed)
     total_steps = batches.total_steps(num_epochs=config.num_train_epochs, max_steps=config.max_steps)
@@ -127,8 +126,8 @@ def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture,
         )
     return Recipe(
         loss=config.resolved_loss(),
-        dtype=dtype,
-        attention=attention,
+        dtype=config.dtype or identity.compute_dtype,
+        attention=config.attn_implementation or identity.attention,
         num_ranks=num_ranks,
         num_pairs=mixture.num_pairs,
         global_batch_size=global_batch_size,
@@ -164,15 +163,19 @@ def warnings_of(recipe: Recipe) -> list[str]:
     return beta_warnings(recipe.loss)
 
 
-def _refuse_other_numerics(config: TrainConfig, cache: ReferenceCache, dtype: str, attention: str) -> None:
-    identity = cache.identity
+def refuse_other_numerics(config: TrainConfig, identity: ReferenceIdentity) -> None:
+    """Refuse a dtype or an attention kernel other than the reference was scored with.
+
+    Raises:
+        DpoCacheError: They differ and ``--allow-numerics-mismatch`` was not given.
+    """
     if config.allow_numerics_mismatch:
         return
     for flag, ours, cached in (
-        ("--dtype", dtype, identity.compute_dtype),
-        ("--attn-implementation", attention, identity.attention),
+        ("--dtype", config.dtype, identity.compute_dtype),
+        ("--attn-implementation", config.attn_implementation, identity.attention),
     ):
-        if ours != cached:
+        if ours not in (None, cached):
             raise DpoCacheError(
                 f"{flag} is {ours}, and the cache was scored with {cached}: policy and reference would differ by "
                 "rounding alone before any update",

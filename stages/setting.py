@@ -6,9 +6,10 @@ processes are all derived from it, so none can drift from the others.
 
 from __future__ import annotations
 
+import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,48 @@ def command_line_of(config: Any) -> list[str]:
         for element in value if declared.repeats else (value,):
             arguments.append(f"{declared.flag}={element}")
     return arguments
+
+
+def values_from_file(config_class: type[Any], given: Mapping[Any, Any]) -> dict[str, Any]:
+    """Bring what a YAML file gives to the names and types of the settings; dashes and underscores are alike.
+
+    Raises:
+        DpoCacheError: A name that is no setting, or a value that is not of the setting's type.
+    """
+    declared = {one.name: one for one in settings_of(config_class)}
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        if name not in declared:
+            near = difflib.get_close_matches(name, declared, n=1)
+            raise DpoCacheError(
+                f"{key} is no option", next_step=f"did you mean {near[0].replace('_', '-')}?" if near else None
+            )
+        values[name] = _value_from_file(declared[name], value)
+    return values
+
+
+def _value_from_file(declared: Setting, value: Any) -> Any:
+    if value is None and declared.default is not MISSING:
+        return declared.default
+    if not declared.repeats:
+        return _element_from_file(declared, value)
+    return tuple(_element_from_file(declared, element) for element in (value if isinstance(value, list) else [value]))
+
+
+def _element_from_file(declared: Setting, value: Any) -> Any:
+    """YAML reads ``1e-6`` as text, so text is taken where it spells a number; a number is no text to it either."""
+    wanted = declared.value_type
+    is_plain = isinstance(value, str | int | float) and (wanted is bool) == isinstance(value, bool)
+    if is_plain and not (wanted is int and isinstance(value, float)):
+        try:
+            return wanted(value)
+        except ValueError:
+            pass
+    raise DpoCacheError(f"{declared.flag} is {value!r}", expected=_KINDS[wanted])
+
+
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
 
 
 def _default_of(config_field: Field[Any]) -> Any:

@@ -189,7 +189,7 @@ class TrainingRun:
     def _find_policy(self) -> PolicyOrigin:
         model = find_policy(self._config, self._cache)
         # Hashing the weights is for one rank; what it finds, all have to know.
-        origin = decided_by_first(lambda: check_policy(self._config, self._cache, model))
+        origin = decided_by_first(lambda: check_policy(self._config, self._cache.identity, model))
         return replace(origin, model=model)
 
     def _prepare_hub(self, origin: PolicyOrigin) -> HubTarget | None:

@@ -1,0 +1,290 @@
+"""A sweep: many runs of stage two from one cache.
+
+All that can be known to fail is found out before anything starts. Then what the cache lacks is scored, once; then every
+point is trained by a ``dpo-train`` of its own in a process of its own. Nothing is kept in memory that is not on the
+disk: the same command, whatever ended it, skips what is finished and goes on with what is not.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..errors import DpoCacheError
+from ..pipeline.cache.cache_folder import ReferenceCache
+from .build import build
+from .child_processes import Job, python_command, run_jobs
+from .output_folder import output_lock
+from .progress import quiet_libraries
+from .recipe import resolve_recipe, warnings_of
+from .setting import command_line_of
+from .sweep_config import SweepConfig
+from .sweep_grid import SweepGrid, SweepPoint, read_grid
+from .sweep_halving import better_ones, rung_shares, rung_steps
+from .sweep_places import places_for, visible_gpus
+from .sweep_report import (
+    FAILED,
+    FINISHED,
+    GIVEN_UP,
+    INTERRUPTED,
+    NOT_STARTED,
+    SweepBuild,
+    SweepReport,
+    SweepRow,
+    options_text,
+    recorded,
+)
+from .sweep_run import SweepRun
+from .train import SAVING_GRACE_S
+
+STOPPING_GRACE_S = SAVING_GRACE_S + 60.0
+"""A run that is asked to stop gives its own processes this long to save, and then has to end itself."""
+HELD_OUT = "the held-out pairs, at the last evaluation"
+TRAINED_ON = "the training pairs of the last logged updates, before each update (no `eval-mixture` is given)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepPlan:
+    """What a sweep would run.
+
+    Attributes:
+        points: Name and command of each run.
+    """
+
+    points: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """A command a line, ready for a shell."""
+        return "\n".join(self.points.values())
+
+
+def sweep(grid_file: Path, config: SweepConfig) -> SweepReport | SweepPlan:
+    """Run a sweep, or only say what it would run.
+
+    Raises:
+        DpoCacheError: The grid, a point, the cache or the machine does not allow it; nothing was started. Or the build
+            failed. A point that fails while it trains is no error here: it is in the report.
+        KeyboardInterrupt: Asked to stop; what was under way has saved.
+    """
+    quiet_libraries()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks once, when it is imported
+    from .sweep_check import check_points, expected_cache
+
+    grid = read_grid(grid_file)
+    places = places_for(config, [point.config for point in grid.points], gpus=visible_gpus())
+    if config.strategy == "halving":
+        _refuse_points_without_margin(grid.points)
+    check_points(grid.points, expected_cache(grid))
+    if config.plan:
+        return SweepPlan(points={point.name: shlex.join(_command(point)) for point in grid.points})
+    with output_lock(grid.output):
+        return Sweep(grid, config, places).run()
+
+
+class Sweep:
+    """One start of a sweep that can run.
+
+    Args:
+        grid: The points; each can use the cache.
+        config: Which of them are trained to the end, and how many at a time.
+        places: The variables of the process at each place.
+    """
+
+    def __init__(self, grid: SweepGrid, config: SweepConfig, places: Sequence[Mapping[str, str]]) -> None:
+        self._grid = grid
+        self._config = config
+        self._places = places
+        self._faults: dict[str, str] = {}
+        self._given_up: set[str] = set()
+        self._started: dict[str, float] = {}
+        before = recorded(grid.output) or {"builds": [], "rows": []}
+        self._builds = [SweepBuild(**fields) for fields in before["builds"]]
+        self._seconds = {row["name"]: float(row["seconds"]) for row in before["rows"]}
+
+    def run(self) -> SweepReport:
+        """Build what is missing, train what is not finished, and report."""
+        self._build()
+        self._runs = self._resolve()
+        try:
+            if self._config.strategy == "halving":
+                self._run_halving()
+            else:
+                self._train_to_the_end(self._runs)
+        finally:
+            report = self._report()
+            report.write()
+        return report
+
+    # ---- before the first point --------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        for config in self._grid.builds:
+            report = build(config)
+            assert report is not None, "no launcher started this process"
+            if report.reference_forwards:
+                self._builds.append(
+                    SweepBuild(
+                        mixture=report.mixture,
+                        pairs_scored=report.pairs_scored,
+                        reference_forwards=report.reference_forwards,
+                        seconds=report.seconds,
+                    )
+                )
+
+    def _resolve(self) -> list[SweepRun]:
+        cache = ReferenceCache.open(self._grid.cache)
+        mixtures = {name: cache.read_mixture(name) for name in {p.config.mixture for p in self._grid.points}}
+        runs = []
+        for point in self._grid.points:
+            recipe = resolve_recipe(
+                point.config, cache, mixtures[point.config.mixture], num_ranks=point.config.num_gpus or self._ranks()
+            )
+            for warning in warnings_of(recipe):
+                _say(f"warning: {point.name}: {warning}")
+            run = SweepRun(point=point, recipe=recipe)
+            run.refuse_other_settings()
+            runs.append(run)
+        return runs
+
+    def _ranks(self) -> int:
+        """Ranks of a run that names no number of its own."""
+        return self._config.gpus_per_run or max(1, len(visible_gpus()))
+
+    # ---- the points --------------------------------------------------------------------------------------------
+
+    def _run_halving(self) -> None:
+        factor, by = self._config.halving_factor or 2.0, self._config.halving_by or "margin"
+        *rungs, _ = rung_shares(self._config.rungs or 3, factor)
+        runs = self._runs
+        for share in rungs:
+            if len(runs) <= 1:  # there is no one left to compare with
+                break
+            steps = {run.name: rung_steps(share, run.recipe.total_steps) for run in runs}
+            self._train(runs, until=steps)
+            runs = [run for run in runs if run.name not in self._faults]
+            scores = {run.name: run.held_out_score(steps[run.name]) for run in runs}
+            going_on = better_ones(scores, factor=factor, by=by)
+            self._given_up |= scores.keys() - set(going_on)
+            _say(f"after {share:.0%} of the updates {len(going_on)} of {len(runs)} go on: {', '.join(going_on)}")
+            runs = [run for run in runs if run.name in going_on]
+        self._train_to_the_end(runs)
+
+    def _train_to_the_end(self, runs: Sequence[SweepRun]) -> None:
+        self._train(runs, until={run.name: run.recipe.total_steps for run in runs})
+
+    def _train(self, runs: Sequence[SweepRun], *, until: Mapping[str, int]) -> None:
+        """Train each run up to some update; those that are there already are left alone."""
+        todo = {run.name: run for run in runs if not run.has_reached(until[run.name])}
+        logs = self._grid.output / "logs"
+        logs.mkdir(exist_ok=True)
+
+        def numbered(job: Job) -> str:
+            return f"[{list(todo).index(job.name) + 1}/{len(todo)}] {job.name}:"
+
+        def started(job: Job) -> None:
+            self._started[job.name] = time.monotonic()
+            with job.log.open("a", encoding="utf-8") as log:
+                log.write(f"$ {shlex.join(job.command)}\n")
+            _say(f"{numbered(job)} {_to_do(todo[job.name], until[job.name])}; log: {job.log}")
+
+        def ended(job: Job, fault: str | None) -> None:
+            seconds = time.monotonic() - self._started.pop(job.name)
+            self._seconds[job.name] = self._seconds.get(job.name, 0.0) + seconds
+            if fault is not None:
+                self._faults[job.name] = fault
+                _say(f"{numbered(job)} failed: {fault}")
+            elif todo[job.name].has_reached(until[job.name]):
+                _say(f"{numbered(job)} done in {seconds:.0f} s")
+            self._report().write()
+
+        jobs = [
+            Job(name=name, command=_process(run, until[name]), log=logs / f"{name}.log") for name, run in todo.items()
+        ]
+        run_jobs(jobs, self._places, grace_s=STOPPING_GRACE_S, on_start=started, on_end=ended)
+
+    # ---- the report --------------------------------------------------------------------------------------------
+
+    def _report(self) -> SweepReport:
+        held_out = all(point.config.eval_mixture for point in self._grid.points)
+        rows = [self._row(run, held_out=held_out) for run in self._runs]
+        return SweepReport(
+            output=str(self._grid.output),
+            cache=str(self._grid.cache),
+            strategy=self._config.strategy,
+            judged_by=HELD_OUT if held_out else TRAINED_ON,
+            builds=tuple(self._builds),
+            rows=tuple(sorted(rows, key=SweepRow.place)),
+        )
+
+    def _row(self, run: SweepRun, *, held_out: bool) -> SweepRow:
+        report, score = run.report(), run.last_score(held_out=held_out)
+        return SweepRow(
+            name=run.name,
+            options=options_text(run.point.options),
+            status=self._status(run),
+            steps=report.steps if report else 0,
+            total_steps=run.recipe.total_steps,
+            accuracy=score.accuracy,
+            margin=score.margin,
+            step0_loss=report.step0["loss"] if report and report.step0 else None,
+            seconds=self._seconds.get(run.name, 0.0),
+            reference_forwards=report.reference_forwards if report else 0,
+            fault=self._faults.get(run.name),
+        )
+
+    def _status(self, run: SweepRun) -> str:
+        if run.name in self._faults:
+            return FAILED
+        if run.has_reached(run.recipe.total_steps):
+            return FINISHED
+        if run.name in self._given_up:
+            return GIVEN_UP
+        return INTERRUPTED if run.has_begun() else NOT_STARTED
+
+
+def _refuse_points_without_margin(points: Sequence[SweepPoint]) -> None:
+    for point in points:
+        if point.config.eval_mixture is None:
+            raise DpoCacheError(
+                f"--strategy halving judges by held-out pairs, and point {point.name} has none",
+                next_step="add eval-mixture under train:",
+            )
+        if not any(loss.traits.uses_reference for loss in point.config.resolved_loss().losses):
+            raise DpoCacheError(
+                f"--strategy halving judges by rewards, and the loss of point {point.name} has none",
+                expected="losses that use the reference",
+            )
+
+
+def _command(point: SweepPoint) -> list[str]:
+    """The command that would train a point by hand."""
+    return ["dpo-train", *command_line_of(replace(point.config, resume="latest"))]
+
+
+def _process(run: SweepRun, until: int) -> list[str]:
+    """The process that trains a run up to some update: it goes on where there is something to go on from."""
+    stop = until if until < run.recipe.total_steps else None
+    config = replace(run.point.config, resume="latest", stop_after_steps=stop)
+    return python_command("train", *command_line_of(config))
+
+
+def _to_do(run: SweepRun, until: int) -> str:
+    verb = "goes on" if run.has_begun() else "starts"
+    return f"{verb}, to update {until} of {run.recipe.total_steps}"
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)

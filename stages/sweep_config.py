@@ -1,0 +1,45 @@
+"""How ``dpo-sweep`` goes about the points of a grid; what they are stands in the grid's file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import DpoCacheError
+from .setting import check_settings, setting
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """Which points are trained to the end, and how many at a time."""
+
+    strategy: str = setting(
+        "grid",
+        help="grid: train every point to its end. halving: give up the worse points early, by the held-out pairs.",
+        choices=("grid", "halving"),
+    )
+    halving_by: str | None = setting(
+        None, help="Held-out reward that decides who goes on [default: margin].", choices=("margin", "accuracy")
+    )
+    halving_factor: float | None = setting(
+        None, help="One in so many points goes on, with so many times the updates [default: 2].", above=1
+    )
+    rungs: int | None = setting(None, help="How often points are compared, the end included [default: 3].", minimum=2)
+    gpus_per_run: int | None = setting(
+        None, help="GPUs of one run; as many run side by side as fit [default: all, one run after another].", minimum=1
+    )
+    parallel: int | None = setting(None, help="Runs side by side on a CPU [default: 1].", minimum=1)
+    plan: bool = setting(False, help="Check everything, print the command of every point, start nothing.")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        halving = {
+            "--halving-by": self.halving_by,
+            "--halving-factor": self.halving_factor,
+            "--rungs": self.rungs,
+        }
+        given = [flag for flag, value in halving.items() if value is not None]
+        if given and self.strategy != "halving":
+            raise DpoCacheError(
+                f"{given[0]} has no effect without --strategy halving",
+                next_step=f"add --strategy halving, or leave {given[0]} out",
+            )
