@@ -3,7 +3,7 @@
 A short supervised run over both manners of answering, so that the reference gives either a probability that means
 something. Deterministic: the same files give the same weights on the same machine.
 
-    python scripts/demo/reference_model.py PAIRS.jsonl FOLDER
+    python scripts/demo/reference_model.py PAIRS.jsonl FOLDER [STEPS]
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def supervised_batches(sequences: list[list[int]], pad_id: int) -> Iterator[tupl
             yield ids, ids.masked_fill(ids == pad_id, -100)
 
 
-def main(pairs_file: Path, folder: Path) -> None:
+def main(pairs_file: Path, folder: Path, steps: int) -> None:
     """Train tokenizer and model, and save both as a model folder."""
     pairs = [json.loads(line) for line in pairs_file.read_text(encoding="utf-8").splitlines()]
     dialogues = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
@@ -84,9 +84,9 @@ def main(pairs_file: Path, folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     batches = supervised_batches(sequences, tokenizer.pad_token_id)
     loss = torch.tensor(0.0)
-    for step in range(STEPS):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 10) * (1 - step / STEPS)
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 10) * (1 - step / steps)
         ids, labels = next(batches)
         loss = model(input_ids=ids, labels=labels, attention_mask=None).loss
         loss.backward()
@@ -99,4 +99,4 @@ def main(pairs_file: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else STEPS)
