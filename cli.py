@@ -21,8 +21,8 @@ from .cli_location import FOLDER, LOCATION
 from .cli_options import config_options
 from .errors import DpoCacheError
 from .stages.build_config import BuildConfig
-from .stages.sweep_config import SweepConfig
 from .stages.location import Location
+from .stages.sweep_config import SweepConfig
 from .stages.train_config import TrainConfig
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -335,40 +335,6 @@ def dpo_train(as_json: bool, **values: Any) -> None:
         report = train(config)
     if report is not None:
         _print_report(report.summary(), report.to_json() if as_json else None)
-
-
-@click.command(context_settings=CONTEXT)
-@click.version_option(__version__, package_name="dpo-cache")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN …")
-@click.option(
-    *("-o", "--output", "page"),
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("report.html"),
-    show_default=True,
-    help="The page; one of this name is replaced.",
-)
-@click.option(
-    *("--png", "figures_folder"),
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Also draw each chart as a PNG there; needs matplotlib.",
-)
-@json_option
-def dpo_report(runs: tuple[Path, ...], page: Path, figures_folder: Path | None, as_json: bool) -> None:
-    """Put runs, or the runs of a sweep, on one page that opens in a browser without a network.
-
-    A run may be finished, going on or killed. What its cache held is shown where the cache is still there.
-
-    \b
-    Example:
-      dpo-report runs/beta-2 runs/beta-5 -o report.html
-    """
-    with faults_explained():
-        with stdout_for_reports():
-            from .stages.report import report
-
-            summary = report(runs, page, figures_folder=figures_folder)
-        _print(summary, as_json)
 
 
 @click.command(context_settings=CONTEXT)
