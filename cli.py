@@ -21,6 +21,7 @@ from .cli_location import FOLDER, LOCATION
 from .cli_options import config_options
 from .errors import DpoCacheError
 from .stages.build_config import BuildConfig
+from .stages.import_config import NOT_IMPORTED, ImportConfig
 from .stages.location import Location
 from .stages.sweep_config import SweepConfig
 from .stages.train_config import TrainConfig
@@ -240,6 +241,29 @@ def export_command(cache: Path, output: Path, mixture: str, as_json: bool) -> No
         from .stages.export import export
 
         _print(export(cache, output, mixture_name=mixture), as_json)
+
+
+@dpo_cache.command("import", context_settings=CONTEXT)
+@click.argument("source", type=click.Path(path_type=Path), metavar="SOURCE")
+@config_options(ImportConfig, without=NOT_IMPORTED)
+@json_option
+def import_command(source: Path, as_json: bool, **values: Any) -> None:
+    """Take over reference values that TRL or open-instruct computed; nothing is scored but a sample.
+
+    SOURCE is a .parquet or .arrow file or a saved dataset with TRL's columns, or a .pt file of open-instruct. The
+    datasets and options are those of the run that wrote it.
+
+    \b
+    Example:
+      dpo-cache import 3f1c8a.pt --values averages --model my-sft-model --dataset pairs.jsonl --cache my-cache
+    """
+    with faults_explained():
+        with stdout_for_reports():
+            config = ImportConfig(**values)
+            from .stages.value_import import import_values
+
+            report = import_values(source, config)
+        _print(report, as_json)
 
 
 @dpo_cache.command("gc", context_settings=CONTEXT)

@@ -17,6 +17,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.cache.reference_identity import identify_reference
 from ..pipeline.cache.shard_file import VALUE_COLUMNS, ScoredPair, read_shard_rows
+from ..pipeline.data.token_pair import TokenPair
 from ..pipeline.scoring.batching import plan_batches
 from ..pipeline.scoring.layout_choice import choose_layout
 from ..pipeline.scoring.layouts import scoring_batch
@@ -129,7 +130,7 @@ def rescore(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -
     for way, (way_layout, batches) in ways.items():
         distances_P4 = np.full((len(rows), len(VALUE_COLUMNS)), np.nan)
         for members in batches:
-            values = _score(scorer, [rows[member] for member in members], way_layout, device)
+            values = score_pairs(scorer, [pairs[member] for member in members], way_layout, device)
             distances_P4[members] = _distances([rows[member] for member in members], values)
         within &= (distances_P4 <= bound).all(axis=1)  # so that what is not a number is not within
         sides_P2 = distances_P4[:, :2]
@@ -192,11 +193,11 @@ def _sample(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -
 
 
 @torch.inference_mode()
-def _score(
-    scorer: PairScorer, rows: Sequence[ScoredPair], layout: Layout, device: torch.device
+def score_pairs(
+    scorer: PairScorer, pairs: Sequence[TokenPair], layout: Layout, device: torch.device
 ) -> npt.NDArray[np.float64]:
-    """The four values of each row, in the order of ``VALUE_COLUMNS``."""
-    logps = scorer(scoring_batch([row.pair for row in rows], layout).to(device))
+    """The four values of each pair of one batch, in the order of ``VALUE_COLUMNS``, shape (pairs, 4)."""
+    logps = scorer(scoring_batch(pairs, layout).to(device))
     columns = (
         logps.chosen_logps_B,
         logps.rejected_logps_B,
@@ -208,9 +209,10 @@ def _score(
 
 
 def _distances(rows: Sequence[ScoredPair], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Nats per token; none from a value that the cache does not know."""
     cached = np.array([[getattr(row, name) for name in VALUE_COLUMNS] for row in rows])
     distances: npt.NDArray[np.float64] = np.abs(values - cached) / np.array([_tokens(row) for row in rows])
-    return distances
+    return np.where(np.isnan(cached), 0.0, distances)
 
 
 def _tokens(row: ScoredPair) -> tuple[int, int, int, int]:

@@ -1,0 +1,308 @@
+"""Take over reference values that another trainer computed, as rows of a cache; nothing is scored but a sample.
+
+Shapes: S pairs of the sample, W pairs that wait for values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..errors import DpoCacheError
+from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.example_key import example_key
+from ..pipeline.cache.mixture import name_keys
+from ..pipeline.cache.pair_spool import PairSpool
+from ..pipeline.cache.shard_file import ScoredPair
+from ..pipeline.data.dataset_source import DatasetSpec, open_dataset
+from ..pipeline.data.pair_tokenizer import PairTokenizer
+from ..pipeline.data.token_pair import TokenPair
+from ..pipeline.scoring.model_loading import load_causal_lm
+from ..pipeline.scoring.pair_scorer import PairScorer
+from ..pipeline.scoring.scoring_batch import Layout
+from ..pipeline.training.step_zero import BOUNDS
+from .build import damaged_shards, say, scratch_folder
+from .build_plan import cut_units
+from .build_reference import BuildReference, resolve_reference
+from .import_config import ImportConfig
+from .mixture_change import mixture_content
+from .pair_collection import SpooledPairs, collect_pairs
+from .progress import Progress, quiet_libraries
+from .rescore import score_pairs
+from .value_matching import matched_values, with_keys
+from .value_source import SourceValues, read_source
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleSpread:
+    """How far imported values are from the reference's own: ``|theirs − ours| / scored tokens`` of a side, in nats.
+
+    Attributes:
+        pairs: Size of the sample.
+        mean_per_token: Over all sides.
+        max_per_token: Of the worst side.
+        bound_per_token: The largest allowed, as in training's step-0 proof.
+    """
+
+    pairs: int
+    mean_per_token: float
+    max_per_token: float
+    bound_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportReport:
+    """What an import brought.
+
+    Attributes:
+        cache: The cache folder.
+        mixture: The mixture's name.
+        source: Where the values came from: trainer, file name, digest.
+        training_pairs: Pairs of the mixture, repeats included.
+        pairs_imported: Distinct pairs whose values were taken over.
+        pairs_reused: Distinct pairs the cache held already.
+        dropped: Rows that make no pair, by reason.
+        rescored: The comparison with the reference; None where it was turned off or nothing was imported.
+    """
+
+    cache: str
+    mixture: str
+    source: dict[str, Any]
+    training_pairs: int
+    pairs_imported: int
+    pairs_reused: int
+    dropped: dict[str, int]
+    rescored: SampleSpread | None
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """For an 80-column terminal."""
+        lines = []
+        if self.dropped:
+            dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            lines.append(f"rows that make no pair: {dropped}")
+        lines.append(
+            f"imported {self.pairs_imported:,} pairs from {self.source['name']} ({self.source['from']}); "
+            f"{self.pairs_reused:,} were in the cache"
+        )
+        if self.rescored is not None:
+            lines.append(
+                f"scored {self.rescored.pairs} of them again: {self.rescored.max_per_token:.2g} nats a token apart at "
+                f"most (bound {self.rescored.bound_per_token:g})"
+            )
+        elif self.pairs_imported:
+            lines.append("warning: no pair was scored again; these values are taken on trust")
+        lines.append(f"mixture {self.mixture}: {self.training_pairs:,} training pairs")
+        lines.append(f"next: dpo-train --cache {self.cache} --mixture {self.mixture} --output runs/first")
+        return "\n".join(lines)
+
+
+def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
+    """Match a source's values to the pairs of datasets, check a sample, and write them as a build would have.
+
+    Args:
+        source_path: What :func:`~.value_source.read_source` reads.
+        config: The datasets, the reference and the cache.
+
+    Raises:
+        DpoCacheError: The source cannot be read, does not fit the datasets, or does not hold what the reference
+            gives; or it lacks some pairs, and then those it has stay imported, and a build scores just the others.
+    """
+    quiet_libraries()
+    source = read_source(source_path)
+    reference = resolve_reference(config)
+    _refuse_other_reference(source_path, source, reference)
+    cache = ReferenceCache.create(
+        config.cache,
+        identity=reference.identity,
+        recorded={"model": reference.model.name, "commit": reference.model.commit, "begun_with": source.recorded}
+        | ({"adapter": reference.adapter.name} if reference.adapter else {}),
+        vocabulary_sha256=PairTokenizer(reference.tokenization).description()["vocabulary_sha256"],
+    )
+    with cache.building(config.mixture), scratch_folder(cache.path / "tmp") as scratch:
+        damaged = damaged_shards(cache)
+        datasets = [open_dataset(DatasetSpec.parse(text)) for text in config.dataset]
+        collected = collect_pairs(
+            datasets,
+            reference.tokenization,
+            known=cache.key_index(without=damaged),
+            spool=scratch / "pairs.arrow",
+            max_unusable_share=config.max_unusable_share,
+            say_unusable=say if config.verbose else None,
+        )
+        content = mixture_content(cache, config, collected, warn=say)
+        if source.keys is None:
+            source = with_keys(source_path, source, collected.rows, datasets)
+        waiting = _WaitingValues(
+            PairSpool(scratch / "pairs.arrow"),
+            collected.waiting,
+            matched_values(source_path, source, collected.waiting.keys),
+            are_averages=config.values == "averages",
+        )
+        spread = _prove(source_path, waiting, reference, config)
+        waiting.write(cache, recorded={"imported": {**source.recorded, "values": config.values}})
+        waiting.refuse_missing(source_path, config)
+        if content.is_new or damaged:
+            cache.write_mixture(
+                config.mixture,
+                content.rows,
+                key_index=cache.key_index(without=damaged),
+                tokenization=content.tokenization,
+                sources=content.sources,
+                dropped=content.dropped,
+            )
+    return ImportReport(
+        cache=str(config.cache),
+        mixture=config.mixture,
+        source=source.recorded,
+        training_pairs=len(content.rows),
+        pairs_imported=len(waiting.found),
+        pairs_reused=collected.num_reused,
+        dropped=collected.dropped,
+        rescored=spread,
+    )
+
+
+def _refuse_other_reference(path: Path, source: SourceValues, reference: BuildReference) -> None:
+    if source.reference_id not in (None, reference.identity.digest):
+        raise DpoCacheError(
+            f"{path} says that its values are of the reference {str(source.reference_id)[:16]}…, and --model with "
+            f"{reference.dtype} and attention {reference.attention} is {reference.identity.digest[:16]}…",
+            next_step="name the model, --dtype and --attn-implementation of the cache that it was exported from",
+        )
+
+
+class _WaitingValues:
+    """The pairs that the cache does not hold, with the values that the source has for them.
+
+    Args:
+        spool: Their tokens.
+        waiting: Their keys.
+        values_W2: Chosen and rejected as the source has them; NaN where it lacks the pair.
+        are_averages: Whether they are averages per scored token.
+    """
+
+    def __init__(
+        self, spool: PairSpool, waiting: SpooledPairs, values_W2: npt.NDArray[np.float64], *, are_averages: bool
+    ) -> None:
+        self._spool = spool
+        self._waiting = waiting
+        self._values_W2 = values_W2
+        self._are_averages = are_averages
+        self.found = np.flatnonzero(~np.isnan(values_W2).any(axis=1))
+
+    def sample(self, size: int) -> tuple[list[TokenPair], npt.NDArray[np.float64]]:
+        """Pairs that have values, drawn by a fixed seed, and the values as the source has them, shape (S, 2).
+
+        The longest is always among them: where the source's sequences were cut off, it is off too.
+        """
+        longest = self.found[np.argmax(self._waiting.lengths[self.found])]
+        others = np.random.RandomState(0).permutation(self.found[self.found != longest])
+        places = np.concatenate([[longest], others])[:size]
+        return self._spool.read(places.tolist()), self._values_W2[places]
+
+    def write(self, cache: ReferenceCache, *, recorded: dict[str, Any]) -> None:
+        """Write the pairs that have values in units, as a build would."""
+        having = SpooledPairs(
+            keys=self._waiting.keys[self.found],
+            prompt_hashes=self._waiting.prompt_hashes[self.found],
+            lengths=self._waiting.lengths[self.found],
+        )
+        order, units = cut_units(having, num_workers=1)
+        with Progress(len(order), unit="pair", title="import") as progress:
+            for unit in units:
+                places = self.found[order[unit.start : unit.stop]]
+                pairs = self._spool.read(places.tolist())
+                rows = [self._row(pair, place) for pair, place in zip(pairs, places, strict=True)]
+                cache.write_shard(rows, recorded=recorded)
+                progress.reach(unit.stop)
+
+    def refuse_missing(self, path: Path, config: ImportConfig) -> None:
+        """Refuse to go on where the source lacks pairs."""
+        missing = len(self._waiting) - len(self.found)
+        if missing:
+            is_missing = np.ones(len(self._waiting), dtype=np.bool_)
+            is_missing[self.found] = False
+            raise DpoCacheError(
+                f"{path} has values for {len(self.found)} of {len(self._waiting)} pairs, which are imported, and none "
+                f"for {missing}: {name_keys(self._waiting.keys[is_missing])}",
+                next_step=f"dpo-cache build --cache {config.cache} --mixture {config.mixture} … with the same options "
+                "scores just these",
+            )
+
+    def _row(self, pair: TokenPair, place: int) -> ScoredPair:
+        tokens = (pair.chosen_tokens, pair.rejected_tokens)
+        chosen, rejected = (
+            float(value) * (count if self._are_averages else 1)
+            for value, count in zip(self._values_W2[place], tokens, strict=True)
+        )
+        common = min(tokens)
+        return ScoredPair(
+            key=example_key(pair),
+            pair=pair,
+            ref_chosen_logps=chosen,
+            ref_rejected_logps=rejected,
+            # Of the shorter answer it is the whole sum; of the longer one nobody knows it.
+            ref_chosen_common_logps=chosen if tokens[0] == common else np.nan,
+            ref_rejected_common_logps=rejected if tokens[1] == common else np.nan,
+            chosen_tokens=tokens[0],
+            rejected_tokens=tokens[1],
+        )
+
+
+def _prove(path: Path, waiting: _WaitingValues, reference: BuildReference, config: ImportConfig) -> SampleSpread | None:
+    """Score a sample with the reference, and refuse values that are not what it gives."""
+    if not config.rescore or not len(waiting.found):
+        return None
+    pairs, values_S2 = waiting.sample(config.rescore)
+    ours_S2 = _score(pairs, reference, config)
+    tokens_S2 = np.array([(pair.chosen_tokens, pair.rejected_tokens) for pair in pairs])
+    apart_S2 = {
+        "sums": np.abs(values_S2 - ours_S2) / tokens_S2,
+        "averages": np.abs(values_S2 - ours_S2 / tokens_S2),
+    }
+    bound = BOUNDS.get(reference.dtype, BOUNDS["bfloat16"])
+    stated = apart_S2.pop(config.values)
+    spread = SampleSpread(
+        pairs=len(pairs),
+        mean_per_token=float(stated.mean()),
+        max_per_token=float(stated.max()),
+        bound_per_token=bound,
+    )
+    if spread.max_per_token <= bound:
+        return spread
+    ((other, apart),) = apart_S2.items()
+    if apart.max() <= bound:
+        raise DpoCacheError(f"{path} holds {other}, not {config.values}", next_step=f"add --values {other}")
+    raise DpoCacheError(
+        f"{path} is not what the reference gives: on a sample of {len(pairs)} pairs they differ by "
+        f"{spread.max_per_token:.3g} nats per token at most, {spread.mean_per_token:.3g} in the mean",
+        expected=f"at most {bound:g} in {reference.dtype}",
+        next_step="what usually differs is the model, the order of the rows, the template, mask or length that made "
+        "the tokens, or --dtype; to score instead: dpo-cache build",
+    )
+
+
+@torch.inference_mode()
+def _score(pairs: Sequence[TokenPair], reference: BuildReference, config: ImportConfig) -> npt.NDArray[np.float64]:
+    """Chosen and rejected sums of each pair, one pair at a time, shape (S, 2)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_causal_lm(
+        reference.model.folder,
+        dtype=getattr(torch, reference.dtype),
+        attention=reference.attention,
+        device=device,
+        adapter=reference.adapter.folder if reference.adapter else None,
+        trust_remote_code=config.trust_remote_code,
+    )
+    scorer = PairScorer(model).eval()
+    return np.concatenate([score_pairs(scorer, [pair], Layout.PADDED, device)[:, :2] for pair in pairs])
