@@ -182,6 +182,30 @@ def explain_command(cache: Path, as_json: bool, **values: Any) -> None:
         _print(report, as_json)
 
 
+@dpo_cache.command("push", context_settings=CONTEXT)
+@cache_argument
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--revision", default="main", show_default=True, help="Branch; made where it is missing.")
+@click.option("--mixture", "mixtures", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
+@click.option("--public", is_flag=True, help="Let everybody see it [default: only its owners].")
+@json_option
+def push_command(
+    cache: Path, repository: str, revision: str, mixtures: tuple[str, ...], public: bool, as_json: bool
+) -> None:
+    """Upload a cache as a dataset of the Hugging Face Hub, with a card that says how to use it.
+
+    Sends only what a mixture names and what is not there yet; pointers come last, so others never see half a cache.
+
+    \b
+    Example:
+      dpo-cache push tulu3-cache my-lab/tulu3-cache
+    """
+    with faults_explained():
+        from .stages.push import push
+
+        _print(push(cache, repository, revision=revision, public=public, mixture_names=mixtures), as_json)
+
+
 @dpo_cache.command("pull", context_settings=CONTEXT)
 @click.argument("source", metavar="ORG/NAME")
 @click.argument("folder", type=FOLDER, metavar="DIR")

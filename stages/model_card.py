@@ -54,7 +54,7 @@ def model_card(
             "",
             f"# {name}",
             "",
-            f"{_public_name(base.name)}, tuned on preferences with DPO from cached reference log-probabilities "
+            f"{public_name(base.name)}, tuned on preferences with DPO from cached reference log-probabilities "
             "(dpo-cache).",
             "",
             "## Recipe",
@@ -67,7 +67,7 @@ def model_card(
             "",
             "| | |",
             "|---|---|",
-            f"| reference | {_public_name(str(cache.recorded.get('model', base.name)))} |",
+            f"| reference | {public_name(str(cache.recorded.get('model', base.name)))} |",
             f"| cache identity | `{cache.reference_id}` |",
             f"| reference weights, SHA-256 | `{identity.weights_sha256}` |",
             f"| scored in | {identity.compute_dtype}, {identity.attention} attention |",
@@ -83,7 +83,7 @@ def model_card(
     )
 
 
-def _public_name(path_or_id: str) -> str:
+def public_name(path_or_id: str) -> str:
     """A Hub id as it is; of a folder, its name alone."""
     path = Path(path_or_id).expanduser()
     return path.name if path.is_absolute() or path.exists() or path_or_id.startswith(".") else path_or_id

@@ -69,14 +69,19 @@ class RemoteCache:
         Raises:
             DpoCacheError: The server lists no files, so nobody knows.
         """
-        names = [Path(name).stem for name in self.files.list_names("mixtures") if name.endswith(".json")]
-        names = [name for name in names if MIXTURE_NAME.fullmatch(name)]
+        names = self.listed_names()
         if not names:
             raise DpoCacheError(
                 f"{self.files.address} lists no mixtures: there are none, or its server does not list folders",
                 next_step=f"name one: dpo-cache pull {self.files.address} DIR --mixture train",
             )
         return names
+
+    def listed_names(self) -> list[str]:
+        """Names of the mixtures that the server lists: none, where it lists nothing."""
+        files = self.files.list_names("mixtures")
+        names = [file.removesuffix(".json") for file in files if file.endswith(".json")]
+        return [name for name in names if MIXTURE_NAME.fullmatch(name)]
 
     def mixture(self, name: str) -> Mixture:
         """Read a mixture's pointer.
@@ -91,7 +96,7 @@ class RemoteCache:
                 self.files.fetch(f"mixtures/{name}.json", self.folder / "mixtures" / f"{name}.json")
                 return self.cache.read_mixture(name)
         except MissingRemoteFileError as error:
-            listed = [Path(file).stem for file in self.files.list_names("mixtures") if file.endswith(".json")]
+            listed = self.listed_names()
             raise DpoCacheError(
                 f"{self.files.address} has no mixture {name!r}",
                 expected=f"one of: {', '.join(listed)}" if listed else None,
