@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import dpo_cache, dpo_train, kill_when, metrics, run, shard_rows
+from commands import dpo_cache, dpo_train, kill_when, metrics, run
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.example_key import key_at
-from dpo_cache.pipeline.cache.pair_order import epoch_order
 from safetensors.torch import load_file
 from tiny_model import message_pairs, plain_logps, write_rows, write_tiny_model
 from torch.nn.functional import logsigmoid
+from training_order import pairs_in_training_order
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH = 8
@@ -30,27 +29,6 @@ def train(cache: Path, output: Path, *more: str | Path | int | float) -> list[st
 
 
 # ---- against plain PyTorch -------------------------------------------------------------------------------------
-
-
-def pairs_in_training_order(cache: Path, num_steps: int, seed: int = 42) -> list[list[dict[str, Any]]]:
-    """The rows of each global batch, joined by key with pyarrow alone."""
-    pointer = json.loads((cache / "mixtures/train.json").read_text())
-    table = pq.read_table(cache / "mixtures" / f"{pointer['table']['sha256']}.parquet")
-    rows = {row["example_key"]: row for row in shard_rows(cache).to_pylist()}
-    in_mixture = [rows[key] for key in table.column("example_key").to_pylist()]
-    per_epoch = math.ceil(len(in_mixture) / BATCH)
-    batches = []
-    for step in range(num_steps):
-        order = epoch_order(
-            num_pairs=len(in_mixture),
-            block_rows=pointer["block_rows"],
-            seed=seed,
-            epoch=step // per_epoch,
-            mixture_digest=pointer["digest"],
-        )
-        start = step % per_epoch * BATCH
-        batches.append([in_mixture[place] for place in order[start : start + BATCH]])
-    return batches
 
 
 def plainly_trained(
@@ -102,7 +80,7 @@ def test_ten_updates_equal_plain_pytorch_on_one_rank_and_on_two(
     assert [line["training_step"] for line in one] == list(range(1, 11))
 
     model = AutoModelForCausalLM.from_pretrained(reference)
-    batches = pairs_in_training_order(shared_cache, 10)
+    batches = pairs_in_training_order(shared_cache, 10, global_batch_size=BATCH)
     plain = plainly_trained(model, batches, [line["learning_rate"] for line in one], beta=5.0)
     for ours, others, expected in zip(one, two, plain, strict=True):
         for field, value in expected.items():
