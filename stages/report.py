@@ -14,14 +14,12 @@ from ..errors import DpoCacheError
 from ..pipeline.report.figures import require_matplotlib, write_figures
 from ..pipeline.report.page import page_html
 from ..pipeline.report.page_content import ChartCurves, Curve, PageContent, PairGroup, RunTable
-from ..pipeline.report.run_record import RunRecord, is_run, read_run
+from ..pipeline.report.run_record import RunRecord, read_run
 from ..pipeline.report.run_series import CHARTS, series_of
-from ..pipeline.report.run_table import NumberedRun, proof_statement, run_table
+from ..pipeline.report.run_table import NumberedRun, proof_statement
 from .report_cache import cache_sections
 from .report_pairs import OpenMixtures, held_out_pairs
-
-MAX_DEPTH = 3
-"""How far below a sweep's folder its runs are looked for."""
+from .report_sweep import named_folder, run_tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,10 +72,10 @@ def report(folders: Sequence[Path], page: Path, *, figures_folder: Path | None =
     """
     if figures_folder is not None:
         require_matplotlib()
-    sweeps = {folder: runs_in(folder) for folder in folders}
-    paths = list(dict.fromkeys(path for found in sweeps.values() for path in found))
+    named = [named_folder(folder) for folder in dict.fromkeys(folders)]
+    paths = list(dict.fromkeys(path for folder in named for path in folder.runs))
     runs = [read_run(path, name=name) for path, name in zip(paths, _names(paths), strict=True)]
-    content = _content(runs, _tables(sweeps, dict(zip(paths, _numbered(runs), strict=True))))
+    content = _content(runs, run_tables(named, dict(zip(paths, _numbered(runs), strict=True))))
     _write(page, page_html(content, version=__version__, written=datetime.now()))
     return ReportSummary(
         page=page,
@@ -86,27 +84,6 @@ def report(folders: Sequence[Path], page: Path, *, figures_folder: Path | None =
         figures=write_figures(content.charts, content.run_names, figures_folder) if figures_folder else [],
         notes=content.notes,
     )
-
-
-def runs_in(folder: Path) -> list[Path]:
-    """The folder itself if it is a run, or the runs in the folders below it.
-
-    Raises:
-        DpoCacheError: There are none.
-    """
-    if is_run(folder):
-        return [folder]
-    below, found = [folder], []
-    for _ in range(MAX_DEPTH):
-        below = sorted(path for parent in below if parent.is_dir() for path in parent.iterdir() if path.is_dir())
-        found += [path for path in below if is_run(path)]
-        below = [path for path in below if not is_run(path)]
-    if not found:
-        raise DpoCacheError(
-            f"{folder} is no run and holds none" if folder.is_dir() else f"there is no folder {folder}",
-            expected="the --output of a dpo-train that has begun, or a folder of such folders",
-        )
-    return found
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -120,25 +97,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _numbered(runs: Sequence[RunRecord]) -> list[NumberedRun]:
     return [NumberedRun(number=number, record=run) for number, run in enumerate(runs)]
-
-
-def _tables(sweeps: dict[Path, list[Path]], runs: dict[Path, NumberedRun]) -> list[RunTable]:
-    """A table for each sweep, and one for all runs that were named one by one."""
-    single = [folder for folder, found in sweeps.items() if found == [folder]]
-    tables = [
-        run_table(
-            f"Sweep {folder.resolve().name}",
-            [runs[path] for path in found],
-            best_first=True,
-            note="Points by held-out reward accuracy, then margin.",
-        )
-        for folder, found in sweeps.items()
-        if folder not in single
-    ]
-    if single:
-        heading = "The run" if len(single) == 1 else "Runs"
-        tables.append(run_table(heading, [runs[path] for path in single], best_first=False))
-    return tables
 
 
 def _content(runs: Sequence[RunRecord], tables: list[RunTable]) -> PageContent:

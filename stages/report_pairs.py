@@ -20,6 +20,7 @@ from ..pipeline.cache.shard_file import ScoredPair
 from ..pipeline.report.page_content import PairCard, PairGroup, PairPart, TextRun
 from ..pipeline.report.run_record import RunRecord
 from ..pipeline.report.run_table import figure
+from .location import is_address
 from .show import ShownPair, ShownRun, decoder_of, shown_pair
 
 PAIRS_AT_AN_END = 3
@@ -59,6 +60,8 @@ class OpenMixtures:
         path, name = run.settings.get("cache"), run.settings.get(setting)
         if not isinstance(path, str) or not isinstance(name, str):
             raise DpoCacheError("config.json does not say which cache it was")
+        if is_address(path):
+            raise DpoCacheError(f"the cache lies at {path}, and a report fetches nothing")
         if (path, name) not in self._opened:
             cache = ReferenceCache.open(Path(path))
             mixture = cache.read_mixture(name)

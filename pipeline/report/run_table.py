@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,14 @@ class NumberedRun:
     record: RunRecord
 
 
-def run_table(heading: str, runs: Sequence[NumberedRun], *, best_first: bool, note: str = "") -> RunTable:
+def run_table(
+    heading: str,
+    runs: Sequence[NumberedRun],
+    *,
+    best_first: bool,
+    note: str = "",
+    states: Mapping[str, str] | None = None,
+) -> RunTable:
     """Put runs side by side.
 
     Args:
@@ -40,6 +47,7 @@ def run_table(heading: str, runs: Sequence[NumberedRun], *, best_first: bool, no
         runs: The runs.
         best_first: By held-out accuracy, then by held-out margin.
         note: What to know about it.
+        states: By the name of a run's folder, where somebody else knows more of it than its files say.
     """
     settings = differing_settings([run.record for run in runs])
     ordered = sorted(runs, key=_badness) if best_first else list(runs)
@@ -58,7 +66,7 @@ def run_table(heading: str, runs: Sequence[NumberedRun], *, best_first: bool, no
             RunRow(
                 number=run.number,
                 name=run.record.name,
-                state=_state(run.record),
+                state=_state(run.record, (states or {}).get(run.record.folder.name)),
                 cells=[
                     *(_setting(run.record.settings.get(name)) for name in settings),
                     _share(run.record.last(ACCURACY)),
@@ -83,24 +91,21 @@ def proof_statement(run: NumberedRun) -> ProofStatement:
     """What ``step0.json`` says, as a sentence with its figures."""
     figures = run.record.step_zero
     name, number = run.record.name, run.number
+    if figures is None:
+        text = "no proof was recorded: the run ended before it"
+        return ProofStatement(number=number, name=name, proved=False, text=text)
     try:
-        if figures is None:
-            text = "no proof was recorded: the run ended before it, or went on from another folder's checkpoint"
-            return ProofStatement(number=number, name=name, proved=False, text=text)
         proved = figures["within_bound"] is True
-        distance = (
-            f"at most {figure(figures['max_per_token'])} nats a token apart (mean {figure(figures['mean_per_token'])}) "
-            f"over the {figures['sides']} answers of the first {figures['pairs']} pairs; "
-            f"the bound in {figures['dtype']} is {figure(figures['bound_per_token'])}"
-        )
         expected = figures["expected_loss"]
-        loss = f"loss {figures['loss']:.6f}" + ("" if expected is None else f", expected {expected:.6f}")
+        text = (
+            f"{'the same' if proved else 'not the same, and trained all the same'}, at most "
+            f"{figure(figures['max_per_token'])} nats a token apart (mean {figure(figures['mean_per_token'])}, bound "
+            f"{figure(figures['bound_per_token'])} in {figures['dtype']}) on the {figures['sides']} answers of "
+            f"{figures['pairs']} pairs; loss {figures['loss']:.6f}"
+            + ("" if expected is None else f", expected {expected:.6f}")
+        )
     except (KeyError, TypeError, ValueError):
         return ProofStatement(number=number, name=name, proved=False, text="its step0.json cannot be read")
-    if proved:
-        text = f"before the first update policy and cache were {distance}; {loss}"
-    else:
-        text = f"trained although policy and cache differed before the first update: {distance}; {loss}"
     return ProofStatement(number=number, name=name, proved=proved, text=text)
 
 
@@ -116,10 +121,10 @@ def _badness(run: NumberedRun) -> tuple[float, float]:
     return (-math.inf if accuracy is None else accuracy) * -1, (-math.inf if margin is None else margin) * -1
 
 
-def _state(run: RunRecord) -> str:
+def _state(run: RunRecord, known: str | None) -> str:
     total = run.total_updates
-    updates = f"{run.updates_done} updates" if total is None else f"{run.updates_done} of {total} updates"
-    return f"finished, {run.updates_done} updates" if run.is_finished else f"unfinished, {updates}"
+    updates = f"{run.updates_done}" if total in (None, run.updates_done) else f"{run.updates_done} of {total}"
+    return f"{known or ('finished' if run.is_finished else 'unfinished')}, {updates} updates"
 
 
 def _setting(value: Any) -> str:

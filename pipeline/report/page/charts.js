@@ -76,9 +76,9 @@
     let places = ticks(left / size, (left + span) / size, Math.max(2, Math.floor(width / 90)));
     if (whole) places = places.filter(Number.isInteger);
     for (const value of places) {
-      const anchor = x(value * size) > width - 40 ? "end" : "middle";
-      const at = anchor === "end" ? width - RIGHT : x(value * size);
-      group.append(make("text", { x: at, y: height - 6, "text-anchor": anchor }, `${short(value)}${unit && " " + unit}`));
+      const label = `${short(value)}${unit && " " + unit}`;
+      const at = Math.min(x(value * size), width - 3.5 * label.length);
+      group.append(make("text", { x: at, y: height - 6, "text-anchor": "middle" }, label));
     }
     return { group, x, y, width, height };
   }
