@@ -233,7 +233,7 @@ def recorded_environment(reference: BuildReference) -> dict[str, Any]:
     return {
         "model": reference.model.name,
         "commit": reference.model.commit,
-        **({"adapter": reference.adapter.name} if reference.adapter else {}),
+        **({"adapter": adapter.name, "adapter_commit": adapter.commit} if (adapter := reference.adapter) else {}),
         "device": device,
         "libraries": {name: version(name) for name in libraries},
     }

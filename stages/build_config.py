@@ -28,6 +28,7 @@ class BuildConfig:
     adapter: str | None = setting(
         None, help="A peft adapter on top of the model: a folder or a Hub id.", metavar="PATH_OR_ID"
     )
+    adapter_revision: str | None = setting(None, help="Revision of an adapter on the Hub.")
     tokenizer: str | None = setting(None, help="Tokenizer folder or Hub id [default: the model's].")
     chat_template: str | None = setting(
         None, help="Template file, or a pinned name [default: the tokenizer's own].", metavar="FILE_OR_NAME"
@@ -86,5 +87,7 @@ class BuildConfig:
             raise DpoCacheError("no --dataset is given", expected="one or more")
         if self.zero_stage not in (0, 3):
             raise DpoCacheError(f"--zero-stage is {self.zero_stage}", expected="3, or 0 for whole models")
+        if self.adapter_revision and not self.adapter:
+            raise DpoCacheError("--adapter-revision is given without --adapter", expected="both, or neither")
         if self.replace and self.extend:
             raise DpoCacheError("--replace and --extend are given together", expected="one of them")

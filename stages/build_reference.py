@@ -42,7 +42,7 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
         DpoCacheError: The model cannot be found, or its files are no model that we can score with.
     """
     model = find_model_folder(config.model, config.model_revision)
-    adapter = find_model_folder(config.adapter, None) if config.adapter else None
+    adapter = find_model_folder(config.adapter, config.adapter_revision) if config.adapter else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model_config = load_config(model.folder, trust_remote_code=config.trust_remote_code)

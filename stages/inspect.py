@@ -52,6 +52,7 @@ class CacheReport:
         lines = [
             f"cache      {self.path}",
             f"reference  {self.recorded.get('model')}" + (f" @ {c[:12]}" if (c := self.recorded.get("commit")) else ""),
+            *([f"           with the adapter {adapter}"] if (adapter := self.recorded.get("adapter")) else []),
             f"           id {self.reference_id[:16]}…  weights {identity['weights_sha256'][:16]}…",
             f"           {identity['compute_dtype']}, attention {identity['attention']}",
             f"shards     {self.shards} files, {self.shard_bytes / 2**20:,.1f} MiB",

@@ -38,7 +38,7 @@ def find_model_folder(path_or_id: str, revision: str | None) -> ModelFolder:
     if folder.is_dir():
         if revision is not None:
             raise DpoCacheError(
-                f"--model-revision {revision} has no meaning for the folder {folder}",
+                f"the revision {revision} has no meaning for the folder {folder}",
                 expected="a Hub id with a revision, or a folder without one",
             )
         return ModelFolder(folder=folder.resolve(), name=path_or_id, commit=None)

@@ -154,7 +154,7 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
             next_step=f"dpo-cache verify {cache.path} --rescore {settings.pairs} --model WHERE_IT_IS_NOW",
         ) from error
     adapter_name = cache.recorded.get("adapter")
-    adapter = find_model_folder(str(adapter_name), None) if adapter_name else None
+    adapter = find_model_folder(str(adapter_name), cache.recorded.get("adapter_commit")) if adapter_name else None
     ours = cache.identity
     cache.require_reference(
         identify_reference(

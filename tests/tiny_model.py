@@ -55,6 +55,8 @@ def write_tiny_model(
     attention_dropout: float = 0.0,
     dtype: torch.dtype = torch.float32,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    hidden_size: int = 32,
+    intermediate_size: int = 64,
 ) -> Path:
     """Write a two-layer Llama with random weights, and its tokenizer, as a model folder."""
     tokenizer = tokenizer or tiny_tokenizer()
@@ -62,8 +64,8 @@ def write_tiny_model(
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -16,7 +17,7 @@ from commands import assert_same_logps, dpo_cache, logps_by_key, run
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.stages.child_processes import free_port
 from peft import LoraConfig, get_peft_model
-from tiny_model import message_pairs, write_rows
+from tiny_model import message_pairs, write_rows, write_tiny_model
 from transformers import AutoModelForCausalLM
 
 from .conftest import NUM_PAIRS
@@ -87,25 +88,52 @@ def test_a_reference_partitioned_over_two_ranks_gives_the_rows_of_a_whole_one(
     assert_same_logps(logps_by_key(cache), logps_by_key(shared_cache), relative=1e-5)
 
 
+def test_a_larger_reference_with_an_adapter_in_bf16_gives_under_torchrun_and_zero3_the_rows_of_a_whole_one(
+    pairs_file: Path, tmp_path: Path
+) -> None:
+    """Its matrices have more than the 100,000 numbers up to which DeepSpeed leaves a weight whole."""
+    large = write_tiny_model(tmp_path / "large", hidden_size=128, intermediate_size=1024)
+    write_adapter(large, tmp_path / "adapter")
+    whole, partitioned = tmp_path / "whole", tmp_path / "partitioned"
+    build = ("build", "--model", large, "--adapter", tmp_path / "adapter", "--dataset", pairs_file)
+    run(dpo_cache(*build, "--dtype", "bfloat16", "--cache", whole))
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python")
+    run(
+        [*launcher, *dpo_cache(*build, "--dtype", "bfloat16", "--zero-stage", 3, "--cache", partitioned)],
+        environment={"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+    assert_same_logps(logps_by_key(partitioned), logps_by_key(whole), relative=2e-3)  # some of bf16's 8 bits
+    assert ReferenceCache.open(partitioned).reference_id == ReferenceCache.open(whole).reference_id
+
+
+def write_adapter(model: Path, folder: Path) -> Any:
+    """A LoRA adapter that changes something; the adapted model."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model),
+        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.5),
+    )
+    adapted.save_pretrained(folder)
+    return adapted
+
+
 def test_base_adapter_and_merged_model_are_three_references_and_merging_changes_no_value(
     reference: Path, pairs_file: Path, shared_cache: Path, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(reference),
-        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.5),
-    )
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted = write_adapter(reference, tmp_path / "adapter")
     merged = tmp_path / "merged"
     shutil.copytree(reference, merged)
     adapted.merge_and_unload().save_pretrained(merged)
     options = ("--dataset", pairs_file)
-    run(
-        dpo_cache("build", "--model", reference, "--adapter", tmp_path / "adapter", *options, "--cache", tmp_path / "a")
-    )
+    adapted_build = ("build", "--model", reference, *options, "--cache", tmp_path / "a")
+    run(dpo_cache(*adapted_build, "--adapter", tmp_path / "adapter"))
     run(dpo_cache("build", "--model", merged, *options, "--cache", tmp_path / "m"))
     caches = [shared_cache, tmp_path / "a", tmp_path / "m"]
     assert len({ReferenceCache.open(cache).reference_id for cache in caches}) == 3
     base, with_adapter, after_merging = map(logps_by_key, caches)
     assert_same_logps(with_adapter, after_merging, relative=1e-5)
     assert all(abs(base[key][0] - with_adapter[key][0]) > 1e-3 for key in base)
+
+    (tmp_path / "adapter").rename(tmp_path / "moved")
+    report = run(dpo_cache(*adapted_build, "--adapter", tmp_path / "moved"))
+    assert (report["pairs_reused"], report["reference_forwards"]) == (NUM_PAIRS, 0)

@@ -1,0 +1,62 @@
+"""From settings to the files of a reference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.stages.build import recorded_environment
+from dpo_cache.stages.build_config import BuildConfig
+from dpo_cache.stages.build_reference import resolve_reference
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from tiny_model import write_tiny_model
+
+
+def write_adapter(folder: Path, value: float) -> Path:
+    folder.mkdir(parents=True)
+    save_file({"lora_A": torch.full((2,), value)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "model")
+
+
+def config_of(model: Path, **settings: str | None) -> BuildConfig:
+    return BuildConfig(model=str(model), dataset=("rows.jsonl",), cache=Path("cache"), **settings)  # type: ignore[arg-type]
+
+
+def test_an_adapter_of_the_hub_is_taken_at_its_revision_and_its_commit_recorded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "hub" / "models--owner--lora"
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    for number, (name, commit) in enumerate(commits.items()):
+        write_adapter(repository / "snapshots" / commit, float(number))
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    newest, tagged = (
+        resolve_reference(config_of(model, adapter="owner/lora", adapter_revision=name)) for name in (None, "v1")
+    )
+    assert newest.identity.adapter_sha256 != tagged.identity.adapter_sha256
+    recorded = recorded_environment(tagged)
+    assert (recorded["adapter"], recorded["adapter_commit"]) == ("owner/lora", commits["v1"])
+
+    copied = shutil.copytree(repository / "snapshots" / commits["v1"], tmp_path / "copied")
+    assert resolve_reference(config_of(model, adapter=str(copied))).identity == tagged.identity
+
+
+def test_a_revision_without_an_adapter_or_of_a_folder_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DpoCacheError, match="--adapter-revision is given without --adapter"):
+        config_of(model, adapter_revision="v1")
+    adapter = write_adapter(tmp_path / "adapter", 1.0)
+    with pytest.raises(DpoCacheError, match="the revision v1 has no meaning for the folder"):
+        resolve_reference(config_of(model, adapter=str(adapter), adapter_revision="v1"))
