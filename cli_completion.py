@@ -26,8 +26,9 @@ def completion_script(shell: str) -> str:
 
 def complete_mixture(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The mixtures of the cache that stands on the command line already."""
-    cache = context.params.get("cache")
-    if not isinstance(cache, Path):
+    # An argument is not assigned yet where an option without its value follows: then it is left over.
+    cache = context.params.get("cache") or next(iter(context.args), None)
+    if cache is None:
         return []
-    names = sorted(pointer.stem for pointer in (cache / "mixtures").glob("*.json"))
+    names = sorted(pointer.stem for pointer in (Path(cache) / "mixtures").glob("*.json"))
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
