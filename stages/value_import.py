@@ -16,8 +16,8 @@ import torch
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
-from ..pipeline.cache.example_key import example_key
-from ..pipeline.cache.mixture import name_keys
+from ..pipeline.cache.example_key import Keys, example_key
+from ..pipeline.cache.mixture import MixtureRows, name_keys
 from ..pipeline.cache.pair_spool import PairSpool
 from ..pipeline.cache.shard_file import ScoredPair
 from ..pipeline.data.dataset_source import DatasetSpec, open_dataset
@@ -146,6 +146,7 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
             PairSpool(scratch / "pairs.arrow"),
             collected.waiting,
             matched_values(source_path, source, collected.waiting.keys),
+            _longest_sequences(collected.rows, collected.waiting.keys),
             are_averages=config.values == "averages",
         )
         spread = _prove(source_path, waiting, reference, config)
@@ -188,24 +189,32 @@ class _WaitingValues:
         spool: Their tokens.
         waiting: Their keys.
         values_W2: Chosen and rejected as the source has them; NaN where it lacks the pair.
+        longest_W: Tokens of each pair's prompt with its longer answer.
         are_averages: Whether they are averages per scored token.
     """
 
     def __init__(
-        self, spool: PairSpool, waiting: SpooledPairs, values_W2: npt.NDArray[np.float64], *, are_averages: bool
+        self,
+        spool: PairSpool,
+        waiting: SpooledPairs,
+        values_W2: npt.NDArray[np.float64],
+        longest_W: npt.NDArray[np.int32],
+        *,
+        are_averages: bool,
     ) -> None:
         self._spool = spool
         self._waiting = waiting
         self._values_W2 = values_W2
+        self._longest_W = longest_W
         self._are_averages = are_averages
         self.found = np.flatnonzero(~np.isnan(values_W2).any(axis=1))
 
     def sample(self, size: int) -> tuple[list[TokenPair], npt.NDArray[np.float64]]:
         """Pairs that have values, drawn by a fixed seed, and the values as the source has them, shape (S, 2).
 
-        The longest is always among them: where the source's sequences were cut off, it is off too.
+        The longest is always among them: if the source's sequences were cut off, its values are over fewer tokens.
         """
-        longest = self.found[np.argmax(self._waiting.lengths[self.found])]
+        longest = self.found[np.argmax(self._longest_W[self.found])]
         others = np.random.RandomState(0).permutation(self.found[self.found != longest])
         places = np.concatenate([[longest], others])[:size]
         return self._spool.read(places.tolist()), self._values_W2[places]
@@ -257,6 +266,15 @@ class _WaitingValues:
             chosen_tokens=tokens[0],
             rejected_tokens=tokens[1],
         )
+
+
+def _longest_sequences(rows: MixtureRows, keys: Keys) -> npt.NDArray[np.int32]:
+    """Tokens of the prompt with the longer answer of the pairs with these keys, which are among the rows."""
+    distinct, first = np.unique(rows.example_keys, return_index=True)
+    places = first[np.searchsorted(distinct, keys)]
+    answers = np.maximum(rows.chosen_lengths[places], rows.rejected_lengths[places])
+    longest: npt.NDArray[np.int32] = rows.prompt_lengths[places] + answers
+    return longest
 
 
 def _prove(path: Path, waiting: _WaitingValues, reference: BuildReference, config: ImportConfig) -> SampleSpread | None:

@@ -144,12 +144,16 @@ def _from_columns(path: Path, batches: Iterator[pa.Table], reference_id: bytes |
 
 def _keys(table: pa.Table) -> Keys:
     """The keys of rows as TRL scores them: every answer token, and no prompt token."""
-    columns = [table.column(name).to_pylist() for name in TOKEN_COLUMNS]
+    columns = [_id_lists(table.column(name)) for name in TOKEN_COLUMNS]
     pairs = (
-        TokenPair(**{name: np.array(ids, dtype=np.int32) for name, ids in zip(TOKEN_COLUMNS, row, strict=True)})
-        for row in zip(*columns, strict=True)
+        TokenPair(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
+        for prompt, chosen, rejected in zip(*columns, strict=True)
     )
     return keys_array([example_key(pair) for pair in pairs])
+
+
+def _id_lists(column: pa.ChunkedArray) -> list[npt.NDArray[np.int32]]:
+    return [np.array(ids, dtype=np.int32) for ids in column.to_pylist()]
 
 
 # ---- provenance ----

@@ -224,7 +224,8 @@ import sys, time
 from pathlib import Path
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 cache = ReferenceCache.open(Path(sys.argv[1]))
-with cache.building(sys.argv[2]) if sys.argv[2] != "gc" else cache.maintaining("gc"):
+held = {"gc": lambda: cache.maintaining("gc"), "training": cache.training}
+with held.get(sys.argv[2], lambda: cache.building(sys.argv[2]))():
     print("held", flush=True)
     time.sleep(60)
 """
@@ -269,6 +270,53 @@ def test_nobody_builds_while_files_are_removed(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_nobody_removes_files_while_a_training_reads_them_and_others_may_train_and_build(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    process = hold(cache.path, "training")
+    try:
+        with cache.training(), cache.building("train"):
+            pass
+        with (
+            pytest.raises(DpoCacheError, match=r"compacting cannot start: .* in use by a training \(process \d+"),
+            cache.maintaining("compacting"),
+        ):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with (
+        cache.maintaining("gc"),  # whoever dies lets go
+        pytest.raises(DpoCacheError, match=rf"a training cannot start: .* in use by gc \(process {os.getpid()}"),
+        cache.training(),
+    ):
+        pass
+
+
+READ_ONLY = """
+mount -t tmpfs none {folder} && cp -r {cache} {folder}/cache && {prepare} && mount -o remount,ro {folder} &&
+{python} -c '
+from pathlib import Path
+from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+with ReferenceCache.open(Path("{folder}/cache")).training():
+    print("trains")
+'"""
+
+
+@pytest.mark.parametrize("prepare", ["rm -r {folder}/cache/tmp", "rm {folder}/cache/tmp/*", "true"])
+def test_a_training_needs_no_right_to_write(tmp_path: Path, prepare: str) -> None:
+    cache, folder = make_cache(tmp_path / "cache"), tmp_path / "mounted"
+    folder.mkdir()
+    with cache.training():
+        pass  # leaves lock files
+    script = READ_ONLY.format(
+        folder=folder, cache=cache.path, prepare=prepare.format(folder=folder), python=sys.executable
+    )
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", script], capture_output=True, text=True, check=False)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("no file systems can be mounted here")
+    assert (done.stdout, done.returncode) == ("trains\n", 0), done.stderr
 
 
 CREATE = """
