@@ -19,6 +19,7 @@ from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.pair_stream import PairStream
 from ..pipeline.cache.shard_file import ScoredPair, read_shard_rows
 from ..pipeline.data.pair_tokenizer import load_tokenizer, vocabulary_sha256
+from ..pipeline.data.printable_text import printable
 from .local_copy import glance, local_copy
 from .location import Location
 
@@ -199,12 +200,7 @@ def shown_pair(row: ScoredPair, decode: Decode) -> ShownPair:
 def _runs(ids: npt.NDArray[np.int32], scored: npt.NDArray[np.bool_], decode: Decode) -> Iterator[ShownRun]:
     bounds = [0, *(np.flatnonzero(np.diff(scored)) + 1).tolist(), len(ids)]
     for start, stop in pairwise(bounds):
-        yield ShownRun(text=_harmless(decode(ids[start:stop].tolist())), scored=bool(scored[start]))
-
-
-def _harmless(text: str) -> str:
-    """Without control characters: a stranger's data must not steer the terminal."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "�" for letter in text)
+        yield ShownRun(text=printable(decode(ids[start:stop].tolist())), scored=bool(scored[start]))
 
 
 def _ids_in_words(ids: Sequence[int]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..data.printable_text import printable
 from .histogram import Histogram
 from .page_content import ChartCurves, PageContent
 
@@ -34,13 +35,17 @@ def page_html(content: PageContent, *, version: str, written: datetime) -> str:
     """
     style, script = (_PAGE.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "charts.js"))
     environment = Environment(
-        loader=PackageLoader(__package__, "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader(__package__, "page"),
+        autoescape=True,
+        finalize=_shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     histograms = [histogram for cache in content.caches for histogram in cache.histograms]
     return environment.get_template("page.html.jinja").render(
         content=content,
         data={
-            "runs": content.run_names,
+            "runs": [printable(name) for name in content.run_names],
             "charts": [_chart_data(chart) for chart in content.charts],
             "histograms": [_histogram_data(histogram) for histogram in histograms],
         },
@@ -51,6 +56,11 @@ def page_html(content: PageContent, *, version: str, written: datetime) -> str:
         version=version,
         written=written.strftime("%Y-%m-%d %H:%M"),
     )
+
+
+def _shown(value: object) -> object:
+    """What is written of a value: text without control characters, our own markup as it is."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _chart_data(chart: ChartCurves) -> dict[str, Any]:

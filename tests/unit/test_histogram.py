@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 from dpo_cache.pipeline.report.histogram import NUM_BINS, histogram
 from hypothesis import given
 from hypothesis import strategies as st
 
 
-def numbers(values: list[float]) -> np.ndarray:  # type: ignore[type-arg]
+def numbers(values: list[float]) -> npt.NDArray[np.float64]:
     return np.array(values, dtype=np.float64)
 
 
