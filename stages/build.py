@@ -230,13 +230,7 @@ def recorded_environment(reference: BuildReference) -> dict[str, Any]:
     """What stands beside a reference's identity, for people: names and versions, none of which is compared."""
     libraries = ("dpo-cache", "torch", "transformers", "pyarrow")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "model": reference.model.name,
-        "commit": reference.model.commit,
-        **({"adapter": adapter.name, "adapter_commit": adapter.commit} if (adapter := reference.adapter) else {}),
-        "device": device,
-        "libraries": {name: version(name) for name in libraries},
-    }
+    return {**reference.names(), "device": device, "libraries": {name: version(name) for name in libraries}}
 
 
 def damaged_shards(cache: ReferenceCache) -> list[Path]:

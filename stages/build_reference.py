@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,6 +34,13 @@ class BuildReference:
     attention: str
     identity: ReferenceIdentity
     tokenization: TokenizationSettings
+
+    def names(self) -> dict[str, Any]:
+        """Where its files came from, for people and for who has to find them again."""
+        names = {"model": self.model.name, "commit": self.model.commit}
+        if self.adapter is not None:
+            names |= {"adapter": self.adapter.name, "adapter_commit": self.adapter.commit}
+        return names
 
 
 def resolve_reference(config: BuildConfig) -> BuildReference:

@@ -124,8 +124,7 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
     cache = ReferenceCache.create(
         config.cache,
         identity=reference.identity,
-        recorded={"model": reference.model.name, "commit": reference.model.commit, "begun_with": source.recorded}
-        | ({"adapter": reference.adapter.name} if reference.adapter else {}),
+        recorded={**reference.names(), "begun_with": source.recorded},
         vocabulary_sha256=PairTokenizer(reference.tokenization).description()["vocabulary_sha256"],
     )
     with cache.building(config.mixture), scratch_folder(cache.path / "tmp") as scratch:

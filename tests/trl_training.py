@@ -24,7 +24,12 @@ def main() -> None:
     counts = {"loaded": 0, "forwards": 0}
     _count(transformers.PreTrainedModel, "from_pretrained", counts, "loaded")
     _count(LlamaModel, "forward", counts, "forwards")
-    small = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "per_device_train_batch_size": 8}
+    small: dict[str, Any] = {
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 8,
+    }
     small |= {"max_steps": STEPS, "logging_steps": 1, "report_to": [], "save_strategy": "no", "learning_rate": 1e-3}
     trl.DPOConfig = functools.partial(trl.DPOConfig, **small)
     names: dict[str, Any] = {}

@@ -204,8 +204,8 @@ def test_positions_count_all_rows_or_those_that_make_a_pair_and_repeats_as_often
     unusable = {**rows[3], "rejected": rows[3]["chosen"]}
     write_rows(folder / "one.jsonl", [*rows[:3], unusable, *rows[4:20]])
     write_rows(folder / "two.jsonl", rows[20:])
-    options = ("--model", folder / "my-model", "--dataset", f"{folder}/one.jsonl,amount=2.0")
-    options += ("--dataset", folder / "two.jsonl", "--cache")
+    datasets = ("--dataset", f"{folder}/one.jsonl,amount=2.0", "--dataset", folder / "two.jsonl")
+    options = ("--model", folder / "my-model", *datasets, "--cache")
     kept = [*rows[:3], *rows[4:20]] * 2 + rows[20:]
     counted = [*rows[:20], *rows[:20], *rows[20:]]  # the unusable row has a value too
     for name, of_rows in (("kept", kept), ("counted", counted)):
