@@ -86,7 +86,8 @@ def _collectives() -> Finding:
             return _found("collectives", "gloo; NCCL is for GPUs")
         return _found("collectives", "this torch has no gloo", Level.FATAL, "install an official build of torch")
     if dist.is_nccl_available():
-        return _found("collectives", "NCCL " + ".".join(map(str, torch.cuda.nccl.version())))
+        version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        return _found("collectives", "NCCL " + ".".join(map(str, version)))
     if torch.cuda.device_count() == 1:
         return _found("collectives", "no NCCL", Level.FATAL, "install an official CUDA build of torch")
     return _found(

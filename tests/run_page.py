@@ -21,7 +21,7 @@ def run_sql(query: str) -> None:
 
     pointer = json.loads((CACHE / "mixtures" / "train.json").read_text(encoding="utf-8"))
     query = query.replace("CACHE", str(CACHE)).replace("<sha256>", pointer["table"]["sha256"])
-    rows = duckdb.sql(query).fetchall()
+    rows = duckdb.execute(query).fetchall()
     assert len(rows) == pointer["num_pairs"], f"{len(rows)} rows for {pointer['num_pairs']} pairs"
 
 

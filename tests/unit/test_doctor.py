@@ -61,7 +61,7 @@ def _version_of(name: str, version: str | None, monkeypatch: pytest.MonkeyPatch)
             raise metadata.PackageNotFoundError(name)
         return version
 
-    monkeypatch.setattr(doctor_software.metadata, "version", version_or_missing)
+    monkeypatch.setattr(metadata, "version", version_or_missing)
     return one(doctor_software.examine_software(), name)
 
 
