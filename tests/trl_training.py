@@ -1,7 +1,7 @@
 """Runs a trainer of TRL as a page of the documentation does: a program for an interpreter that has TRL.
 
-Reads the page's code on stdin and runs it in the current folder, which holds what the code names. Prints one JSON object:
-the logged losses, and what was loaded and run.
+Reads the page's code on stdin and runs it in the current folder, which holds what the code names. Prints one JSON
+object: the logged losses, and what was loaded and run.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from click.testing import CliRunner, Result
-from commands import assert_same_logps, dpo_cache, logps_by_key, run
+from commands import assert_same_logps, dpo_cache, dpo_train, logps_by_key, run
 from dpo_cache.cli import dpo_cache as command
 from dpo_cache.pipeline.cache import durable_file, shard_file
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
@@ -366,6 +368,22 @@ def test_compact_drops_the_rows_that_stand_twice_and_keeps_the_training_set(cach
     assert opened.read_mixture("train").digest == digest
     assert len(logps_by_key(cache)) == NUM_PAIRS
     assert "nothing to drop" in invoke("compact", cache).stdout
+
+
+def test_nothing_is_deleted_under_a_training(cache: Path, littered: list[Path], tmp_path: Path) -> None:
+    command = dpo_train("--cache", cache, "--output", tmp_path / "run", "--max-steps", 10_000)
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert training.poll() is None
+            time.sleep(0.05)
+        for refused in (("compact", cache), ("gc", cache, "--yes", "--min-age-days", 0), ("verify", cache, "--repair")):
+            assert "is in use by a training (process " in refusal(*refused)
+        assert invoke("verify", cache).exit_code == 1  # the litter; looking is free
+    finally:
+        os.killpg(training.pid, signal.SIGKILL)
+        training.wait()
+    assert len(report("gc", cache, "--yes", "--min-age-days", 0)["garbage"]) == len(littered)
 
 
 # ---- merge -----------------------------------------------------------------------------------------------------------
