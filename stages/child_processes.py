@@ -78,7 +78,7 @@ def run_children(
                 while_waiting()
                 time.sleep(POLL_S)
         finally:
-            _stop_all(children, grace_s)
+            _stop_all(children, grace_s, grace_after_failure_s=min(grace_s, GRACE_S))
         while_waiting()
         faults = _faults(children)
         if stop_requested():
@@ -200,7 +200,7 @@ def _start(
     return Child(process=process, fault_file=fault_file)
 
 
-def _stop_all(children: Sequence[Child], grace_s: float, *, grace_after_failure_s: float = GRACE_S) -> None:
+def _stop_all(children: Sequence[Child], grace_s: float, *, grace_after_failure_s: float) -> None:
     """Ask, wait, insist. Once one has failed, others that can only wait for it get the usual grace at most."""
     for child in children:
         if child.process.poll() is None:
@@ -208,7 +208,7 @@ def _stop_all(children: Sequence[Child], grace_s: float, *, grace_after_failure_
     asked = time.monotonic()
     while any(child.process.poll() is None for child in children):
         has_failure = any(child.process.poll() for child in children)
-        if time.monotonic() - asked > (min(grace_s, grace_after_failure_s) if has_failure else grace_s):
+        if time.monotonic() - asked > (grace_after_failure_s if has_failure else grace_s):
             break
         time.sleep(POLL_S)
     for child in children:

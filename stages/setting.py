@@ -124,7 +124,8 @@ def command_line_of(config: Any) -> list[str]:
 
 
 def values_from_file(config_class: type[Any], given: Mapping[Any, Any]) -> dict[str, Any]:
-    """Bring what a YAML file gives to the names and types of the settings; dashes and underscores are alike.
+    """Bring what a YAML file gives to the names, the types and the order of the settings; dashes and underscores are
+    alike.
 
     Raises:
         DpoCacheError: A name that is no setting, or a value that is not of the setting's type.
@@ -139,7 +140,7 @@ def values_from_file(config_class: type[Any], given: Mapping[Any, Any]) -> dict[
                 f"{key} is no option", next_step=f"did you mean {near[0].replace('_', '-')}?" if near else None
             )
         values[name] = _value_from_file(declared[name], value)
-    return values
+    return {name: values[name] for name in declared if name in values}
 
 
 def _value_from_file(declared: Setting, value: Any) -> Any:

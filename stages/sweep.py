@@ -20,8 +20,10 @@ import torch
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.mixture import Mixture
 from .build import build
 from .child_processes import Job, python_command, run_jobs
+from .local_copy import glance
 from .output_folder import output_lock
 from .progress import quiet_libraries
 from .recipe import resolve_recipe, warnings_of
@@ -145,19 +147,20 @@ class Sweep:
                 )
 
     def _resolve(self) -> list[SweepRun]:
-        cache = ReferenceCache.open(self._grid.cache)
-        mixtures = {name: cache.read_mixture(name) for name in {p.config.mixture for p in self._grid.points}}
-        runs = []
-        for point in self._grid.points:
-            recipe = resolve_recipe(
-                point.config, cache, mixtures[point.config.mixture], num_ranks=point.config.num_gpus or self._ranks()
-            )
-            for warning in warnings_of(recipe):
-                _say(f"warning: {point.name}: {warning}")
-            run = SweepRun(point=point, recipe=recipe)
+        names = sorted({point.config.mixture for point in self._grid.points})
+        with glance(self._grid.cache, names, first_rows=0) as folder:
+            cache = ReferenceCache.open(folder)
+            mixtures = {name: cache.read_mixture(name) for name in names}
+            runs = [self._resolved(point, cache, mixtures[point.config.mixture]) for point in self._grid.points]
+        for run in runs:
             run.refuse_other_settings()
-            runs.append(run)
+            for warning in warnings_of(run.recipe):
+                _say(f"warning: {run.name}: {warning}")
         return runs
+
+    def _resolved(self, point: SweepPoint, cache: ReferenceCache, mixture: Mixture) -> SweepRun:
+        num_ranks = point.config.num_gpus or self._ranks()
+        return SweepRun(point=point, recipe=resolve_recipe(point.config, cache, mixture, num_ranks=num_ranks))
 
     def _ranks(self) -> int:
         """Ranks of a run that names no number of its own."""
@@ -167,15 +170,22 @@ class Sweep:
 
     def _run_halving(self) -> None:
         factor, by = self._config.halving_factor or 2.0, self._config.halving_by or "margin"
+        if by == "margin" and len({_reward_unit(run.point) for run in self._runs}) > 1:
+            _say(
+                "warning: a margin is beta times nats, so the margins of points with other losses or betas are in "
+                "other units; --halving-by accuracy compares what is alike"
+            )
         *rungs, _ = rung_shares(self._config.rungs or 3, factor)
         runs = self._runs
         for share in rungs:
-            if len(runs) <= 1:  # there is no one left to compare with
-                break
+            if len(runs) <= 1:
+                break  # there is nothing left to compare with
             steps = {run.name: rung_steps(share, run.recipe.total_steps) for run in runs}
             self._train(runs, until=steps)
             runs = [run for run in runs if run.name not in self._faults]
             scores = {run.name: run.held_out_score(steps[run.name]) for run in runs}
+            if not scores:
+                break
             going_on = better_ones(scores, factor=factor, by=by)
             self._given_up |= scores.keys() - set(going_on)
             _say(f"after {share:.0%} of the updates {len(going_on)} of {len(runs)} go on: {', '.join(going_on)}")
@@ -267,6 +277,10 @@ def _refuse_points_without_margin(points: Sequence[SweepPoint]) -> None:
                 f"--strategy halving judges by rewards, and the loss of point {point.name} has none",
                 expected="losses that use the reference",
             )
+
+
+def _reward_unit(point: SweepPoint) -> tuple[object, ...]:
+    return tuple((loss.name, loss.beta) for loss in point.config.resolved_loss().losses)
 
 
 def _command(point: SweepPoint) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.reference_identity import ReferenceIdentity, differences
 from .build_reference import resolve_reference
+from .local_copy import glance
 from .model_folder import find_model_folder
 from .policy import check_policy, find_policy
 from .recipe import refuse_other_numerics
@@ -23,7 +25,7 @@ class CacheProspect:
     Attributes:
         identity: Its reference.
         mixtures: Names of the mixtures that it has or gets.
-        cache: The cache; None before its first build.
+        cache: What the cache says of its reference; None before its first build.
     """
 
     identity: ReferenceIdentity
@@ -37,15 +39,16 @@ def expected_cache(grid: SweepGrid) -> CacheProspect:
     Raises:
         DpoCacheError: There is neither a cache nor a build, or the reference cannot be found.
     """
-    to_build = {build.mixture for build in grid.builds}
-    if len(to_build) < len(grid.builds):
+    if len({build.mixture for build in grid.builds}) < len(grid.builds):
         raise DpoCacheError(
             "two builds are for one mixture", expected="one build for each; `dataset` may be a list of datasets"
         )
     references = {build.mixture: resolve_reference(build).identity for build in grid.builds}
-    cache = None
-    if not references or (grid.cache / "cache.json").exists():
-        cache = ReferenceCache.open(grid.cache)
+    cache, mixtures = None, set(references)
+    if not references or (Path(grid.cache) / "cache.json").exists():
+        with glance(grid.cache) as folder:
+            cache = ReferenceCache.open(folder)
+            mixtures.update(cache.mixture_names())
     identity = cache.identity if cache else next(iter(references.values()))
     for mixture, theirs in references.items():
         different = ", ".join(name for name, _, _ in differences(identity, theirs))
@@ -55,9 +58,7 @@ def expected_cache(grid: SweepGrid) -> CacheProspect:
                 expected="one reference for all builds, that of the cache",
                 next_step="give each reference a cache and a sweep of its own",
             )
-    return CacheProspect(
-        identity=identity, mixtures=to_build.union(cache.mixture_names() if cache else ()), cache=cache
-    )
+    return CacheProspect(identity=identity, mixtures=mixtures, cache=cache)
 
 
 def check_points(points: Sequence[SweepPoint], prospect: CacheProspect) -> None:

@@ -24,6 +24,7 @@ import yaml
 
 from ..errors import DpoCacheError
 from .build_config import BuildConfig
+from .location import Location, location_of
 from .setting import command_line_of, values_from_file
 from .train_config import TrainConfig
 
@@ -60,13 +61,13 @@ class SweepGrid:
     """A grid's file, resolved.
 
     Attributes:
-        cache: The cache of all points.
+        cache: The cache of all points; an address where nothing has to be built.
         output: The sweep's folder.
         builds: What has to be in the cache.
         points: The runs, in the order of the file.
     """
 
-    cache: Path
+    cache: Location
     output: Path
     builds: tuple[BuildConfig, ...]
     points: tuple[SweepPoint, ...]
@@ -80,7 +81,7 @@ def read_grid(path: Path) -> SweepGrid:
             that is out of bounds, or two points that are the same run.
     """
     file = _read_yaml(path)
-    cache, output = (_folder(file, key, path) for key in ("cache", "output"))
+    cache, output = location_of(_text(file, "cache", path)), Path(_text(file, "output", path))
     fixed = _options(TrainConfig, file.get("train") or {}, where=f"{path}: train")
     return SweepGrid(
         cache=cache,
@@ -133,10 +134,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return file
 
 
-def _folder(file: Mapping[str, Any], key: str, path: Path) -> Path:
-    if not isinstance(file.get(key), str):
-        raise DpoCacheError(f"{path}: {key} is {file.get(key)!r}", expected="a folder")
-    return Path(file[key])
+def _text(file: Mapping[str, Any], key: str, path: Path) -> str:
+    text = file.get(key)
+    if not isinstance(text, str):
+        raise DpoCacheError(f"{path}: {key} is {text!r}", expected="a folder")
+    return text
 
 
 def _options(config_class: type[Any], given: Any, *, where: str) -> dict[str, Any]:
@@ -146,7 +148,12 @@ def _options(config_class: type[Any], given: Any, *, where: str) -> dict[str, An
         return values_from_file(config_class, given)
 
 
-def _builds(given: Any, cache: Path, path: Path) -> Iterator[BuildConfig]:
+def _builds(given: Any, cache: Location, path: Path) -> Iterator[BuildConfig]:
+    if given and isinstance(cache, str):
+        raise DpoCacheError(
+            f"{path} has a build, and its cache {cache} is an address, which is read-only",
+            next_step=f"dpo-cache pull {cache} DIR makes a folder of it",
+        )
     for number, options in enumerate(given if isinstance(given, list) else [given], start=1):
         where = f"{path}: build {number}"
         values = _options(BuildConfig, options, where=where)
@@ -157,7 +164,7 @@ def _builds(given: Any, cache: Path, path: Path) -> Iterator[BuildConfig]:
             missing = [name for name in ("model", "dataset") if name not in values]
             if missing:
                 raise DpoCacheError(f"{missing[0]} is missing")
-            yield BuildConfig(cache=cache, **values)
+            yield BuildConfig(cache=Path(cache), **values)
 
 
 def _own_options(file: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
@@ -181,7 +188,7 @@ def _own_options(file: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]
 
 
 def _resolve_points(
-    own_options: list[dict[str, Any]], fixed: Mapping[str, Any], *, cache: Path, output: Path
+    own_options: list[dict[str, Any]], fixed: Mapping[str, Any], *, cache: Location, output: Path
 ) -> tuple[SweepPoint, ...]:
     points: list[SweepPoint] = []
     for options in own_options:
@@ -200,17 +207,17 @@ def _resolve_points(
 
 
 def _refuse_twins(points: list[SweepPoint]) -> None:
+    names: set[str] = set()
     runs: dict[tuple[str, ...], str] = {}
     for point in points:
+        if point.name in names:
+            raise DpoCacheError(f"the point {point.name} is there twice", next_step="leave one of them out")
+        names.add(point.name)
         other = runs.setdefault(tuple(command_line_of(replace(point.config, output=Path()))), point.name)
         if other != point.name:
             raise DpoCacheError(
                 f"the points {other} and {point.name} are the same run", next_step="leave one of them out"
             )
-    if len(runs) < len(points):
-        names = [point.name for point in points]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DpoCacheError(f"the point {twice} is there twice", next_step="leave one of them out")
 
 
 @contextmanager

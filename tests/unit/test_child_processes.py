@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages.child_processes import run_children
+from dpo_cache.stages import child_processes
+from dpo_cache.stages.child_processes import Job, run_children, run_jobs
 
 
 def python(code: str) -> list[str]:
@@ -75,3 +76,97 @@ def test_no_child_outlives_its_parent(tmp_path: Path, signum: signal.Signals) ->
             return
         time.sleep(0.05)
     raise AssertionError("the child is still there")
+
+
+# ---- jobs that have nothing to do with each other ---------------------------------------------------------------
+
+
+class Journal:
+    """What a run of jobs tells, in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.events: list[str] = []
+        self.faults: dict[str, str | None] = {}
+
+    def run(self, codes: dict[str, str], places: int) -> None:
+        jobs = [Job(name=name, command=python(code), log=self.folder / f"{name}.log") for name, code in codes.items()]
+        run_jobs(
+            jobs,
+            [{"PLACE": str(number)} for number in range(places)],
+            grace_s=30,
+            on_start=lambda job: self.events.append(f"+{job.name}"),
+            on_end=self._ended,
+        )
+
+    def _ended(self, job: Job, fault: str | None) -> None:
+        self.events.append(f"-{job.name}")
+        self.faults[job.name] = fault
+
+    def most_at_once(self) -> int:
+        running = [
+            sum(1 if event[0] == "+" else -1 for event in self.events[: end + 1]) for end in range(len(self.events))
+        ]
+        return max(running)
+
+
+SAY_PLACE = "import os, time; print(os.environ['PLACE'], flush=True); time.sleep(0.3)"
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_there_are_never_more_jobs_than_places_and_all_get_their_turn(tmp_path: Path, places: int) -> None:
+    journal = Journal(tmp_path)
+    journal.run({name: SAY_PLACE for name in "abcd"}, places)
+    assert [event for event in journal.events if event[0] == "+"] == ["+a", "+b", "+c", "+d"]
+    assert journal.most_at_once() == places
+    assert journal.faults == dict.fromkeys("abcd")
+    said = [(tmp_path / f"{name}.log").read_text().strip() for name in "abcd"]
+    assert set(said) == set(map(str, range(places)))
+    assert said[:places] == list(map(str, range(places)))
+
+
+def test_a_job_that_fails_leaves_the_others_alone_and_says_why(tmp_path: Path) -> None:
+    explains = "import os, sys; open(os.environ['DPO_CACHE_FAULT_FILE'], 'w').write('Error: no'); sys.exit(1)"
+    journal = Journal(tmp_path)
+    journal.run({"a": SAY_PLACE, "b": explains, "c": "import sys; sys.exit(3)", "d": SAY_PLACE}, 2)
+    assert journal.faults["a"] is None
+    assert journal.faults["b"] == "no"
+    assert journal.faults["c"] == f"c ended with exit code 3; its output is in {tmp_path / 'c.log'}"
+    assert journal.faults["d"] is None
+
+
+SAVES_WHEN_ASKED = """
+import os, signal, sys, time
+def save(*_):
+    time.sleep({seconds})
+    open({path!r}, "a").write("saved")
+    sys.exit(1)
+signal.signal(signal.SIGTERM, save)
+open({path!r}, "w").write("started ")
+{then}
+time.sleep(60)
+"""
+
+
+def test_jobs_asked_to_stop_each_get_their_time_to_save_and_no_further_one_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_processes, "GRACE_S", 0.1)  # for the siblings of a rank that failed: not for jobs
+    paths = [tmp_path / name for name in "ab"]
+    both_run = f"while not os.path.exists({str(paths[0])!r}): time.sleep(0.01)"
+    codes = {
+        "quick": SAVES_WHEN_ASKED.format(seconds=0, path=str(paths[0]), then=""),
+        # Asks the parent once both have started, and takes its time itself.
+        "slow": SAVES_WHEN_ASKED.format(
+            seconds=1,
+            path=str(paths[1]),
+            then=f"{both_run}\nos.kill(os.getppid(), signal.SIGTERM)",
+        ),
+        "waiting": SAY_PLACE,
+    }
+    journal = Journal(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        journal.run(codes, 2)
+    assert [path.read_text() for path in paths] == ["started saved"] * 2
+    assert journal.events == ["+quick", "+slow", "-quick", "-slow"]
+    assert journal.faults == {"quick": None, "slow": None}

@@ -1,0 +1,209 @@
+"""A sweep with real processes: one build, no reference after it, stopped and gone on with, halved."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.stages import sweep as sweep_stage
+from dpo_cache.stages.child_processes import Job
+from dpo_cache.stages.sweep import sweep
+from dpo_cache.stages.sweep_config import SweepConfig
+from dpo_cache.stages.sweep_report import SweepReport
+from safetensors.torch import load_file
+from tiny_model import message_pairs, write_rows, write_tiny_model
+
+STEPS = 24
+FAILING = "use-liger-kernel-true"
+
+
+def write_grid(folder: Path, output: str, **file: Any) -> Path:
+    train = {"eval-mixture": "train", "global-batch-size": 8, "learning-rate": 1e-3, "max-steps": STEPS}
+    content = {"cache": str(folder / "cache"), "output": str(folder / output), "train": train, **file}
+    path = folder / f"{output}.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a reference and pairs; no cache yet."""
+    folder = tmp_path_factory.mktemp("sweep")
+    write_tiny_model(folder / "reference")
+    write_rows(folder / "pairs.jsonl", message_pairs(24))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grid(workplace: Path) -> Path:
+    """Two values of beta, and a point that no CPU can train."""
+    build = {"model": str(workplace / "reference"), "dataset": str(workplace / "pairs.jsonl")}
+    points = [{"use-liger-kernel": True}]
+    return write_grid(workplace, "runs", build=build, grid={"beta": [2, 5]}, points=points)
+
+
+@pytest.fixture(scope="module")
+def stopped(workplace: Path, grid: Path) -> str:
+    """What a sweep says that gets SIGTERM in the middle of its first point."""
+    process = subprocess.Popen(sweep_command(grid), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = workplace / "runs/beta-2/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (lines.exists() and "train_loss" in lines.read_text()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 1
+    return said
+
+
+@pytest.fixture(scope="module")
+def finished(workplace: Path, grid: Path, stopped: str) -> dict[str, Any]:
+    """The report of the same command once more, which runs to its end."""
+    done = subprocess.run(
+        [*sweep_command(grid), "--parallel", "2", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr  # a point has failed
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def sweep_command(grid: Path) -> list[str]:
+    return [sys.executable, "-c", "from dpo_cache.cli import dpo_sweep; dpo_sweep()", str(grid)]
+
+
+def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in report["rows"]}
+
+
+def test_a_sweep_asked_to_stop_saves_what_is_under_way(workplace: Path, stopped: str) -> None:
+    assert "Stopped: what is finished stays; the same command goes on from there." in stopped
+    (checkpoint,) = (workplace / "runs/beta-2/checkpoints").iterdir()
+    assert (checkpoint / "COMPLETE").exists()
+    assert 0 < int(checkpoint.name.removeprefix("step_")) < STEPS
+    assert not (workplace / "runs/beta-5").exists()
+    assert "saved after update" in (workplace / "runs/logs/beta-2.log").read_text()
+
+
+def test_the_same_command_goes_on_and_a_failing_point_does_not_stop_the_others(
+    workplace: Path, finished: dict[str, Any]
+) -> None:
+    rows = rows_of(finished)
+    assert [row["status"] for row in finished["rows"]] == ["finished", "finished", "failed"]
+    assert "going on from" in (workplace / "runs/logs/beta-2.log").read_text()
+    assert "--use-liger-kernel needs a GPU" in rows[FAILING]["fault"]
+    for name in ("beta-2", "beta-5"):
+        assert (workplace / "runs" / name / "model/model.safetensors").exists()
+        assert rows[name]["step0_loss"] == pytest.approx(0.693147, abs=1e-5)
+        summary = json.loads((workplace / "runs" / name / "summary.json").read_text())
+        assert rows[name]["accuracy"] == summary["eval_after"]["eval/rewards/accuracy"] > 0.5
+        assert rows[name]["margin"] == summary["eval_after"]["eval/rewards/margin"]
+    figures = [(row["accuracy"], row["margin"]) for row in finished["rows"][:2]]
+    assert figures == sorted(figures, reverse=True)
+    with (workplace / "runs/sweep.csv").open() as table:
+        assert [row["name"] for row in csv.DictReader(table)] == [row["name"] for row in finished["rows"]]
+
+
+def test_the_reference_ran_in_the_one_build_and_never_after(workplace: Path, finished: dict[str, Any]) -> None:
+    assert finished["reference_forwards"] == 0
+    (built,) = finished["builds"]  # by the start that was stopped; the second found everything there
+    assert built["pairs_scored"] == 24
+    assert finished["build_reference_forwards"] == built["reference_forwards"] > 0
+    assert "0 in 3 runs" in (workplace / "runs/sweep.md").read_text()
+
+
+def only_noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the points that a sweep would start."""
+    names: list[str] = []
+
+    def note(jobs: list[Job], *_: object, **__: object) -> None:
+        names.extend(job.name for job in jobs)
+
+    monkeypatch.setattr(sweep_stage, "run_jobs", note)
+    return names
+
+
+def test_a_third_start_has_only_the_failed_point_to_run(
+    grid: Path, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = only_noted(monkeypatch)
+    report = sweep(grid, SweepConfig())
+    assert started == [FAILING]
+    assert isinstance(report, SweepReport)
+    before, now = rows_of(finished), rows_of(report.to_json())
+    assert {name: now[name] for name in ("beta-2", "beta-5")} == {name: before[name] for name in ("beta-2", "beta-5")}
+
+
+def test_a_finished_point_is_not_taken_for_one_of_other_settings(
+    workplace: Path, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = only_noted(monkeypatch)
+    train = {"eval-mixture": "train", "global-batch-size": 8, "learning-rate": 2e-3, "max-steps": STEPS}
+    other = write_grid(workplace, "runs", train=train, grid={"beta": [2]})
+    with pytest.raises(DpoCacheError, match=r"beta-2 holds a run .*learning_rate was 0.001 and is 0.002"):
+        sweep(other, SweepConfig())
+    assert not started
+
+
+def test_halving_leaves_the_better_point_where_it_would_have_ended_without(
+    workplace: Path, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = write_grid(workplace, "halved", grid={"beta": [2, 5]})
+    halving = SweepConfig(strategy="halving", rungs=2)
+    report = sweep(grid, halving)
+    assert isinstance(report, SweepReport)
+    assert [(row.name, row.status, row.steps) for row in report.rows] == [
+        ("beta-5", "finished", STEPS),
+        ("beta-2", "given up", STEPS // 2),
+    ]
+    assert not (workplace / "halved/beta-2/model").exists()
+    ours, unbroken = (load_file(workplace / f"{sweep}/beta-5/model/model.safetensors") for sweep in ("halved", "runs"))
+    assert ours.keys() == unbroken.keys()
+    for name, weight in unbroken.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=0)
+    lines = [
+        [json.loads(line) for line in (workplace / f"{sweep}/beta-5/metrics.jsonl").read_text().splitlines()]
+        for sweep in ("halved", "runs")
+    ]
+    rates, rates_unbroken = ([line["learning_rate"] for line in run if "learning_rate" in line] for run in lines)
+    assert rates == rates_unbroken
+    assert len(rates) == STEPS
+
+    started = only_noted(monkeypatch)  # the same decisions once more, from what is on the disk
+    again = sweep(grid, halving)
+    assert not started
+    assert isinstance(again, SweepReport)
+    assert again.to_json() == report.to_json()
+
+
+def test_a_plan_prints_commands_and_starts_nothing(workplace: Path, finished: dict[str, Any]) -> None:
+    grid = write_grid(workplace, "planned", grid={"beta": [2, 5]})
+    plan = sweep(grid, SweepConfig(plan=True))
+    assert not isinstance(plan, SweepReport)
+    assert plan.text().splitlines()[0].startswith(f"dpo-train --cache={workplace}/cache --output={workplace}/planned/")
+    assert "--beta=2.0" in plan.text()
+    assert not (workplace / "planned").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [({}, "judges by held-out pairs, and point defaults has none"), ({"loss": "simpo"}, "and the loss of point")],
+)
+def test_halving_needs_something_to_judge_by(
+    workplace: Path, finished: dict[str, Any], train: dict[str, Any], message: str
+) -> None:
+    mixture = {"eval-mixture": "train"} if train else {}
+    grid = write_grid(workplace, "unjudged", train={**train, **mixture}, points=[{}])
+    with pytest.raises(DpoCacheError, match=message):
+        sweep(grid, SweepConfig(strategy="halving"))

@@ -1,0 +1,75 @@
+"""The table of a sweep: the best first, in every form the same figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from dpo_cache.stages.sweep_report import SweepBuild, SweepReport, SweepRow
+
+
+def row(name: str, **fields: Any) -> SweepRow:
+    defaults: dict[str, Any] = {
+        "options": {"beta": name},
+        "status": "finished",
+        "steps": 8,
+        "total_steps": 8,
+        "accuracy": 0.5,
+        "margin": 0.1,
+        "step0_loss": 0.6931,
+        "seconds": 12.0,
+        "reference_forwards": 0,
+        "fault": None,
+    }
+    return SweepRow(name=name, **(defaults | fields))
+
+
+ROWS = (
+    row("failed", status="failed", steps=0, accuracy=None, margin=None, fault="--beta is odd\n  next: even"),
+    row("third", accuracy=0.7, margin=9.0),
+    row("given-up-early", status="given up", steps=2, accuracy=0.99),
+    row("given-up-later", status="given up", steps=4, accuracy=0.6),
+    row("second", accuracy=0.8, margin=0.2),
+    row("first", accuracy=0.8, margin=0.3),
+    row("no-rewards", accuracy=None, margin=None),
+)
+ORDER = ["first", "second", "third", "no-rewards", "given-up-later", "given-up-early", "failed"]
+
+
+def report(folder: Path) -> SweepReport:
+    return SweepReport(
+        output=str(folder),
+        cache="c",
+        strategy="grid",
+        judged_by="the held-out pairs",
+        builds=(SweepBuild(mixture="train", pairs_scored=40, reference_forwards=3, seconds=1.0),),
+        rows=tuple(sorted(ROWS, key=SweepRow.place)),
+    )
+
+
+def test_points_stand_by_accuracy_then_margin_and_unfinished_ones_below(tmp_path: Path) -> None:
+    assert [row.name for row in report(tmp_path).rows] == ORDER
+
+
+def test_all_three_files_tell_the_same(tmp_path: Path) -> None:
+    report(tmp_path).write()
+    rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+    lines = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
+    table = [line for line in (tmp_path / "sweep.md").read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row["name"] for row in rows] == [line["name"] for line in lines] == ORDER
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table] == ORDER
+    assert [line["accuracy"] for line in lines[:4]] == ["0.8", "0.8", "0.7", ""]
+    assert lines[-1]["fault"] == "--beta is odd next: even"
+    assert [line["beta"] for line in lines] == ORDER
+
+
+def test_forwards_of_the_reference_are_counted_apart_from_those_of_the_build(tmp_path: Path) -> None:
+    told = report(tmp_path)
+    assert told.to_json()["reference_forwards"] == 0
+    assert told.to_json()["build_reference_forwards"] == 3
+    assert "0 in 7 runs; 3 in building the cache" in told.text()
+    assert "0 in 7 runs; 3 in building the cache" in told.markdown()
+    assert told.num_failed == 1
+    assert "failed: failed\n  --beta is odd\n    next: even" in told.text()
