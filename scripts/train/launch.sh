@@ -6,10 +6,10 @@
 # LAUNCHER  local      this machine alone; the command starts a process for each GPU itself
 #           srun       all nodes of the SLURM job around it
 #           torchrun   the same line on each of NODES machines; HEAD is the name of one of them
-#           deepspeed  on one machine; HOSTFILE lists all of them, `name slots=8` a line
+#           deepspeed  on one machine; HOSTFILE lists all of them, `name slots=8` a line, that this one reaches by ssh
 #           [default: srun in a job script of SLURM, deepspeed with HOSTFILE, torchrun with HEAD, else local]
 # NODES     machines, for torchrun [default: 1; a recipe's own number]
-# GPUS      processes on a machine, for srun and torchrun [default: its GPUs]
+# GPUS      processes on a machine, for srun, torchrun, and deepspeed without HOSTFILE [default: its GPUs]
 # PORT      rendezvous on HEAD or the first host; PORT + 1 is used too [default: 29500]
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -36,7 +36,11 @@ fi
 port=${PORT:-29500}
 # Training may start on one machine while another still takes leave of the build: they must not meet.
 [ "$1" != dpo-train ] || port=$((port + 1))
-gpus_here() { nvidia-smi --list-gpus 2>/dev/null | wc -l; }
+gpus_here() { # without any: one process on the CPU
+    local count
+    count=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
+    echo $((count > 0 ? count : 1))
+}
 shift
 
 case $LAUNCHER in
@@ -52,14 +56,13 @@ case $LAUNCHER in
             ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 "$command" "$@"
         ;;
     torchrun)
-        gpus=${GPUS:-$(gpus_here)}
-        [ "$gpus" -gt 0 ] || gpus=1
-        set -- torchrun --no-python --nnodes="${NODES:-1}" --nproc-per-node="$gpus" --rdzv-backend=c10d \
-            --rdzv-endpoint="${HEAD:-localhost}:$port" --rdzv-id="dpo-$port" "$command" "$@"
+        set -- torchrun --no-python --nnodes="${NODES:-1}" --nproc-per-node="${GPUS:-$(gpus_here)}" \
+            --rdzv-backend=c10d --rdzv-endpoint="${HEAD:-localhost}:$port" --rdzv-id="dpo-$port" "$command" "$@"
         ;;
     deepspeed)
-        set -- deepspeed ${HOSTFILE:+--hostfile="$HOSTFILE"} --master_port="$port" --no_python --no_local_rank \
-            "$command" "$@"
+        where=--num_gpus=${GPUS:-$(gpus_here)}
+        [ -z "${HOSTFILE:-}" ] || where=--hostfile=$HOSTFILE
+        set -- deepspeed "$where" --master_port="$port" --no_python --no_local_rank "$command" "$@"
         ;;
     *) stop "LAUNCHER is $LAUNCHER; it can be local, srun, torchrun or deepspeed" ;;
 esac
