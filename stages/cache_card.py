@@ -17,26 +17,29 @@ TAGS = ("dpo", "preference", "dpo-cache")
 LICENCE_NOTE = """\
 ## Licence
 
-None is stated here yet, and dpo-cache cannot know it. The rows hold the token ids of the datasets below, which is
+None is stated here yet, and dpo-cache cannot know it. The rows hold the token ids of the datasets above, which is
 their text: their licences apply, and perhaps that of the reference. State the result as `license:` in this file's
 header and here; uploading again keeps both."""
 
 
-def cache_card(repo_id: str, cache: ReferenceCache, mixtures: Sequence[Mixture], *, previous: str | None) -> str:
+def cache_card(
+    repo_id: str, cache: ReferenceCache, mixtures: Sequence[Mixture], *, branch: str | None, previous: str | None
+) -> str:
     """The card as Markdown, with the header from which the Hub's viewer and ``load_dataset`` know the files.
 
     Args:
         repo_id: The repository.
         cache: The cache.
         mixtures: All mixtures of the repository, those of earlier uploads included.
+        branch: Where in it; None for the main one.
         previous: The card that is there; what people wrote into it, such as the licence, stays.
     """
-    written = f"{BEGIN}\n\n{_written(repo_id, cache, mixtures)}\n\n{END}"
+    written = f"{BEGIN}\n\n{_written(repo_id, cache, mixtures, branch)}\n\n{END}"
     header: dict[str, Any] = {}
     body = f"\n# {repo_id.rpartition('/')[2]}\n\n{written}\n\n{LICENCE_NOTE}\n"
     if previous is not None:
         card = RepoCard(previous, ignore_metadata_errors=True)
-        header = card.data.to_dict()
+        header = card.data.to_dict()  # type: ignore[no-untyped-call]
         before, begin, rest = card.text.partition(BEGIN)
         _, end, after = rest.partition(END)
         body = f"{before}{written}{after}" if begin and end else f"{card.text.rstrip()}\n\n{written}\n"
@@ -57,11 +60,14 @@ def _configs(mixtures: Sequence[Mixture]) -> list[dict[str, Any]]:
     ]
 
 
-def _written(repo_id: str, cache: ReferenceCache, mixtures: Sequence[Mixture]) -> str:
+def _written(repo_id: str, cache: ReferenceCache, mixtures: Sequence[Mixture], branch: str | None) -> str:
     identity, recorded = cache.identity, cache.recorded
     reference = public_name(str(recorded.get("model")))
     commit = f" at commit `{recorded['commit']}`" if recorded.get("commit") else ""
-    address, first = f"hf://datasets/{repo_id}", mixtures[0]
+    at_branch = f"@{branch.replace('/', '%2F')}" if branch else ""
+    address, first = f"hf://datasets/{repo_id}{at_branch}", mixtures[0]
+    pulled = f"{repo_id} my-cache" + (f" --revision {branch}" if branch else "")
+    loaded = f'"{repo_id}", "pairs", split="train"' + (f', revision="{branch}"' if branch else "")
     return "\n".join(
         [
             f"Preference pairs with the log-probabilities that **{reference}**{commit} gives both answers, scored once "
@@ -93,7 +99,7 @@ def _written(repo_id: str, cache: ReferenceCache, mixtures: Sequence[Mixture]) -
             "```bash",
             f"dpo-train --cache {address} --mixture {first.name} --output runs/first",
             "",
-            f"dpo-cache pull {repo_id} my-cache    # or copy it first; every digest is checked",
+            f"dpo-cache pull {pulled}    # or copy it first; every digest is checked",
             "dpo-train --cache my-cache --output runs/first",
             "```",
             "",
@@ -105,7 +111,7 @@ def _written(repo_id: str, cache: ReferenceCache, mixtures: Sequence[Mixture]) -
             "```python",
             "from datasets import load_dataset",
             "",
-            f'pairs = load_dataset("{repo_id}", "pairs", split="train")',
+            f"pairs = load_dataset({loaded})",
             "```",
             "",
             f"The training pairs of `{first.name}` in their order, in DuckDB:",

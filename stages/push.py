@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
@@ -217,7 +217,8 @@ class _Repository:
         names = ", ".join(mixture.name for mixture in ours)
         tables = [mixture.table.path for mixture in ours]
         pointers = [cache.path / "mixtures" / f"{mixture.name}.json" for mixture in ours]
-        card = cache_card(self._repo_id, cache, all_there, previous=self._card)
+        branch = None if self._revision == MAIN_BRANCH else self._revision
+        card = cache_card(self._repo_id, cache, all_there, branch=branch, previous=self._card)
         operations = [_addition(cache, path) for path in [*self._cache_json(cache), *tables, *pointers]]
         operations.append(CommitOperationAdd("README.md", card.encode()))
         # Only on top of what the card was made from: somebody else may be uploading another mixture.

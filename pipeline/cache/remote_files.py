@@ -32,6 +32,10 @@ class UnreachableError(DpoCacheError):
     """A file could not be read: the network or the server fails, or refuses."""
 
 
+class RefusedError(UnreachableError):
+    """The server understood and said no: another attempt would end alike."""
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteFiles:
     """The files below one address. Safe to use from several threads.
@@ -79,7 +83,7 @@ class RemoteFiles:
     def list_names(self, folder: str) -> list[str]:
         """Names of the files in a folder, sorted; empty where there is no such folder.
 
-        A web server need not list anything; then the answer is empty too.
+        A web server need not list anything, and a bucket's owner may forbid it; then the answer is empty too.
         """
 
         def listed() -> list[str]:
@@ -87,7 +91,7 @@ class RemoteFiles:
 
         try:
             return sorted(path.rstrip("/").rpartition("/")[2] for path in self._attempt(listed, folder))
-        except MissingRemoteFileError:
+        except (MissingRemoteFileError, RefusedError):
             return []
 
     def fetch(self, name: str, destination: Path) -> None:
@@ -114,7 +118,12 @@ class RemoteFiles:
                     next_step="check the address, and that you are logged in where it is private",
                 ) from error
             except Exception as error:  # each protocol's library raises its own kinds
-                if pause_s is None or not _may_pass(error):
+                if not _may_pass(error):
+                    raise RefusedError(
+                        f"{where} cannot be read: {_first_line(error)}",
+                        next_step="check that you are logged in, and allowed to read it",
+                    ) from error
+                if pause_s is None:
                     raise UnreachableError(
                         f"{where} cannot be read: {_first_line(error)}",
                         next_step="the same command goes on from there, once the server answers",

@@ -1,0 +1,92 @@
+"""A plain web server on 127.0.0.1 for a folder, which fails as it is told."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class FileServer:
+    """What it serves, and how it is to fail.
+
+    Attributes:
+        folder: What it serves; a request for ``/a`` is answered with ``folder/a``.
+        url: Its address.
+        lists_folders: Whether it lists what is in a folder.
+        drop: Cut so many answers with a Parquet file off in their middle.
+        hold: Let requests for Parquet files wait until this is set, after so many that went through.
+        requests: How often each path was asked for.
+    """
+
+    folder: Path
+    url: str = ""
+    lists_folders: bool = True
+    drop: int = 0
+    hold: threading.Event = field(default_factory=threading.Event)
+    hold_after: int | None = None
+    requests: Counter[str] = field(default_factory=Counter)
+
+    def shard_requests(self) -> Counter[str]:
+        """How often each shard was asked for."""
+        return Counter({path: count for path, count in self.requests.items() if "/shards/" in path})
+
+
+@contextmanager
+def file_server(folder: Path) -> Iterator[FileServer]:
+    """Serve a folder in a thread."""
+    state = FileServer(folder)
+    handler = type("Handler", (_Handler,), {"state": state})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield state
+    finally:
+        state.hold.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    state: FileServer
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments, directory=str(self.state.folder))
+
+    def do_GET(self) -> None:
+        self.state.requests[self.path] += 1
+        if self.path.endswith(".parquet") and self._fails():
+            return
+        super().do_GET()
+
+    def list_directory(self, path: Any) -> Any:
+        if self.state.lists_folders:
+            return super().list_directory(path)
+        self.send_error(403)
+        return None
+
+    def _fails(self) -> bool:
+        if self.state.hold_after is not None and sum(self.state.shard_requests().values()) > self.state.hold_after:
+            self.state.hold.wait()
+        if self.state.drop <= 0:
+            return False
+        self.state.drop -= 1
+        content = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+        return True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
