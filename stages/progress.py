@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
+from typing import TextIO
 
 from tqdm import tqdm
 
 LOG_INTERVAL_S = 30.0
+WITHOUT_RATE = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class Progress:
@@ -18,19 +20,32 @@ class Progress:
         unit: What is counted.
         title: What is being done.
         shown: Whether this process shows it.
+        done_before: How much of it an earlier process did.
+        notes_hold_rate: Whether the notes say how quick it is, in a better unit.
     """
 
-    def __init__(self, total: int | None, *, unit: str, title: str, shown: bool = True) -> None:
+    def __init__(
+        self,
+        total: int | None,
+        *,
+        unit: str,
+        title: str,
+        shown: bool = True,
+        done_before: int = 0,
+        notes_hold_rate: bool = False,
+    ) -> None:
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
+            initial=done_before,
             unit=unit,
             unit_scale=unit in ("tok", "B"),
             desc=title,
-            file=sys.stderr,
+            file=sys.stderr if terminal else _LogLines(sys.stderr),
             disable=not shown,
             mininterval=0.2 if terminal else LOG_INTERVAL_S,
             dynamic_ncols=terminal,
+            bar_format=WITHOUT_RATE if notes_hold_rate else None,
         )
 
     def reach(self, done: int, **notes: object) -> None:
@@ -44,13 +59,32 @@ class Progress:
         if not self._bar.disable:
             self._bar.write(message, file=sys.stderr)
 
+    def close(self) -> None:
+        """Leave it standing as it is."""
+        self._bar.close()
+
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.close()
+        self.close()
+
+
+class _LogLines:
+    """A log file as tqdm's terminal: each state of the bar is a line of its own, none is drawn over another."""
+
+    def __init__(self, log: TextIO) -> None:
+        self._log = log
+
+    def write(self, text: str) -> None:
+        for state in text.replace("\r", "\n").splitlines():
+            if state.strip():
+                self._log.write(state.rstrip() + "\n")
+
+    def flush(self) -> None:
+        self._log.flush()
 
 
 def quiet_libraries() -> None:

@@ -81,4 +81,5 @@ class TrainReport:
             lines.append(f"stopped after {self.steps} of {self.total_steps} updates; --resume goes on from there")
         if self.hub:
             lines.append(self.hub.summary())
+        lines.append(f"next: dpo-report {self.output} -o {self.output}/report.html")
         return "\n".join(lines)

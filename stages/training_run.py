@@ -48,6 +48,7 @@ from .model_card import model_card
 from .output_folder import output_lock, refuse_overwriting, write_json
 from .policy import PolicyOrigin, check_policy, find_policy, load_policy
 from .process_group import all_or_none, any_rank, decided_by_first
+from .progress import Progress
 from .ranks import Ranks
 from .recipe import resolve_recipe, warnings_of
 from .stop_request import stop_requests
@@ -300,8 +301,8 @@ class TrainingRun:
         log = RunLog(
             self._config.output,
             is_main=self._is_main,
-            total_steps=self._recipe.total_steps,
             last_step=first_step,
+            progress=self._progress(first_step),
             tracking=self._tracking(checkpoint),
         )
         self._best = BestModel(self._config.output, by=self._config.keep_best, last_step=first_step)
@@ -408,6 +409,13 @@ class TrainingRun:
                 tracking_run_id=log.tracking_run_id,
             ),
             keep_last=None if keep == -1 else keep,
+        )
+
+    def _progress(self, first_step: int) -> Progress | None:
+        if not self._is_main:
+            return None
+        return Progress(
+            self._recipe.total_steps, unit="step", title="train", done_before=first_step, notes_hold_rate=True
         )
 
     def _tracking(self, checkpoint: Checkpoint | None) -> TrackingSettings | None:

@@ -1,4 +1,4 @@
-"""Where the lines of a run go: ``metrics.jsonl`` always, Weights & Biases when asked, a progress bar on a terminal."""
+"""Where the lines of a run go: ``metrics.jsonl`` always, Weights & Biases when asked, and what people watch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-from tqdm import tqdm
+from typing import IO, Any, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -141,14 +138,22 @@ class Tracking:
             logger.warning("wandb did not finish: %s", error)
 
 
+class ProgressBar(Protocol):
+    """What people watch."""
+
+    def reach(self, done: int, **notes: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class RunLog:
     """All of them together. On ranks other than 0 it does nothing.
 
     Args:
         output: The run's folder.
         is_main: Rank 0.
-        total_steps: Updates of the whole run.
         last_step: The step resumed from, 0 for a fresh run.
+        progress: Of the updates; None where nobody watches.
         tracking: None for no tracking.
     """
 
@@ -157,15 +162,14 @@ class RunLog:
         output: Path,
         *,
         is_main: bool,
-        total_steps: int,
         last_step: int = 0,
+        progress: ProgressBar | None = None,
         tracking: TrackingSettings | None = None,
     ) -> None:
         self._file = MetricsFile(output / "metrics.jsonl", last_step=last_step) if is_main else None
         self._tracking = Tracking(tracking, folder=output) if is_main and tracking else None
-        self._progress = (
-            tqdm(total=total_steps, initial=last_step, unit="step", file=sys.stderr, disable=None) if is_main else None
-        )
+        self._progress = progress
+        self._done = last_step
 
     @property
     def tracking_run_id(self) -> str | None:
@@ -174,21 +178,34 @@ class RunLog:
 
     def advance(self) -> None:
         """One more step is done, logged or not."""
+        self._done += 1
         if self._progress is not None:
-            self._progress.update()
+            self._progress.reach(self._done)
 
     def write(self, line: Line) -> None:
         """Log one line everywhere."""
-        if self._file is None or self._progress is None:
+        if self._file is None:
             return
         self._file.write(line)
         if self._tracking is not None:
             self._tracking.write(line)
-        shown = {name: line[name] for name in ("train_loss", "rewards/accuracy") if name in line}
-        self._progress.set_postfix({name.rpartition("/")[2]: f"{value:.4g}" for name, value in shown.items()})
+        if self._progress is not None and "train_loss" in line:
+            self._progress.reach(self._done, **_at_a_glance(line))
 
     def close(self) -> None:
         """Close all of them."""
         for sink in (self._file, self._tracking, self._progress):
             if sink is not None:
                 sink.close()
+
+
+def _at_a_glance(line: Line) -> dict[str, str]:
+    """What is worth watching, the most telling first: a narrow terminal cuts the rest."""
+    forms = {
+        "train_loss": ("loss", "{:.3g}"),
+        "rewards/accuracy": ("acc", "{:.0%}"),
+        "perf/tokens_per_second": ("tok/s", "{:,.0f}"),
+        "perf/peak_memory_gib": ("GiB", "{:.1f}"),
+        "perf/mfu": ("mfu", "{:.0%}"),
+    }
+    return {name: form.format(line[field]) for field, (name, form) in forms.items() if field in line}

@@ -87,7 +87,7 @@ def test_tracking_that_breaks_later_is_dropped(tmp_path: Path, monkeypatch: pyte
         raise BrokenPipeError("gone")
 
     _wandb(monkeypatch, lambda **_: SimpleNamespace(id="abc", log=log, finish=lambda: None))
-    run_log = RunLog(tmp_path, is_main=True, total_steps=3, tracking=SETTINGS)
+    run_log = RunLog(tmp_path, is_main=True, tracking=SETTINGS)
     assert run_log.tracking_run_id == "abc"
     for step in (1, 2, 3):
         run_log.write({"training_step": step, "train_loss": 0.5})
@@ -120,8 +120,20 @@ def test_offline_tracking_works_with_the_real_client(tmp_path: Path, monkeypatch
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
+def test_progress_shows_loss_speed_memory_and_mfu_where_it_is_known(tmp_path: Path) -> None:
+    seen: list[tuple[int, dict[str, object]]] = []
+    progress = SimpleNamespace(reach=lambda done, **notes: seen.append((done, notes)), close=lambda: None)
+    run_log = RunLog(tmp_path, is_main=True, last_step=4, progress=progress)
+    speed = {"perf/tokens_per_second": 12345.6, "perf/peak_memory_gib": 1.25, "perf/mfu": 0.412}
+    run_log.advance()
+    run_log.write({"training_step": 5, "train_loss": 0.58731, "rewards/accuracy": 0.95, **speed})
+    run_log.write({"training_step": 5, "eval/loss": 0.5})
+    run_log.close()
+    assert seen == [(5, {}), (5, {"loss": "0.587", "acc": "95%", "tok/s": "12,346", "GiB": "1.2", "mfu": "41%"})]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    run_log = RunLog(tmp_path, is_main=False, total_steps=3, tracking=SETTINGS)
+    run_log = RunLog(tmp_path, is_main=False, tracking=SETTINGS)
     run_log.write({"training_step": 1})
     run_log.advance()
     run_log.close()
