@@ -142,9 +142,9 @@ def _unnamed_files(cache: ReferenceCache) -> Iterator[Garbage]:
 
 
 def _leftovers(temporary_folder: Path) -> Iterator[Garbage]:
-    """Scratch folders and unfinished files of builds that were killed: none runs while we hold the lock."""
+    """Scratch folders and unfinished files of builds and pulls that were killed: none runs while we hold the lock."""
     for path in sorted(temporary_folder.iterdir()):
-        if path.name.startswith("build-") and path.is_dir() and not path.is_symlink():
+        if (path.name.startswith("build-") or path.name == "fetch") and path.is_dir() and not path.is_symlink():
             num_bytes = sum(file.lstat().st_size for file in path.rglob("*"))
             yield Garbage(path=path, kind="leftover", num_bytes=num_bytes)
         elif path.suffix == ".partial":

@@ -38,9 +38,9 @@ def local_copy(location: Location, mixture_names: Sequence[str] | None = None) -
     if not is_address(location):
         return Path(location)
     files = RemoteFiles.open(str(location))
-    home = _home()
-    with tempfile.TemporaryDirectory(prefix="look-", dir=home) as look:
+    with tempfile.TemporaryDirectory() as look:
         described = RemoteCache(files, Path(look)).cache
+    home = _home()
     folder = home / _folder_name(files.address, described.reference_id)
     copy = ReferenceCache.create(
         folder,
@@ -80,7 +80,7 @@ def glance(
     if not is_address(location):
         yield Path(location)
         return
-    with tempfile.TemporaryDirectory(prefix="look-", dir=_home()) as look:
+    with tempfile.TemporaryDirectory() as look:
         remote = RemoteCache(RemoteFiles.open(str(location)), Path(look))
         for name in mixture_names or remote.mixture_names():
             mixture = remote.mixture(name)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from ...errors import DpoCacheError
 
@@ -77,6 +78,7 @@ class RemoteFiles:
         files = cls(address.rstrip("/"), None, filesystem, root.rstrip("/"))
         if protocol != "hf":
             return files
+        disable_progress_bars()  # one for each file
         commit, root = files._attempt(lambda: _pinned(filesystem, root), address)
         return cls(files.address, commit, filesystem, root)
 
