@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,19 +35,13 @@ from dpo_cache.pipeline.scoring.flops import ModelCost, forward_flops
 from dpo_cache.pipeline.scoring.layout_choice import choose_layout
 from dpo_cache.pipeline.scoring.layouts import scoring_batch
 from dpo_cache.pipeline.scoring.model_loading import load_causal_lm
+from dpo_cache.pipeline.scoring.onednn_linear import linear
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.scoring.prompt_group import group_by_prompt
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_llama import processor_name, write_random_llama
 
 RESULTS = Path(__file__).parent / "results" / "build.md"
-VOCABULARY = 8192
 TRL_BATCH_SIZES = (1, 2, 4, 8)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 
 
 def main() -> None:
@@ -71,7 +64,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL and torch")
     parser.add_argument("--pairs", required=True, help="preference pairs: a .jsonl, .jsonl.gz or .parquet file")
-    parser.add_argument("--num-pairs", type=int, default=128, help="how many of them, spread over the file")
+    parser.add_argument("--num-pairs", type=int, default=128, help="about how many of them")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=5)
@@ -79,39 +72,6 @@ def parse_options() -> argparse.Namespace:
 
 
 # ---- what is scored --------------------------------------------------------------------------------------------
-
-
-def write_random_llama(folder: Path, pairs_file: str) -> Path:
-    """A Llama of 34M random parameters and a tokenizer trained on the answers."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    source = open_dataset(DatasetSpec.parse(pairs_file))
-    tokenizer.train_from_iterator((json.dumps(row["chosen"]) for row in source.rows(source.picked_rows)), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=4096,
-        bos_token_id=None,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def tokenized_pairs(model_folder: Path, pairs_file: str, count: int) -> list[TokenPair]:
@@ -292,22 +252,19 @@ def measure(ours: OurScoring, trl: TrlScoring, *, repeats: int, dtype: torch.dty
 
 
 def matmul_flops(dtype: torch.dtype, size: int = 2048, products: int = 8) -> float:
-    """What the machine does in a large matrix product, operations a second."""
+    """What the machine does in a large matrix product, operations a second: PyTorch's own or oneDNN's, the quicker."""
     one, other = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-    one @ other
+    return products * 2 * size**3 / min(_seconds(product, one, other, products) for product in (torch.mm, linear))
+
+
+def _seconds(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], one: torch.Tensor, other: torch.Tensor, times: int
+) -> float:
+    product(one, other)
     started = time.perf_counter()
-    for _ in range(products):
-        one @ other
-    return products * 2 * size**3 / (time.perf_counter() - started)
-
-
-def processor_name() -> str:
-    """As the kernel calls it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    for _ in range(times):
+        product(one, other)
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

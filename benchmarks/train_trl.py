@@ -72,7 +72,7 @@ def make_trainer(job: dict[str, Any]) -> DPOTrainer:
     return trainer
 
 
-class StepRecords(TrainerCallback):
+class StepRecords(TrainerCallback):  # type: ignore[misc]
     """What TRL logs about each step, and how long the step took."""
 
     def __init__(self) -> None:

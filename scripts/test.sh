@@ -16,7 +16,7 @@ link=$(mktemp -d)
 trap 'rm -rf "$link"' EXIT
 ln -s "$PWD" "$link/dpo_cache"
 MYPYPATH=$link "$bin/mypy" -p dpo_cache.pipeline -p dpo_cache.stages -m dpo_cache.cli -m dpo_cache.__main__
-MYPYPATH=$link:tests "$bin/mypy" --explicit-package-bases tests scripts benchmarks
+MYPYPATH=$link:tests:benchmarks "$bin/mypy" --explicit-package-bases tests scripts benchmarks
 
 echo "== import layers" >&2
 "$bin/lint-imports" --no-cache >&2

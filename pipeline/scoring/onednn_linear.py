@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, (…, K) to (…, N); without gradients."""
     on_cpu = x.device.type == "cpu" and x.numel() > 0
-    if on_cpu and x.dtype == weight_NK.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if on_cpu and x.dtype == weight_NK.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         # The operator behind torch.compile's linear layers; it takes transposed matrices as they lie.
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_NK, bias_N, "none", [], "")
         return product

@@ -66,8 +66,10 @@ class PolicyEngine:
         self._bad_batch_path = bad_batch_path
         self._load_balancing_weight = load_balancing_weight
         self.zero_stage: int = config["zero_optimization"]["stage"]
-        offloaded = "offload_optimizer" in config["zero_optimization"]
-        self._optimizer = _adamw(_parameter_groups(scorer, weight_decay), offloaded, betas=adam_betas, eps=adam_epsilon)
+        # Fused on the host too: as quick as DeepSpeed's own kernel for offloaded state, which has to be compiled first.
+        # The learning rate is set before every update.
+        groups = _parameter_groups(scorer, weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=adam_betas, eps=adam_epsilon, fused=True)
         self.deepspeed: Any = deepspeed.initialize(model=scorer, optimizer=self._optimizer, config=config)[0]
         self.device: torch.device = torch.device(self.deepspeed.device)
         if self.zero_stage == 0:
@@ -231,14 +233,3 @@ def _parameter_groups(scorer: nn.Module, weight_decay: float) -> list[dict[str, 
 def _is_matrix(parameter: nn.Parameter) -> bool:
     """Whether it is more than a bias or a norm; under ZeRO-3 a parameter is flat and its shape set aside."""
     return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-
-
-def _adamw(
-    groups: list[dict[str, Any]], offloaded: bool, *, betas: tuple[float, float], eps: float
-) -> torch.optim.Optimizer:
-    """AdamW; its learning rate is set before every update.
-
-    Fused on a GPU and, where its state is offloaded, on the host: as quick as DeepSpeed's own kernel for that, which
-    would have to be compiled first.
-    """
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=offloaded or torch.cuda.is_available())

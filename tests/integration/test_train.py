@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +174,8 @@ def test_a_run_evaluates_logs_and_saves_a_model_that_loads(reference: Path, tmp_
         run(dpo_cache("build", *command, "--dtype", "bfloat16"))
     output = tmp_path / "run"
     evaluated = ("--eval-mixture", "held-out", "--eval-steps", 2, "--num-gpus", 2, "--gradient-checkpointing")
-    report = run(train(tmp_path / "cache", output, *evaluated, "--num-train-epochs", 2, "--warmup-ratio", 0.5))
+    kept = ("--keep-best", "margin")
+    report = run(train(tmp_path / "cache", output, *evaluated, *kept, "--num-train-epochs", 2, "--warmup-ratio", 0.5))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["training_step"] for line in lines if "eval/loss" in line] == [0, 2, 4, 6]
     steps = [line for line in lines if "train_loss" in line]
@@ -185,6 +189,10 @@ def test_a_run_evaluates_logs_and_saves_a_model_that_loads(reference: Path, tmp_
     mean = sum(line["rewards/margin"] for line in margins) / len(margins)
     assert mean == pytest.approx(report["eval_after"]["eval/rewards/margin"], rel=1e-9)
     assert report["step0"]["max_per_token"] < 3e-2
+    by_step = {line["training_step"]: line["eval/rewards/margin"] for line in lines if "eval/loss" in line}
+    best = json.loads((output / "best.json").read_text(encoding="utf-8"))
+    assert best["training_step"] == max((2, 4, 6), key=by_step.__getitem__)
+    assert (output / "best/model.safetensors").exists()
 
     header = load_file(output / "model/model.safetensors")
     assert {weight.dtype for weight in header.values()} == {torch.bfloat16}
@@ -210,30 +218,31 @@ def test_a_plan_and_a_dry_run_train_nothing(shared_cache: Path, tmp_path: Path) 
     run(train(shared_cache, output, "--max-steps", 1))
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_other_launchers_start_the_same_ranks(shared_cache: Path, tmp_path: Path, launcher: str) -> None:
-    import os
-    import subprocess
-    import sys
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--no-python", "--nproc-per-node", "2", "--master-port", "29431"],
+    "deepspeed": ["deepspeed", "--no_python", "--no_local_rank", "--num_gpus", "2", "--master_port", "29432"],
+}
+AGENT = ("torchrun", "--no-python", "--nnodes", "2", "--nproc-per-node", "1", "--master-port", "29433")
 
+
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, "two agents of torchrun"])
+def test_other_launchers_start_the_same_ranks(shared_cache: Path, tmp_path: Path, launcher: str) -> None:
     folder = Path(sys.executable).parent
-    starts = {
-        "torchrun": [folder / "torchrun", "--no-python", "--nproc-per-node", "2", "--master-port", "29431"],
-        "deepspeed": [
-            folder / "deepspeed",
-            "--no_python",
-            "--no_local_rank",
-            "--num_gpus",
-            "2",
-            "--master_port",
-            "29432",
-        ],
-    }
-    command = [*starts[launcher], folder / "dpo-train", *train(shared_cache, tmp_path / "run", "--max-steps", 2)[4:]]
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    if launcher in LAUNCHERS:
+        starts = [LAUNCHERS[launcher]]
+    else:
+        starts = [[*AGENT, "--node-rank", str(node)] for node in range(2)]
+    command = [folder / "dpo-train", *train(shared_cache, tmp_path / "run", "--max-steps", 2)[4:]]
+    agents = [
+        subprocess.Popen(
+            [folder / program, *options, *command],
+            env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for program, *options in starts
+    ]
+    for said, agent in [(agent.communicate(timeout=240)[1], agent) for agent in agents]:
+        assert agent.returncode == 0, said[-4000:]
     assert len(metrics(tmp_path / "run")) == 2
     assert json.loads((tmp_path / "run/config.json").read_text())["resolved"]["num_ranks"] == 2
