@@ -9,6 +9,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 LOG_INTERVAL_S = 30.0
+MAX_TITLE = 32
 WITHOUT_RATE = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -40,7 +41,7 @@ class Progress:
             initial=done_before,
             unit=unit,
             unit_scale=unit in ("tok", "B"),
-            desc=title,
+            desc=_short(title),
             file=sys.stderr if terminal else _LogLines(sys.stderr),
             disable=not shown,
             mininterval=0.2 if terminal else LOG_INTERVAL_S,
@@ -85,6 +86,11 @@ class _LogLines:
 
     def flush(self) -> None:
         self._log.flush()
+
+
+def _short(title: str) -> str:
+    """A title that leaves room for the bar; of a long path the end tells most."""
+    return title if len(title) <= MAX_TITLE else f"{title[:10]}…{title[11 - MAX_TITLE :]}"
 
 
 def quiet_libraries() -> None:

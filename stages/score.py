@@ -25,6 +25,7 @@ from ..pipeline.cache.pair_spool import PairSpool
 from ..pipeline.cache.shard_file import VALUE_COLUMNS, ScoredPair, unusable_values
 from ..pipeline.data.token_pair import TokenPair
 from ..pipeline.scoring.batching import CPU_FILL_TOKENS, plan_batches
+from ..pipeline.scoring.flops import ModelCost
 from ..pipeline.scoring.layout_choice import choose_layout
 from ..pipeline.scoring.layouts import empty_batch, scoring_batch
 from ..pipeline.scoring.model_loading import load_causal_lm
@@ -35,6 +36,7 @@ from .build_plan import ScoringPlan
 from .heartbeat import Heartbeat, process_name
 from .job_store import StoreAddress, store_lost
 from .progress import quiet_libraries
+from .scoring_meter import ScoringMeter
 from .token_budget import TokenBudget
 from .unit_queue import UnitQueue
 
@@ -135,6 +137,7 @@ class ScoringWorker:
         self._budget = TokenBudget(
             plan.tokens_per_batch, device=device, config=pair_scorer.config, itemsize=pair_scorer.dtype.itemsize
         )
+        self._meter = ScoringMeter(self._counting, device=device, cost=ModelCost.of_model(pair_scorer.model))
         # The longest pair goes first, with the proof of the layout: too little memory shows in the first minute.
         self._layout = choose_layout(self._scorer, device=device, pairs=self._spool.read([plan.longest]))
 
@@ -154,9 +157,8 @@ class ScoringWorker:
                 if batch.ends_unit:
                     done, number, unit = unit, batch.unit, ScoredUnit()
                     writer.submit(lambda done=done, number=number: self._write(number, done))  # type: ignore[misc]
-                self._counting.add("forward_us", int(1e6 * forward_s))
-                turn_s = time.monotonic() - turn_started  # waiting for the reader and the writer included
-                self._counting.add("turn_us", int(1e6 * turn_s))
+                turn_s = time.monotonic() - turn_started
+                self._meter.add(batch.tensors, forward_s=forward_s, turn_s=turn_s)
                 turn_started += turn_s
 
     def _laid_out(self) -> Iterator[LaidOutBatch]:
@@ -198,7 +200,6 @@ class ScoringWorker:
         unit.pairs.update(zip(places, pairs, strict=True))
         unit.values.update(zip(places, values.tolist(), strict=True))
         self._counting.add("forwards", 1)
-        self._counting.add("pairs", len(pairs))
         self._counting.add("tokens", sum(pair.shared_prefix_tokens for pair in pairs))
 
     @torch.inference_mode()

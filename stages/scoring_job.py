@@ -15,6 +15,7 @@ from .heartbeat import process_name
 from .job_store import RUN_AGAIN, JobStore, StoreAddress, store_lost
 from .progress import Progress
 from .ranks import Ranks
+from .scoring_meter import meter_reading
 from .unit_queue import UnitQueue
 
 
@@ -65,8 +66,8 @@ def lead_scoring(
         def show() -> None:
             progress.reach(
                 min(total_tokens, queue.add("tokens", 0)),
-                pairs=queue.add("pairs", 0),
                 units=f"{queue.num_finished}/{queue.num_units}",
+                **meter_reading(queue),
                 **({"ranks": f"{job.num_living()}/{ranks.num_ranks}"} if ranks else {}),
             )
 
