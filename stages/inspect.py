@@ -55,7 +55,8 @@ class CacheReport:
             *([f"           with the adapter {adapter}"] if (adapter := self.recorded.get("adapter")) else []),
             f"           id {self.reference_id[:16]}…  weights {identity['weights_sha256'][:16]}…",
             f"           {identity['compute_dtype']}, attention {identity['attention']}",
-            f"shards     {self.shards} files, {self.shard_bytes / 2**20:,.1f} MiB",
+            *_imported_lines(self.recorded),
+            f"shards     {self.shards:,} {'file' if self.shards == 1 else 'files'}, {_size(self.shard_bytes)}",
         ]
         for mixture in self.mixtures.values():
             lines += _mixture_lines(mixture)
@@ -90,6 +91,18 @@ def inspect_cache(location: Location) -> CacheReport:
         )
 
 
+def _imported_lines(recorded: dict[str, Any]) -> list[str]:
+    source = recorded.get("begun_with")
+    return [f"           begun with values imported from {source['name']} ({source['from']})"] if source else []
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 1024:,.1f} KiB"
+
+
 def _mixture_json(mixture: Mixture) -> dict[str, Any]:
     return {
         "digest": mixture.digest,
@@ -106,7 +119,7 @@ def _mixture_json(mixture: Mixture) -> dict[str, Any]:
 def _mixture_lines(mixture: Mixture) -> list[str]:
     settings = mixture.tokenization.get("settings", {})
     tokens = sum(mixture.num_ids.values())
-    dropped = ", ".join(f"{count} {reason}" for reason, count in mixture.dropped.items()) or "nothing"
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in mixture.dropped.items()) or "nothing"
     distinct = "" if mixture.num_distinct_pairs == mixture.num_pairs else f" ({mixture.num_distinct_pairs:,} distinct)"
     return [
         f"mixture    {mixture.name}",

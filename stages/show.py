@@ -208,7 +208,7 @@ def _ids_in_words(ids: Sequence[int]) -> str:
 
 
 def _side(length: int, scored: int, logps: float) -> str:
-    tokens = f"{length} tokens" if scored == length else f"{length} tokens, {scored} scored on this side"
+    tokens = f"{length} tokens" if scored == length else f"{length} tokens ({scored} scored)"
     return f"{tokens}, reference {logps:.3f} nats, {logps / scored:.4f} a token"
 
 
