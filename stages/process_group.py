@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import deepspeed
 import torch
@@ -86,6 +86,33 @@ def decided_by_first(decide: Callable[[], Result]) -> Result:
     decision: list[Result | None] = [all_or_none(decide, on=dist.get_rank() == 0)]
     dist.broadcast_object_list(decision, src=0)
     return cast("Result", decision[0])
+
+
+def refuse_other_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse a job whose ranks were started with different settings; all ranks call this.
+
+    A launcher starts each machine with a command line of its own, and a sweep may propose other values to each: ranks
+    that go by different learning rates would train without a word.
+
+    Raises:
+        DpoCacheError: Naming each setting of a rank that is not rank 0's; on all ranks alike.
+    """
+    first = decided_by_first(lambda: dict(settings))
+
+    def compare() -> None:
+        different = [
+            f"{name} is {settings[name]!r} and rank 0 has {value!r}"
+            for name, value in first.items()
+            if settings[name] != value
+        ]
+        if different:
+            raise DpoCacheError(
+                f"rank {dist.get_rank()} was started with other settings: {'; '.join(different)}",
+                expected="the same command on all machines",
+                next_step="let one process propose the values and the launcher hand them to all ranks",
+            )
+
+    all_or_none(compare)
 
 
 def any_rank(value: bool, device: torch.device) -> bool:

@@ -47,7 +47,7 @@ from .hub_model import HubTarget, prepare_hub_target
 from .model_card import model_card
 from .output_folder import output_lock, refuse_overwriting, write_json
 from .policy import PolicyOrigin, check_policy, find_policy, load_policy
-from .process_group import all_or_none, any_rank, decided_by_first
+from .process_group import all_or_none, any_rank, decided_by_first, refuse_other_settings
 from .progress import Progress
 from .ranks import Ranks
 from .recipe import resolve_recipe, warnings_of
@@ -56,6 +56,9 @@ from .train_config import TrainConfig
 from .train_dry_run import DryRunReport
 from .train_report import TrainReport
 from .training_loop import MicroBatches, TrainingLoop
+
+WHERE_THINGS_LIE = {"cache", "model"}
+"""Settings that may differ from machine to machine: what lies there is compared by its digests."""
 
 
 class TrainingRun:
@@ -120,6 +123,7 @@ class TrainingRun:
             return report
 
     def _prepare(self, held: ExitStack) -> None:
+        refuse_other_settings({name: value for name, value in _fields(self._config) if name not in WHERE_THINGS_LIE})
         all_or_none(lambda: self._claim_output(held), on=self._is_main)
         self._open_cache(held)
         self._recipe = resolve_recipe(self._config, self._cache, self._mixture, num_ranks=self._ranks.num_ranks)
