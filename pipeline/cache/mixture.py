@@ -139,6 +139,15 @@ class MixtureTable:
                 + numbers["rejected_length"],
             )
 
+    def training_set_digest(self) -> str:
+        """:func:`training_set_digest` of its keys, a block in memory at a time."""
+        digest = _begun_digest(self.num_rows)
+        with reading(self.path):
+            parquet = self._open()
+            for group in range(len(parquet.group_starts)):
+                digest.update(keys_of(parquet.read([group], [KEY_COLUMN]).column(0).chunk(0)).data)
+        return digest.hexdigest()
+
     def verify(self) -> None:
         """Check size, digest, schema and blocks now instead of at the first read."""
         self._open()
@@ -369,9 +378,13 @@ def check_name(name: str) -> None:
 
 def training_set_digest(keys: Keys) -> str:
     """SHA-256 in hex over the key version, the number of keys (8 bytes, little-endian) and the keys in order."""
-    digest = hashlib.sha256(bytes([KEY_VERSION]) + len(keys).to_bytes(8, "little"))
+    digest = _begun_digest(len(keys))
     digest.update(np.ascontiguousarray(keys).data)
     return digest.hexdigest()
+
+
+def _begun_digest(num_keys: int) -> hashlib._Hash:
+    return hashlib.sha256(bytes([KEY_VERSION]) + num_keys.to_bytes(8, "little"))
 
 
 def name_keys(keys: Keys) -> str:

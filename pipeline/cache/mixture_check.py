@@ -5,6 +5,7 @@ Shapes: P training pairs of the mixture.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import numpy.typing as npt
 
 from ...errors import DpoCacheError
 from .cache_folder import ReferenceCache
-from .mixture import Mixture, name_keys, training_set_digest
-from .parquet_file import KEY_COLUMN
+from .example_key import Keys
+from .mixture import Mixture, name_keys
 from .shard_file import COMMON_COLUMNS, VALUE_COLUMNS, ShardReader, ShardRef, unusable_values, verify_shard
 
 HASH_AT_ONCE_BYTES = 1 << 30
 """Up to here (a second or two) all shards are hashed at once; beyond, each before its first row is used."""
+ROWS_AT_ONCE = 131_072
 
 
 def check_mixture(cache: ReferenceCache, mixture: Mixture) -> None:
@@ -30,29 +32,26 @@ def check_mixture(cache: ReferenceCache, mixture: Mixture) -> None:
     Raises:
         DpoCacheError: With the number of pairs concerned and their first keys.
     """
-    keys = mixture.table.column(KEY_COLUMN)
-    shard_numbers, rows = mixture.table.column("shard"), mixture.table.column("row")
-    _check_table(mixture, keys, shard_numbers)
-    order = np.argsort(shard_numbers, kind="stable")
+    _check_table(mixture)
     hash_now = sum(shard.num_bytes for shard in mixture.shards) <= HASH_AT_ONCE_BYTES
-    unusable = np.zeros(len(keys), dtype=np.bool_)
-    for shard, path, places in _by_shard(cache, mixture, shard_numbers, order):
-        wanted = keys[places]
+    unusable: list[Keys] = []
+    for shard, path, wanted, rows in _by_shard(cache, mixture):
         try:
             if hash_now:
                 verify_shard(path)
             with _open_as_stated(cache, path, shard) as reader:
-                unusable[places] = _unusable_rows(reader, path, wanted, rows[places])
+                unusable.append(wanted[_unusable_rows(reader, path, wanted, rows)])
         except DpoCacheError as error:
             raise DpoCacheError(
-                f"mixture {mixture.name} lacks {len(places)} pairs ({name_keys(wanted)}): {error.found}",
+                f"mixture {mixture.name} lacks {len(wanted)} pairs ({name_keys(wanted)}): {error.found}",
                 expected=error.expected,
                 next_step=f"score them again with: dpo-cache verify --repair {cache.path}, then dpo-cache build",
             ) from error
-    if unusable.any():
+    unusable_keys = np.concatenate(unusable)
+    if len(unusable_keys):
         raise DpoCacheError(
-            f"{int(unusable.sum())} pairs of mixture {mixture.name} have reference values that are missing, not "
-            f"finite or not below zero: {name_keys(keys[unusable])}",
+            f"{len(unusable_keys)} pairs of mixture {mixture.name} have reference values that are missing, not "
+            f"finite or not below zero: {name_keys(unusable_keys)}",
             next_step=f"score them again with: dpo-cache verify --repair {cache.path}, then dpo-cache build",
         )
 
@@ -63,11 +62,10 @@ def check_common_values(cache: ReferenceCache, mixture: Mixture) -> None:
     Raises:
         DpoCacheError: With the number of pairs whose sums are not.
     """
-    shard_numbers, rows = mixture.table.column("shard"), mixture.table.column("row")
     unknown = 0
-    for _, path, places in _by_shard(cache, mixture, shard_numbers, np.argsort(shard_numbers, kind="stable")):
+    for _, path, _, rows in _by_shard(cache, mixture):
         with cache.open_shard(path) as reader:
-            values = np.stack([reader.numbers(name)[rows[places]] for name in COMMON_COLUMNS])
+            values = np.stack([reader.numbers(name)[rows] for name in COMMON_COLUMNS])
             unknown += int(np.isnan(values).any(axis=0).sum())
     if unknown:
         raise DpoCacheError(
@@ -78,10 +76,11 @@ def check_common_values(cache: ReferenceCache, mixture: Mixture) -> None:
         )
 
 
-def _check_table(mixture: Mixture, keys: npt.NDArray[np.bytes_], shard_numbers: npt.NDArray[np.int32]) -> None:
+def _check_table(mixture: Mixture) -> None:
     table = mixture.table
-    if training_set_digest(keys) != mixture.digest:
+    if table.training_set_digest() != mixture.digest:
         raise DpoCacheError(f"{table.path} is not the training set that the pointer {mixture.name}.json states")
+    shard_numbers = table.column("shard")
     if not 0 <= shard_numbers.min() <= shard_numbers.max() < len(mixture.shards):
         raise DpoCacheError(f"{table.path} names a shard that the pointer {mixture.name}.json does not list")
     for name in ("prompt_length", "chosen_length", "rejected_length"):
@@ -89,18 +88,38 @@ def _check_table(mixture: Mixture, keys: npt.NDArray[np.bytes_], shard_numbers: 
             raise DpoCacheError(f"{table.path} states a {name} below 1")
 
 
-def _by_shard(
-    cache: ReferenceCache,
-    mixture: Mixture,
-    shard_numbers: npt.NDArray[np.int32],
-    order: npt.NDArray[np.int64],
-) -> Iterator[tuple[ShardRef, Path, npt.NDArray[np.int64]]]:
-    """Each shard with the places of the mixture's rows that lie in it."""
-    bounds = np.searchsorted(shard_numbers[order], np.arange(len(mixture.shards) + 1))
-    for number, shard in enumerate(mixture.shards):
-        places = order[bounds[number] : bounds[number + 1]]
-        if len(places):
-            yield shard, cache.path / "shards" / shard.file_name, places
+def _by_shard(cache: ReferenceCache, mixture: Mixture) -> Iterator[tuple[ShardRef, Path, Keys, npt.NDArray[np.int32]]]:
+    """Each shard with the keys and row numbers of the mixture's rows that lie in it.
+
+    Shards are taken a few at a time, and only the blocks of the table that have rows in them are read, so memory
+    holds a part of the table however large it is: four bytes a pair of the whole.
+    """
+    shard_numbers = mixture.table.column("shard")
+    batch_of_shard = np.cumsum(np.bincount(shard_numbers, minlength=len(mixture.shards))) // ROWS_AT_ONCE
+    blocks_of_batch: dict[int, list[int]] = defaultdict(list)
+    for number, start in enumerate(range(0, len(shard_numbers), mixture.block_rows)):
+        for batch in np.unique(batch_of_shard[shard_numbers[start : start + mixture.block_rows]]).tolist():
+            blocks_of_batch[batch].append(number)
+    for batch in sorted(blocks_of_batch):
+        keys, shards, rows = _rows_of_batch(mixture, blocks_of_batch[batch], batch_of_shard == batch)
+        numbers, starts = np.unique(shards, return_index=True)
+        for number, start, stop in zip(numbers.tolist(), starts, [*starts[1:], len(shards)], strict=True):
+            shard = mixture.shards[number]
+            yield shard, cache.path / "shards" / shard.file_name, keys[start:stop], rows[start:stop]
+
+
+def _rows_of_batch(
+    mixture: Mixture, blocks: list[int], is_in_batch: npt.NDArray[np.bool_]
+) -> tuple[Keys, npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Keys, shards and row numbers of these blocks' rows in some shards, by shard."""
+    parts = []
+    for number in blocks:
+        block = mixture.table.block(number)
+        chosen = is_in_batch[block.shards]
+        parts.append((block.keys[chosen], block.shards[chosen], block.rows[chosen]))
+    keys, shards, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(shards, kind="stable")
+    return keys[order], shards[order], rows[order]
 
 
 def _open_as_stated(cache: ReferenceCache, path: Path, shard: ShardRef) -> ShardReader:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 CACHED_BYTES = 256 << 20
 """Decoded row groups kept: a window of the epoch order of pairs of about 4,000 tokens."""
+MAX_IDLE_READS = 16_384
+"""Pairs of a window of the epoch order: what none of as many reads needed will not be needed soon."""
 MAX_OPEN_SHARDS = 64
 
 
@@ -29,24 +31,40 @@ V = TypeVar("V", bound=_Sized)
 
 
 class RecentlyUsed(Generic[K, V]):
-    """Values by key, dropping those unused for longest once together they exceed a number of bytes."""
+    """Values by key. Those unused for longest are dropped: idle ones, and once together they exceed a number of bytes.
 
-    def __init__(self, max_bytes: int) -> None:
+    Args:
+        max_bytes: Bound on all values together, unless there is only one.
+        max_idle: A value is idle once as many other look-ups have gone by.
+    """
+
+    def __init__(self, max_bytes: int, *, max_idle: int = MAX_IDLE_READS) -> None:
         self._max_bytes = max_bytes
+        self._max_idle = max_idle
         self._bytes = 0
+        self._lookups = 0
         self._values: OrderedDict[K, V] = OrderedDict()
+        self._last_use: dict[K, int] = {}
 
     def get(self, key: K) -> V | None:
+        self._lookups += 1
         if key in self._values:
             self._values.move_to_end(key)
+            self._last_use[key] = self._lookups
         return self._values.get(key)
 
     def put(self, key: K, value: V) -> None:
         self._values[key] = value
+        self._last_use[key] = self._lookups
         self._bytes += value.num_bytes
-        while self._bytes > self._max_bytes and len(self._values) > 1:
-            _, dropped = self._values.popitem(last=False)
+        while len(self._values) > 1 and (self._bytes > self._max_bytes or self._is_oldest_idle()):
+            oldest, dropped = self._values.popitem(last=False)
             self._bytes -= dropped.num_bytes
+            del self._last_use[oldest]
+
+    def _is_oldest_idle(self) -> bool:
+        oldest = next(iter(self._values))
+        return self._lookups - self._last_use[oldest] > self._max_idle
 
 
 class RowReader:

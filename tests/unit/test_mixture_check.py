@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.cache import mixture as mixture_module
 from dpo_cache.pipeline.cache import mixture_check, shard_file
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.mixture import Mixture
@@ -157,3 +159,21 @@ def test_places_beyond_a_shard_and_lengths_below_one_are_refused(cache: Referenc
         )
         with pytest.raises(DpoCacheError, match=message):
             check_mixture(cache, mixture)
+
+
+def test_memory_for_a_check_hardly_grows_with_the_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By less than half a key a pair: the table is never held at once. (What pyarrow holds is not counted.)"""
+    monkeypatch.setattr(mixture_check, "ROWS_AT_ONCE", 512)
+    monkeypatch.setattr(mixture_module, "BLOCK_ROWS", 128)
+
+    def peak(num_rows: int) -> int:
+        cache = make_cache(tmp_path / str(num_rows))
+        made = fill_cache(cache, make_rows(num_rows), shard_rows=256)
+        tracemalloc.start()
+        check_mixture(cache, made)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    small, large = peak(1_000), peak(6_000)
+    assert large - small < 5_000 * 16

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +20,7 @@ from dpo_cache.pipeline.cache.example_key import example_key, key_at
 from dpo_cache.pipeline.cache.mixture import Mixture, MixtureRows
 from dpo_cache.pipeline.cache.pair_order import epoch_order
 from dpo_cache.pipeline.cache.pair_stream import PairStream
+from dpo_cache.pipeline.cache.row_reader import RecentlyUsed
 from dpo_cache.pipeline.cache.shard_file import ScoredPair, ShardReader
 
 
@@ -211,3 +214,12 @@ def test_a_shard_of_another_reference_under_its_right_digest_is_refused(cache: R
     (cache.path / "shards" / shard.name).write_bytes(shard.read_bytes())
     with pytest.raises(DpoCacheError, match="belongs to the reference"):
         PairStream(cache, mixture).read(np.array([0]))
+
+
+def test_what_no_read_has_needed_for_long_is_dropped_however_much_room_there_is() -> None:
+    kept: RecentlyUsed[int, Any] = RecentlyUsed(1 << 30, max_idle=10)
+    for number in range(100):
+        if kept.get(number // 4) is None:
+            kept.put(number // 4, SimpleNamespace(num_bytes=1))
+        assert kept.get(0) is not None, "what is needed again and again stays"
+    assert [number for number in range(25) if kept.get(number) is not None] == [0, 22, 23, 24]

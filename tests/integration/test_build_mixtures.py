@@ -1,0 +1,55 @@
+"""Mixtures of several datasets, splits and amounts, and several of them in one cache."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from commands import logps_by_key
+from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.data.dataset_source import DatasetSpec, open_dataset
+from dpo_cache.stages.build import build
+from dpo_cache.stages.build_config import BuildConfig
+from tiny_model import message_pairs, write_rows
+
+
+def test_datasets_splits_and_amounts_make_mixtures_that_share_the_rows_of_one_cache(
+    reference: Path, tmp_path: Path
+) -> None:
+    """The two files of the folder are splits; the other file begins with six rows of the train split."""
+    rows = message_pairs(60)
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train.jsonl", rows[:20])
+    write_rows(tmp_path / "data" / "test.jsonl", rows[20:30])
+    write_rows(tmp_path / "other.jsonl", rows[14:20] + rows[30:40])
+    data, other, cache = tmp_path / "data", tmp_path / "other.jsonl", tmp_path / "cache"
+
+    def built(name: str, *specs: str) -> tuple[int, int]:
+        """Pairs scored and pairs reused; the mixture is checked to have just the rows that its sources picked."""
+        report = build(BuildConfig(model=str(reference), dataset=specs, cache=cache, mixture=name))
+        assert report is not None
+        mixture = ReferenceCache.open(cache).read_mixture(name)
+        picked = Counter(
+            (number, row)
+            for number, spec in enumerate(specs)
+            for row in open_dataset(DatasetSpec.parse(spec)).picked_rows.tolist()
+        )
+        columns = mixture.rows()
+        assert Counter(zip(columns.sources.tolist(), columns.source_rows.tolist(), strict=True)) == picked
+        assert [source["picked_rows"] for source in mixture.sources] == [
+            sum(times for (number, _), times in picked.items() if number == source) for source in range(len(specs))
+        ]
+        assert report.training_pairs == mixture.num_pairs == picked.total()
+        assert len(set(columns.example_keys.tolist())) == mixture.num_distinct_pairs == report.distinct_pairs
+        return report.pairs_scored, report.pairs_reused
+
+    assert built("all", f"{data},amount=1.5", f"{data},split=test,amount=4", f"{other},amount=0.5") == (
+        len(logps_by_key(cache)),
+        0,
+    )
+    before = len(logps_by_key(cache))
+    scored, reused = built("others", f"{data},split=train[:10]", f"{other},amount=35")
+    assert reused >= 16  # ten of the split, six of the file
+    assert len(logps_by_key(cache)) == before + scored
+    assert built("held-out", f"{other}") == (0, 16)
+    assert ReferenceCache.open(cache).mixture_names() == ["all", "held-out", "others"]
