@@ -175,6 +175,7 @@ def test_an_export_comes_back_whatever_the_order_and_beside_rows_of_others(folde
     (first, *_) = ReferenceCache.open(folder / "imported").shard_paths()
     recorded = json.loads(pq.read_metadata(first).metadata[b"dpo_cache.recorded"])["imported"]
     assert (recorded["from"], recorded["name"], recorded["values"]) == ("trl", "shuffled.parquet", "sums")
+    assert "begun with values imported from shuffled.parquet (trl)" in invoke("info", folder / "imported").stdout
     # Once more: nothing is left to import, and no model is loaded.
     again = report("import", folder / "shuffled.parquet", *import_options(folder))
     assert (again["pairs_imported"], again["pairs_reused"], again["rescored"]) == (0, NUM_PAIRS, None)
