@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ import fsspec
 import pytest
 from cache_factory import fill_cache, make_cache, make_rows
 from click.testing import CliRunner
-from commands import dpo_cache, dpo_train, fails, kill_when, metrics, run
+from commands import dpo_cache, dpo_train, kill_when, metrics, run
 from dpo_cache import cli
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
@@ -27,6 +28,8 @@ from dpo_cache.stages.local_copy import local_copy
 from dpo_cache.stages.pull import pull
 from dpo_cache.stages.push import push
 from dpo_cache.stages.show import show
+from dpo_cache.stages.train import train
+from dpo_cache.stages.train_config import TrainConfig
 from dpo_cache.stages.verify import verify_cache
 from file_server import FileServer, file_server
 from hub_server import TOKEN, Files, HubServer, hub_server
@@ -130,6 +133,15 @@ def test_who_may_not_write_is_told_before_a_byte_is_hashed(
     assert not hub.asked("preupload")
 
 
+def test_a_shard_that_has_gone_bad_is_not_shared(hub: HubServer, tmp_path: Path) -> None:
+    mixture = make_shared(tmp_path / "ours")
+    victim = tmp_path / "ours/shards" / mixture.shards[1].file_name
+    victim.write_bytes(spoil(victim.read_bytes()))
+    with pytest.raises(DpoCacheError, match=f"{victim.name} is damaged"):
+        push(tmp_path / "ours", "lab/cache")
+    assert not hub.large
+
+
 def test_an_upload_that_broke_off_goes_on_and_leaves_no_pointer_before(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,10 +238,8 @@ def test_the_card_shows_no_token_and_no_path_and_its_code_runs(
 
 
 def test_a_damaged_shard_is_named_and_the_next_pull_fetches_just_that(web: FileServer, tmp_path: Path) -> None:
-    make_shared(web.folder / "cache")
-    victim = sorted((web.folder / "cache/shards").iterdir())[2]
-    if victim.name not in content(web.folder / "cache"):
-        victim = sorted((web.folder / "cache/shards").iterdir())[3]
+    mixture = make_shared(web.folder / "cache")
+    victim = web.folder / "cache/shards" / mixture.shards[2].file_name
     sound = victim.read_bytes()
     victim.write_bytes(spoil(sound))
     address, copy = f"{web.url}/cache", tmp_path / "copy"
@@ -433,7 +443,7 @@ def test_a_mixture_that_is_gone_there_cannot_be_used_here(web: FileServer) -> No
 
 def test_a_bucket_is_read_as_a_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs", reason="s3fs is not installed")
-    server = pytest.importorskip("moto.server", reason="moto is not installed").ThreadedMotoServer(port=0)
+    server = pytest.importorskip("moto.server", reason="moto is not installed").ThreadedMotoServer("127.0.0.1", port=0)
     make_shared(tmp_path / "ours")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
@@ -510,14 +520,16 @@ def test_training_from_an_address_is_training_from_the_folder(
     web: FileServer, shared_cache: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(shared_cache, web.folder / "cache")
+    address, output = f"{web.url}/cache", tmp_path / "run"
+    plans = [train(TrainConfig(cache=place, output=output, plan=True)) for place in (address, shared_cache)]
+    assert plans[0] == plans[1]
+    assert not web.shard_requests()
+    with pytest.raises(DpoCacheError, match=f"there is no cache at {web.url}/none"):
+        train(TrainConfig(cache=f"{web.url}/none", output=output, plan=True))
+
     recipe = ("--global-batch-size", 8, "--max-steps", 2, "--learning-rate", 1e-3)
-    address = f"{web.url}/cache"
-    report = run(dpo_train("--cache", address, "--output", tmp_path / "there", *recipe, "--num-gpus", 2))
-    run(dpo_train("--cache", shared_cache, "--output", tmp_path / "here", *recipe, "--num-gpus", 2))
+    report = run(dpo_train("--cache", address, "--output", output, *recipe, "--num-gpus", 2))
     assert report["steps"] == 2
+    assert metrics(output)[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-5), "not the values of this reference"
     assert set(web.shard_requests().values()) == {1}, "both ranks and their parent share one copy"
-    losses = [[line["train_loss"] for line in metrics(tmp_path / output)] for output in ("there", "here")]
-    assert losses[0] == losses[1]
-    assert json.loads((tmp_path / "there/config.json").read_text())["settings"]["cache"] == address
-    message = fails(dpo_train("--cache", f"{web.url}/none", "--output", tmp_path / "none", *recipe))
-    assert f"there is no cache at {web.url}/none" in message
+    assert json.loads((output / "config.json").read_text())["settings"]["cache"] == address
