@@ -262,6 +262,9 @@ def test_a_run_resolves_to_the_published_numbers(
     )
     config = recipe_yaml(published.name, "train")
     assert [config[name] for name in ("loss", "beta", "weight_decay", "max_grad_norm")] == ["dpo_norm", 5, 0, 1]
+    assert config["gradient_checkpointing"] is True
+    assert config["zero_stage"] == (2 if published.name == "olmo2/dpo_1b" else 3)
+    assert config.get("offload_parameters", False) == (published.name == "tulu3/dpo_70b")
 
 
 def test_the_global_batch_is_the_published_one_on_any_number_of_gpus(
