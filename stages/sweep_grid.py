@@ -92,7 +92,7 @@ def read_grid(path: Path) -> SweepGrid:
 
 
 def point_name(options: Mapping[str, Any]) -> str:
-    """A folder name that says what a point's own options are: ``beta-5_learning-rate-1e-06``.
+    """A folder name that says what a point's own options are: ``beta-5_learning-rate-1e-6``.
 
     Where that would be too long, or a value has characters that no folder name should, a few digits of the options'
     hash tell it from others that read the same.
@@ -108,15 +108,23 @@ def point_name(options: Mapping[str, Any]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value as people write it: 5, 1e-06, true."""
+    """A value as people write it: 5, 1e-6, true."""
     if value is None:
         return "default"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        short = f"{value:g}"
-        return short if float(short) == value else repr(value)
+        return _number_text(value)
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _number_text(value: float) -> str:
+    """In as few digits as give the number back; small ones as 5e-7."""
+    digits = next(text for text in (f"{value:.{places}e}" for places in range(17)) if float(text) == value)
+    mantissa, exponent = digits.split("e")
+    if -4 < int(exponent) < 6:
+        return repr(value).removesuffix(".0")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class SweepRow:
         name: The point; also its folder.
         options: Its own options as people write them.
         status: One of :data:`ORDER`.
-        steps: Updates done when it was last reported.
+        steps: Updates done, as far as they were logged.
         total_steps: Updates of the whole run.
         accuracy, margin: Its rewards, on the pairs that the report names.
         step0_loss: Loss before the first update.

@@ -72,6 +72,17 @@ class SweepRun:
         report = self.report()
         return report is not None and report.steps >= step
 
+    def steps_done(self) -> int:
+        """Updates that are known to be done."""
+        report = self.report()
+        logged = [int(line["training_step"]) for line in self._lines()]
+        return max([report.steps if report else 0, *logged])
+
+    def step_zero_loss(self) -> float | None:
+        """Loss before the first update; None before it was measured."""
+        proof = self.folder / "step0.json"
+        return float(json.loads(proof.read_text(encoding="utf-8"))["loss"]) if proof.exists() else None
+
     def has_begun(self) -> bool:
         """Whether there is anything to go on from."""
         return (self.folder / SUMMARY).exists() or any((self.folder / "checkpoints").glob("step_*"))

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.build_config import BuildConfig
-from dpo_cache.stages.sweep_grid import SweepGrid, point_name, read_grid
+from dpo_cache.stages.sweep_grid import SweepGrid, point_name, read_grid, value_text
 from dpo_cache.stages.train_config import TrainConfig
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,10 +28,10 @@ def test_axes_are_crossed_and_listed_points_stand_beside_them(tmp_path: Path) ->
     text = "train: {max-steps: 7}\ngrid: {beta: [2, 5], learning_rate: [1e-6, 5.0e-7]}\npoints: [{loss: simpo}]\n"
     grid = grid_of(tmp_path, text)
     assert [point.name for point in grid.points] == [
-        "beta-2_learning-rate-1e-06",
-        "beta-2_learning-rate-5e-07",
-        "beta-5_learning-rate-1e-06",
-        "beta-5_learning-rate-5e-07",
+        "beta-2_learning-rate-1e-6",
+        "beta-2_learning-rate-5e-7",
+        "beta-5_learning-rate-1e-6",
+        "beta-5_learning-rate-5e-7",
         "loss-simpo",
     ]
     # YAML reads 1e-6 as text: the options are numbers all the same, and the fixed ones hold for every point.
@@ -103,6 +103,17 @@ def test_an_address_is_no_place_to_build_in(tmp_path: Path) -> None:
     path.write_text("cache: s3://b/c\noutput: o\nbuild: {model: m, dataset: d}\npoints: [{}]\n")
     with pytest.raises(DpoCacheError, match="is an address, which is read-only"):
         read_grid(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        *[(5.0, "5"), (0.1, "0.1"), (2.5, "2.5"), (1e-4, "1e-4"), (5e-7, "5e-7"), (2.5e-7, "2.5e-7"), (0.001, "0.001")],
+        *[(1e6, "1e6"), (0.0, "0"), (123456.0, "123456"), (1 / 3, "0.3333333333333333")],
+    ],
+)
+def test_numbers_are_written_as_people_write_them(number: float, text: str) -> None:
+    assert value_text(number) == text
 
 
 TEXT = st.text(min_size=1, max_size=40).filter(lambda text: "_" not in text)  # which is what joins options
