@@ -205,6 +205,7 @@ class Build:
             tokens=outcome.tokens,
             seconds=time.monotonic() - self._started,
             scoring_seconds=outcome.seconds,
+            forward_seconds=outcome.forward_seconds,
             forward_share=outcome.forward_share,
             dropped=collected.dropped,
             truncated=collected.truncated,

@@ -23,6 +23,7 @@ class BuildReport:
         tokens: Tokens that went through it, a shared prompt counted once.
         seconds: Wall time of the build.
         scoring_seconds: Wall time of the scoring processes.
+        forward_seconds: What forward passes took, of all scoring processes together.
         forward_share: Share of the scoring processes' time that forward passes took, from first batch to last.
         dropped: Rows that make no pair, by reason.
         truncated: Rows with a side longer than the limit, by side.
@@ -40,6 +41,7 @@ class BuildReport:
     tokens: int
     seconds: float
     scoring_seconds: float
+    forward_seconds: float
     forward_share: float
     dropped: dict[str, int]
     truncated: dict[str, int]

@@ -27,6 +27,7 @@ class ScoringOutcome:
         forwards: Forward passes of the reference.
         tokens: Tokens that went through it, a shared prompt counted once.
         seconds: From the first process to the last.
+        forward_seconds: What forward passes took, of all scoring processes together.
         forward_share: Share of the scoring processes' time that forward passes took, from first batch to last.
         nonfinite: Keys of pairs that have no finite negative log-probability; nothing was written for them.
         faults: What scoring processes that failed had to say; the others did their work.
@@ -35,6 +36,7 @@ class ScoringOutcome:
     forwards: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    forward_seconds: float = 0.0
     forward_share: float = 0.0
     nonfinite: tuple[bytes, ...] = ()
     faults: tuple[str, ...] = ()
@@ -91,6 +93,7 @@ def lead_scoring(
         forwards=queue.add("forwards", 0),
         tokens=queue.add("tokens", 0),
         seconds=time.monotonic() - started,
+        forward_seconds=queue.add("forward_us", 0) / 1e6,
         forward_share=queue.add("forward_us", 0) / max(1, queue.add("turn_us", 0)),
         nonfinite=tuple(queue.nonfinite_keys()),
         faults=tuple(faults),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -29,9 +28,9 @@ class Agent:
 
     def kill(self) -> None:
         """What a power cut does to a node."""
-        node = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
-        for process in node:
-            process.send_signal(signal.SIGKILL)
+        agent = psutil.Process(self.process.pid)
+        for process in [agent, *agent.children(recursive=True)]:
+            process.kill()
 
     def says(self, text: str, *, timeout_s: float = 120) -> str:
         """Everything it has said, once that contains ``text``."""

@@ -1,0 +1,132 @@
+"""What a pair costs in builds of more and more pairs, by one scoring process and by two.
+
+    python benchmarks/build_curve.py            1,000 and 10,000 pairs
+    python benchmarks/build_curve.py --large    100,000 too
+
+Real builds with a very small model on a CPU, one thread a process. Scoring is counted in each scoring process from
+its first batch to its last; the memory is the most that the leading process and any scoring process held. A table is
+appended to ``benchmarks/results/curve.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+import synthetic_cache  # noqa: E402
+from small_llama import processor_name  # noqa: E402
+from tiny_model import tiny_tokenizer, write_tiny_model  # noqa: E402
+
+RESULTS = HERE / "results" / "curve.md"
+HEADER = """
+Scoring: processor time a pair of all scoring processes, waiting for pairs and for files included, start excluded.
+
+| pairs | scoring processes | whole build, s | scoring, ms a pair | of it in forwards | leader, MiB | scorer, MiB |
+| ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+"""
+SAMPLE_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One build."""
+
+    num_pairs: int
+    num_workers: int
+    report: dict[str, Any]
+    leader_mib: float
+    worker_mib: float
+
+    def row(self) -> str:
+        scoring_s = self.report["forward_seconds"] / self.report["forward_share"]
+        return (
+            f"| {self.num_pairs:,} | {self.num_workers} | {self.report['seconds']:.0f} | "
+            f"{1e3 * scoring_s / self.num_pairs:.2f} | {self.report['forward_share']:.1%} | "
+            f"{self.leader_mib:,.0f} | {self.worker_mib:,.0f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--large", action="store_true", help="builds of 100,000 pairs too")
+    parser.add_argument("--sizes", type=int, nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sizes = options.sizes or [1_000, 10_000, *([100_000] if options.large else [])]
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="dpo-cache-curve-") as scratch:
+        folder = Path(scratch)
+        write_tiny_model(folder / "model", tokenizer=tiny_tokenizer(), hidden_size=128, intermediate_size=512)
+        for num_pairs in sizes:
+            synthetic_cache.write_pairs(folder, num_pairs)
+            for num_workers in (1, 2):
+                rows.append(measured_build(folder, num_pairs, num_workers).row())
+                print(rows[-1], file=sys.stderr)
+    text = HEADER + "\n".join(rows) + "\n\n" + circumstances() + "\n"
+    print(text)
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as results:
+        results.write(text + "\n")
+
+
+def measured_build(folder: Path, num_pairs: int, num_workers: int) -> Point:
+    cache = folder / f"cache-{num_pairs}-{num_workers}"
+    command = [
+        *(sys.executable, "-m", "dpo_cache", "build", "--json", "--model", str(folder / "model")),
+        *("--dataset", str(folder / synthetic_cache.PAIRS), "--cache", str(cache), "--num-workers", str(num_workers)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as build:
+        leader, most = psutil.Process(build.pid), {"leader": 0.0, "worker": 0.0}
+        while build.poll() is None:
+            with suppress(psutil.Error, OSError):  # one that has just ended
+                most["leader"] = max(most["leader"], peak_mib(leader.pid))
+                for child in leader.children():
+                    if "score" in child.cmdline():
+                        most["worker"] = max(most["worker"], peak_mib(child.pid))
+            time.sleep(SAMPLE_S)
+        assert build.stdout is not None
+        assert build.returncode == 0
+        report: dict[str, Any] = json.loads(build.stdout.read())
+    assert report["pairs_scored"] == num_pairs
+    return Point(
+        num_pairs=num_pairs,
+        num_workers=num_workers,
+        report=report,
+        leader_mib=most["leader"],
+        worker_mib=most["worker"],
+    )
+
+
+def peak_mib(pid: int) -> float:
+    """The most memory that a process has held so far."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def circumstances() -> str:
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}, {processor_name()}, {os.cpu_count()} cores, Linux {platform.release()}, "
+        f"Python {platform.python_version()}. Repeat with `python benchmarks/build_curve.py --large`."
+    )
+
+
+if __name__ == "__main__":
+    main()
