@@ -7,6 +7,7 @@ the form that the cache format gives it.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -147,11 +148,13 @@ class RemoteCache:
             The shards that were fetched.
 
         Raises:
-            DpoCacheError: Something is missing or damaged at the address, named; no pointer of ours was written.
+            DpoCacheError: Something is missing or damaged at the address, named, or there is no room for it; no pointer
+                of ours was written.
         """
         wanted = distinct_shards(mixtures)
         missing = [shard for shard in wanted if not _is_present(cache, shard, hash_present=hash_present)]
         rest = [shard for shard in missing if not self._link(shard, cache, neighbours)]
+        _require_room(cache.path, num_bytes(rest))
         with self._explained():
             for mixture in mixtures:
                 self.fetch_table(mixture)
@@ -234,6 +237,15 @@ def _is_present(cache: ReferenceCache, shard: ShardRef, *, hash_present: bool) -
         except DpoCacheError:
             return False
     return True
+
+
+def _require_room(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise DpoCacheError(
+            f"{needed / 2**30:,.1f} GiB are to be fetched into {path}, where {free / 2**30:,.1f} GiB are free",
+            next_step=f"make room there (df -h {path}), or use another disk",
+        )
 
 
 def _adopt(cache: ReferenceCache, shard: ShardRef, fetched: Path) -> None:

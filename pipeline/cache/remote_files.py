@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ PAUSES_S = (1.0, 4.0, 16.0)
 """How long to wait before each new attempt after a failure of the network or the server."""
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 """The extra of this package that brings what fsspec needs for a protocol."""
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _SERVER_ERRORS_FROM = 500
 _TOO_MANY_REQUESTS = 429
 _CONNECT_TIMEOUT_S, _SILENCE_TIMEOUT_S = 30, 120
@@ -30,7 +32,7 @@ class MissingRemoteFileError(DpoCacheError):
 
 
 class UnreachableError(DpoCacheError):
-    """A file could not be read: the network or the server fails, or refuses."""
+    """A file could not be copied: the network or the server fails or refuses, or the disk here does."""
 
 
 class RefusedError(UnreachableError):
@@ -105,7 +107,15 @@ class RemoteFiles:
         """
 
         def copy() -> None:
-            self._filesystem.get_file(f"{self._root}/{name}", str(destination))
+            try:
+                self._filesystem.get_file(f"{self._root}/{name}", str(destination))
+            except OSError as error:
+                if error.errno not in _DISK_FAULTS:
+                    raise
+                raise UnreachableError(
+                    f"cannot write {destination}: {error.strerror}",
+                    next_step="make room (df -h); the same command goes on from there",
+                ) from error
 
         self._attempt(copy, name)
 
@@ -114,6 +124,8 @@ class RemoteFiles:
         for pause_s in (*PAUSES_S, None):
             try:
                 return action()
+            except DpoCacheError:
+                raise
             except FileNotFoundError as error:
                 raise MissingRemoteFileError(
                     f"there is no {where}, or you may not see it",

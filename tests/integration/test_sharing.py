@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import dpo_cache.pipeline.cache.remote_files as remote_files
 import duckdb
@@ -355,6 +357,28 @@ def test_a_folder_with_another_reference_or_training_set_is_not_overwritten(web:
     with pytest.raises(DpoCacheError, match="not a cache and not empty"):
         pull(f"{web.url}/cache", tmp_path / "papers", revision=None)
     assert len(list((tmp_path / "papers").iterdir())) == 1
+
+
+def test_a_full_disk_ends_a_pull_at_once(web: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shared(web.folder / "cache")
+    with monkeypatch.context() as small:
+        small.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(DpoCacheError, match="GiB are free"):
+            pull(f"{web.url}/cache", tmp_path / "copy", revision=None)
+    assert not web.shard_requests()
+
+    tries = 0
+
+    def refuse(_remote: str, _local: str) -> None:
+        nonlocal tries
+        tries += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = remote_files.RemoteFiles.open(f"{web.url}/cache")
+    monkeypatch.setattr(files._filesystem, "get_file", refuse)
+    with pytest.raises(DpoCacheError, match=r"cannot write .*x: No space left on device"):
+        files.fetch("cache.json", tmp_path / "x")
+    assert tries == 1
 
 
 def test_a_pull_mends_a_shard_that_has_gone_bad_here(web: FileServer, tmp_path: Path) -> None:
