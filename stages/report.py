@@ -15,11 +15,15 @@ from ..pipeline.report.figures import require_matplotlib, write_figures
 from ..pipeline.report.page import page_html
 from ..pipeline.report.page_content import ChartCurves, Curve, PageContent, PairGroup, RunTable
 from ..pipeline.report.run_record import RunRecord, read_run
-from ..pipeline.report.run_series import CHARTS, series_of
+from ..pipeline.report.run_series import CHARTS, MAX_POINTS, series_of
 from ..pipeline.report.run_table import NumberedRun, proof_statement
 from .report_cache import cache_sections
 from .report_pairs import OpenMixtures, held_out_pairs
 from .report_sweep import named_folder, run_tables
+
+POINTS_OF_A_PAGE = 400_000
+"""Some 20 MB; of many long runs every curve is drawn with fewer points."""
+FEWEST_POINTS = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,13 +104,15 @@ def _numbered(runs: Sequence[RunRecord]) -> list[NumberedRun]:
 
 
 def _content(runs: Sequence[RunRecord], tables: list[RunTable]) -> PageContent:
+    room = POINTS_OF_A_PAGE // (2 * len(CHARTS) * len(runs))  # two curves in a chart: training and held out
+    max_points = max(FEWEST_POINTS, min(MAX_POINTS, room))
     charts = [
         ChartCurves(
             chart=chart,
             curves=[
                 Curve(number=number, series=series)
                 for number, run in enumerate(runs)
-                for series in series_of(run, chart)
+                for series in series_of(run, chart, max_points=max_points)
             ],
         )
         for chart in CHARTS

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DpoCacheError
+from ..data.printable_text import printable
 from .page_content import ChartCurves
 
 INCHES = (5.0, 3.2)
@@ -51,7 +52,7 @@ def _write(chart: ChartCurves, run_names: Sequence[str], folder: Path) -> Path:
         style: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 3} if series.is_evaluation else {}
         if len(series.values) == 1:
             style |= {"marker": "o"}
-        name = run_names[curve.number] + (", held out" if series.is_evaluation else "")
+        name = printable(run_names[curve.number]) + (", held out" if series.is_evaluation else "")
         # A name that begins with an underscore would be left out of the legend, and dollars would be set as formulas.
         label = "\u200b" + name.replace("$", r"\$")
         axes.plot(series.steps, series.values, color=f"C{curve.number}", linewidth=1.2, label=label, **style)

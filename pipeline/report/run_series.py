@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 from .run_record import Line, RunRecord
 
 MAX_POINTS = 1000
-"""Points of one curve; of a longer run the lowest and highest of each stretch are kept."""
+"""Points of one curve, unless there is less room; of more, the lowest and highest of each stretch are kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,12 +76,12 @@ class Series:
         return self.field.startswith("eval/")
 
 
-def series_of(run: RunRecord, chart: Chart) -> list[Series]:
+def series_of(run: RunRecord, chart: Chart, *, max_points: int = MAX_POINTS) -> list[Series]:
     """The curves of one run in one chart: training, then evaluation; none that were never logged."""
     clock = _clock(run)
-    found = [_series(run.steps, chart.field, clock)]
+    found = [_series(run.steps, chart.field, clock, max_points)]
     if chart.eval_field is not None:
-        found.append(_series(run.evaluations, chart.eval_field, clock))
+        found.append(_series(run.evaluations, chart.eval_field, clock, max_points))
     return [series for series in found if series.lines]
 
 
@@ -108,9 +108,9 @@ def _clock(run: RunRecord) -> dict[int, float]:
     return {0: 0.0} | dict(zip((_step(line) for line in run.steps), training_seconds(run), strict=True))
 
 
-def _series(lines: Sequence[Line], field: str, clock: dict[int, float]) -> Series:
+def _series(lines: Sequence[Line], field: str, clock: dict[int, float], max_points: int) -> Series:
     points = [(_step(line), line[field]) for line in lines if field in line]
-    shown = thinned([value for _, value in points])
+    shown = thinned([value for _, value in points], max_points=max_points)
     return Series(
         field=field,
         steps=[points[place][0] for place in shown],
@@ -120,7 +120,7 @@ def _series(lines: Sequence[Line], field: str, clock: dict[int, float]) -> Serie
     )
 
 
-def thinned(values: Sequence[float], *, max_points: int = MAX_POINTS) -> list[int]:
+def thinned(values: Sequence[float], *, max_points: int) -> list[int]:
     """Places of the points to draw: all, or the lowest and highest of equal stretches and both ends.
 
     A mean would hide the one spike that somebody looks for.

@@ -48,7 +48,7 @@ ALLOWED_TAGS = {
         "dd",
     ),
     *("table", "thead", "tbody", "tr", "th", "td", "details", "summary", "figure", "figcaption", "noscript", "script"),
-    *("form", "fieldset", "legend", "label", "input", "svg", "path", "g", "desc"),
+    *("form", "fieldset", "legend", "label", "input", "button", "svg", "path", "g", "desc"),
 }
 
 
@@ -283,6 +283,14 @@ def test_long_curves_are_thinned_and_said_to_be(tmp_path: Path) -> None:
     assert "curves of up to 2,500 points" in page.text
 
 
+def test_a_page_of_many_runs_does_not_grow_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_cache.stages.report.POINTS_OF_A_PAGE", 30_000)
+    for number in range(20):
+        write_run(tmp_path / "sweep" / str(number), updates=400, total=400, evaluate_every=None)
+    charts = page_of(tmp_path, tmp_path / "sweep").data["charts"]
+    assert sum(len(curve["values"]) for chart in charts for curve in chart["curves"]) <= 30_000
+
+
 def test_the_command_reports_what_it_wrote_and_refuses_what_is_no_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     out, pictures = tmp_path / "sub" / "page.html", tmp_path / "png"
@@ -419,6 +427,10 @@ def test_values_are_read_with_mouse_and_keys_and_runs_are_hidden_and_put_over_ti
     assert not opened.find_elements(By.CSS_SELECTOR, "path.curve[data-run='1']")
     svg.send_keys(Keys.END)
     seconds = sum(1 + 0.25 * step for step in range(1, 14))
-    assert readout.text.splitlines()[0] == f"{seconds:g} s"
+    assert readout.text.splitlines()[0] == f"{seconds:.3g} s"
     assert math.isclose(seconds, 35.75)
+    opened.find_element(By.CSS_SELECTOR, "button[value='none']").click()
+    assert not opened.find_elements(By.CSS_SELECTOR, "path.curve")
+    opened.find_element(By.CSS_SELECTOR, "button[value='all']").click()
+    assert len(opened.find_elements(By.CSS_SELECTOR, "path.curve[data-field='train_loss']")) == 3
     assert opened.get_log("browser") == []

@@ -119,7 +119,7 @@
     figure.cursor = {
       places: [...new Set(shown.flatMap((curve) => curve[axis]))].filter((at) => at !== null).sort((a, b) => a - b),
       x, width, height,
-      heading: (at) => (axis === "steps" ? `update ${at}` : `${exact(at / xUnit[0])} ${xUnit[1]}`),
+      heading: (at) => (axis === "steps" ? `update ${at}` : `${short(at / xUnit[0])} ${xUnit[1]}`),
       rows: (at) => shown.map((curve) => [curveName(curve), nearest(curve, at), curve.run]).filter((row) => row[1] !== null),
     };
   }
@@ -239,11 +239,18 @@
     listen(figure);
     resized.observe(figure);
   }
-  document.querySelector(".controls")?.addEventListener("change", (event) => {
-    const { name, value, checked } = event.target;
-    if (name === "axis") axis = value;
-    else if (checked) hidden.delete(Number(value));
-    else hidden.add(Number(value));
+  const controls = document.querySelector(".controls"), boxes = controls ? [...controls.querySelectorAll("[name=run]")] : [];
+  function follow() {
+    axis = controls.querySelector("[name=axis]:checked").value;
+    hidden.clear();
+    for (const box of boxes) if (!box.checked) hidden.add(Number(box.value));
     figures.forEach(draw);
-  });
+  }
+  controls?.addEventListener("change", follow);
+  for (const button of controls?.querySelectorAll("button") ?? []) {
+    button.addEventListener("click", () => {
+      for (const box of boxes) box.checked = button.value === "all";
+      follow();
+    });
+  }
 })();
