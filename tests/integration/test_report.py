@@ -27,13 +27,13 @@ from tiny_model import tiny_tokenizer
 
 HOSTILE = "</script><script>hacked=1</script><img src=x onerror=hacked=1>\u202e\x1b[31m{{7*7}}&amp;'\"--><!--"
 ALLOWED_TAGS = {
-    *("html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section", "article"),
+    *("html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section", "article", "noscript"),
     *(
         "h1",
         "h2",
+        "h3",
         "h4",
         "h5",
-        "h6",
         "p",
         "small",
         "code",
@@ -47,8 +47,8 @@ ALLOWED_TAGS = {
         "dt",
         "dd",
     ),
-    *("table", "thead", "tbody", "tr", "th", "td", "details", "summary", "figure", "figcaption", "noscript", "script"),
-    *("form", "fieldset", "legend", "label", "input", "button", "svg", "path", "g", "desc"),
+    *("table", "thead", "tbody", "tr", "th", "td", "details", "summary", "figure", "figcaption", "script", "button"),
+    *("form", "fieldset", "legend", "label", "input", "svg", "path", "g", "desc"),
 }
 
 
