@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
+from dpo_cache.cli import dpo_sweep
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages import sweep as sweep_stage
 from dpo_cache.stages.child_processes import Job
@@ -55,7 +57,8 @@ def grid(workplace: Path) -> Path:
 @pytest.fixture(scope="module")
 def stopped(workplace: Path, grid: Path) -> str:
     """What a sweep says that gets SIGTERM in the middle of its first point."""
-    process = subprocess.Popen(sweep_command(grid), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", "from dpo_cache.cli import dpo_sweep; dpo_sweep()", str(grid)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = workplace / "runs/beta-2/metrics.jsonl"
     deadline = time.monotonic() + 200
     while not (lines.exists() and "train_loss" in lines.read_text()):
@@ -71,16 +74,10 @@ def stopped(workplace: Path, grid: Path) -> str:
 @pytest.fixture(scope="module")
 def finished(workplace: Path, grid: Path, stopped: str) -> dict[str, Any]:
     """The report of the same command once more, which runs to its end."""
-    done = subprocess.run(
-        [*sweep_command(grid), "--parallel", "2", "--json"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1, done.stderr  # a point has failed
+    done = CliRunner().invoke(dpo_sweep, [str(grid), "--parallel", "2", "--json"])
+    assert done.exit_code == 1, done.stderr  # a point has failed
     report: dict[str, Any] = json.loads(done.stdout)
     return report
-
-
-def sweep_command(grid: Path) -> list[str]:
-    return [sys.executable, "-c", "from dpo_cache.cli import dpo_sweep; dpo_sweep()", str(grid)]
 
 
 def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
