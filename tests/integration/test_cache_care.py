@@ -578,6 +578,6 @@ def test_show_marks_exactly_the_tokens_of_the_mask(tmp_path: Path) -> None:
 
 
 def test_show_lets_no_control_character_through(cache: Path) -> None:
-    from dpo_cache.stages.show import _harmless
+    from dpo_cache.pipeline.data.printable_text import printable
 
-    assert _harmless("a\x1b[2Jb\r\n\tc\x9b") == "a�[2Jb�\n\tc�"
+    assert printable("a\x1b[2Jb\r\n\tc\x9b") == "a�[2Jb�\n\tc�"
