@@ -28,25 +28,8 @@ from tiny_model import tiny_tokenizer
 HOSTILE = "</script><script>hacked=1</script><img src=x onerror=hacked=1>\u202e\x1b[31m{{7*7}}&amp;'\"--><!--"
 ALLOWED_TAGS = {
     *("html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section", "article", "noscript"),
-    *(
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "p",
-        "small",
-        "code",
-        "strong",
-        "span",
-        "div",
-        "mark",
-        "ul",
-        "li",
-        "dl",
-        "dt",
-        "dd",
-    ),
+    *("h1", "h2", "h3", "h4", "h5", "p", "small", "code", "strong", "span", "div", "mark"),
+    *("ul", "li", "dl", "dt", "dd"),
     *("table", "thead", "tbody", "tr", "th", "td", "details", "summary", "figure", "figcaption", "script", "button"),
     *("form", "fieldset", "legend", "label", "input", "svg", "path", "g", "desc"),
 }
