@@ -16,13 +16,14 @@ import pytest
 import yaml
 from documentation_blocks import DATA, PARSED_ONLY, PROSE, ROOT, RUN, Block, blocks_of, our_commands, pages
 from dpo_cache import cli
+from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.build_config import BuildConfig
 from dpo_cache.stages.train_config import TrainConfig
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 BLOCKS = [block for page in PAGES.values() for block in blocks_of(page)]
 CONFIGS: dict[str, type[Any]] = {"build": BuildConfig, "dpo-train": TrainConfig}
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 
 def _of(*languages: str) -> list[Any]:
@@ -49,6 +50,22 @@ def test_every_command_takes_the_options_that_a_page_gives_it(
     monkeypatch.setattr(click.Path, "convert", lambda _self, value, _parameter, _context: Path(value))
     for program, arguments in our_commands(block.text):
         _parse(program, _with_config_files(arguments, block, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "dpo-train --cache c --output o --no-such-option 1",
+        "torchrun --no-python --nproc-per-node 8 \\\n    dpo-cache build --modle m --dataset d --cache c > log 2>&1",
+        "cd somewhere && CUDA_VISIBLE_DEVICES=0 dpo-cache frobnicate",
+        "dpo-train --cache c --output o --lora-rank 4  # has no effect without --use-lora",
+        "cat > grid.yaml <<'EOF'\n'\nEOF\ndpo-sweep",
+    ],
+)
+def test_a_command_that_would_be_refused_is_found_wherever_it_stands(script: str) -> None:
+    ((program, arguments),) = our_commands(script)
+    with pytest.raises((click.UsageError, DpoCacheError, AssertionError)):
+        _parse(program, arguments)
 
 
 @pytest.mark.parametrize("block", _of("python"))
