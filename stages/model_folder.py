@@ -21,11 +21,13 @@ class ModelFolder:
         folder: A local folder.
         name: The path or Hub id as given.
         commit: The Hub commit the files belong to; None for a local folder.
+        adapter: Those of an adapter that is to be added to the weights.
     """
 
     folder: Path
     name: str
     commit: str | None
+    adapter: ModelFolder | None = None
 
 
 def find_model_folder(path_or_id: str, revision: str | None) -> ModelFolder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..pipeline.scoring.pair_scorer import SCORING_VERSION
 from ..pipeline.training.deepspeed_config import partitioned_loading
 from ..pipeline.training.expert_blocks import gather_expert_blocks_whole, refuse_load_balancing
 from ..pipeline.training.liger_layers import use_liger_layers
-from ..pipeline.training.lora_adapter import LoraSettings, add_lora
+from ..pipeline.training.lora_adapter import LoraSettings, add_lora, merge_adapter
 from .model_folder import ModelFolder, find_model_folder
 from .recipe import Recipe
 from .train_config import TrainConfig
@@ -37,21 +37,35 @@ class PolicyOrigin:
 
 
 def find_policy(config: TrainConfig, cache: ReferenceCache) -> ModelFolder:
-    """The folder of the policy's first weights: ``--model``, or the reference by the name the cache recorded.
+    """The files of the policy's first weights: ``--model``, or the reference by the names the cache recorded.
 
     Raises:
-        DpoCacheError: It is not to be found.
+        DpoCacheError: They are not to be found, or an adapter is to be trained on a reference that has one.
     """
     if config.model is not None:
         return find_model_folder(config.model, config.model_revision)
-    name, commit = str(cache.recorded.get("model")), cache.recorded.get("commit")
+    model = _recorded_folder(cache, "model", "commit", "name it: --model PATH_OR_ID")
+    if cache.identity.adapter_sha256 is None:
+        return model
+    if config.use_lora and not config.merge:
+        raise DpoCacheError(
+            "--use-lora would save an adapter that belongs on neither the base nor the adapter of this reference",
+            expected="a whole model, or a reference without an adapter",
+            next_step="add --merge, or build a cache with the reference's adapter merged into its base",
+        )
+    remedy = "put it back, or merge it into its base (peft's merge_and_unload) and build a cache with that"
+    return replace(model, adapter=_recorded_folder(cache, "adapter", "adapter_commit", remedy))
+
+
+def _recorded_folder(cache: ReferenceCache, part: str, commit_of: str, remedy: str) -> ModelFolder:
+    name, commit = str(cache.recorded.get(part)), cache.recorded.get(commit_of)
     try:
         return find_model_folder(name, str(commit) if commit else None)
     except DpoCacheError as missing:
         raise DpoCacheError(
             f"the cache's reference {name} is not to be found here: {missing.found}",
-            expected="the model that the policy starts from",
-            next_step="name it: --model PATH_OR_ID",
+            expected=f"the {part} that the policy starts from",
+            next_step=remedy,
         ) from missing
 
 
@@ -70,7 +84,7 @@ def check_policy(config: TrainConfig, reference: ReferenceIdentity, model: Model
         )
     identity = identify_reference(
         model.folder,
-        adapter_folder=None,
+        adapter_folder=model.adapter.folder if model.adapter else None,
         weight_dtype=reference.weight_dtype,
         compute_dtype=reference.compute_dtype,
         attention=reference.attention,
@@ -105,8 +119,11 @@ def load_policy(
             dtype=getattr(torch, recipe.dtype),
             attention=recipe.attention,
             device=device,
+            adapter=model.adapter.folder if model.adapter else None,
             trust_remote_code=config.trust_remote_code,
         )
+    if model.adapter:
+        policy = merge_adapter(policy)
     if config.load_balancing_loss:
         refuse_load_balancing(policy)
     if config.use_liger_kernel:

@@ -140,11 +140,48 @@ def lora_change(layer: Any) -> Tensor:
     return change * float(layer.scaling["default"])
 
 
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """Add a loaded adapter to its model's weights; gives the model, whole and to be trained, without the adapter.
+
+    Under ZeRO-3 one layer after another is gathered, so no rank ever holds more than one; collective.
+
+    Raises:
+        DpoCacheError: The adapter is no plain LoRA of linear layers.
+    """
+    peft_model: Any = model
+    _refuse_unmergeable(peft_model)
+    for _, made_of, layer in merged_parameters(model):
+        if layer is not None:
+            with gathered(made_of, changed=True), torch.no_grad():
+                weight = made_of[0]
+                weight.copy_(weight.float() + lora_change(layer).to(weight.device))
+    merged: nn.Module = peft_model.unload()
+    return merged.requires_grad_(True)
+
+
 @contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """While this is open, parameters that ZeRO-3 has partitioned are whole; collective."""
-    with deepspeed.zero.GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
+def gathered(parameters: list[nn.Parameter], *, changed: bool = False) -> Iterator[None]:
+    """While this is open, parameters that ZeRO-3 has partitioned are whole; collective.
+
+    Args:
+        parameters: Of one layer.
+        changed: Whether what is written to them meanwhile, on all ranks alike, is to stay.
+    """
+    is_partitioned = hasattr(parameters[0], "ds_id")
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if changed else None, enabled=is_partitioned):
         yield
+
+
+def _refuse_unmergeable(peft_model: Any) -> None:
+    config = peft_model.active_peft_config
+    beyond = [name for name in ("use_dora", "modules_to_save", "lora_bias") if getattr(config, name, None)]
+    if config.peft_type != "LORA" or beyond or getattr(config, "bias", "none") != "none":
+        raise DpoCacheError(
+            f"the reference's adapter is a {config.peft_type} adapter" + "".join(f" with {name}" for name in beyond),
+            expected="plain LoRA of linear layers, which can be added to the weights here",
+            next_step="merge it with peft's merge_and_unload and build a cache with the merged model",
+        )
+    _refuse_unscorable(peft_model)
 
 
 def _refuse_unscorable(model: nn.Module) -> None:

@@ -1,0 +1,43 @@
+"""A policy that starts from a reference with an adapter: the two are added up as they are loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from commands import dpo_cache, dpo_train, fails, metrics, run
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny_model import write_tiny_model
+from transformers import AutoModelForCausalLM
+
+
+def test_a_policy_starts_at_base_plus_adapter_and_is_saved_as_one_model(pairs_file: Path, tmp_path: Path) -> None:
+    base, adapter, cache, output = (tmp_path / name for name in ("base", "adapter", "cache", "run"))
+    write_tiny_model(base, hidden_size=64, intermediate_size=256)  # large enough for ZeRO-3 to cut it up
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, use_rslora=True),
+    )
+    adapted.save_pretrained(adapter)
+    run(dpo_cache("build", "--model", base, "--adapter", adapter, "--dataset", pairs_file, "--cache", cache))
+
+    lora_on_top = dpo_train("--cache", cache, "--output", tmp_path / "none", "--use-lora")
+    assert "belongs on neither the base nor the adapter" in fails(lora_on_top)
+    base_alone = dpo_train("--cache", cache, "--output", tmp_path / "none", "--model", base)
+    assert "is not the reference of this cache (adapter_sha256" in fails(base_alone)
+
+    numbers = ("--max-steps", 2, "--global-batch-size", 8, "--learning-rate", 0.0, "--num-gpus", 2)
+    report = run(dpo_train("--cache", cache, "--output", output, *numbers))
+    assert report["step0"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert json.loads((output / "config.json").read_text())["resolved"]["policy_is_reference"]
+    assert [line["train_loss"] for line in metrics(output)] == pytest.approx([math.log(2)] * 2, abs=1e-6)
+    saved = load_file(output / "model" / "model.safetensors")  # a learning rate of 0 has changed nothing
+    expected = adapted.merge_and_unload().state_dict()
+    assert saved.keys() == load_file(base / "model.safetensors").keys()
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
