@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DpoCacheError
+from .host_memory import large_blocks_returned
 
 Json = dict[str, Any]
 
@@ -112,7 +113,8 @@ def partitioned_loading(config: Json) -> Iterator[None]:
     deepspeed.init_distributed(verbose=False)  # adopts the process group there is; without it, one rank is assumed
     registered = HfDeepSpeedConfig(config)  # transformers itself only keeps a weak reference
     try:
-        yield
+        with large_blocks_returned():
+            yield
     finally:
         unset_hf_deepspeed_config()
         del registered

@@ -1,0 +1,54 @@
+"""Reading a model's weights at ZeRO stage 3: no rank ever holds them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from distributed_run import run_ranks
+from dpo_cache.pipeline.scoring.model_loading import load_causal_lm
+from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspeed_config, partitioned_loading
+from peak_memory import PeakMemory
+from transformers import LlamaConfig, LlamaForCausalLM
+
+MIB = 2**20
+
+
+def growth_in_loading(folder: str) -> float:
+    """MiB that a rank needs at most while it loads."""
+    warm = Path(folder) / "warm"
+    _load(warm)  # imports, thread pools and the like are not the model's
+    with PeakMemory() as memory:
+        model = _load(Path(folder) / "large")
+    assert all(parameter.numel() == 0 for parameter in model.parameters() if parameter.ds_numel > MIB)
+    return memory.growth
+
+
+def _load(folder: Path) -> torch.nn.Module:
+    settings = EngineSettings(
+        zero_stage=3, num_ranks=2, dtype="float32", max_grad_norm=1.0, hidden_size=1024, on_gpu=False
+    )
+    with partitioned_loading(deepspeed_config(settings)):
+        return load_causal_lm(folder, dtype=torch.float32, attention="sdpa", device="cpu")
+
+
+def write_llama(folder: Path, *, layers: int, hidden_size: int) -> int:
+    """Size of the weights in bytes; no file is larger than 25 MB."""
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=hidden_size,
+        intermediate_size=2816,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="25MB")
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_two_ranks_hold_half_each_and_a_file_in_hand(tmp_path: Path) -> None:
+    write_llama(tmp_path / "warm", layers=1, hidden_size=64)
+    size = write_llama(tmp_path / "large", layers=5, hidden_size=1024) / MIB
+    for growth in run_ranks(growth_in_loading, str(tmp_path), num_ranks=2):
+        assert growth < size / 2 + 50
