@@ -1,6 +1,7 @@
 """From datasets to training pairs: tokenise them, find what the cache holds already, spool what it does not.
 
-Memory holds keys, hashes and lengths of the pairs (under 200 bytes each), never their tokens.
+Memory holds keys, hashes and lengths of the pairs (300 bytes each at the most, 600 where none is known yet), never
+their tokens.
 """
 
 from __future__ import annotations
