@@ -29,7 +29,7 @@ def report_bad_batch(path: Path, *, reason: str, training_step: int, keys: Seque
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     dist.barrier()  # a rank that dies earlier could take rank 0 with it before the file is written
     raise DpoCacheError(
-        f"The {reason} of step {training_step} is not finite; the update was not applied.",
+        f"the {reason} of step {training_step} is not finite; the update was not applied",
         expected="finite numbers",
         next_step=f"look at the {len(flat)} pairs listed in {path}; go on from the last checkpoint with --resume",
     )

@@ -150,7 +150,7 @@ def _refuse_failure(write: Callable[[], None], path: Path) -> None:
         write()
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise DpoCacheError(
-            f"The checkpoint {path} could not be written: {error}",
+            f"the checkpoint {path} could not be written: {error}",
             expected="room and permission to write",
             next_step="free some space (df -h), then run the same command with --resume",
         ) from error
@@ -187,7 +187,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     reason = _why_incomplete(path)
     if reason is not None:
         raise DpoCacheError(
-            f"{path} cannot be resumed from: {reason}.",
+            f"{path} cannot be resumed from: {reason}",
             expected=f"a folder step_N with a file {MARKER}",
             next_step="--resume without a value takes the newest complete checkpoint",
         )
@@ -209,7 +209,7 @@ def check_same_run(checkpoint: Checkpoint, *, run: Mapping[str, Any], zero_stage
     ]
     if different:
         raise DpoCacheError(
-            f"{checkpoint.path} belongs to another run: " + "; ".join(different) + ".",
+            f"{checkpoint.path} belongs to another run: " + "; ".join(different),
             expected="the settings the run began with; only the number of ranks may change",
             next_step="give the old values, or start afresh in another --output",
         )
@@ -293,7 +293,7 @@ def check_free_space(
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DpoCacheError(
-            f"{folder} has {free / 2**30:.1f} GiB free.",
+            f"{folder} has {free / 2**30:.1f} GiB free",
             expected=f"{needed / 2**30:.1f} GiB for {(keep_last or 1) + 1} checkpoints and the model",
             next_step="free some space, choose another --output, or lower --keep-last-n-checkpoints",
         )

@@ -50,9 +50,9 @@ class GlobalBatchPlan:
 
     def __init__(self, *, num_pairs: int, global_batch_size: int, epoch_order: Callable[[int], Rows]) -> None:
         if num_pairs < 1:
-            raise DpoCacheError("The mixture holds no pair to train on.")
+            raise DpoCacheError("the mixture holds no pair to train on")
         if global_batch_size < 1:
-            raise DpoCacheError(f"The global batch is {global_batch_size} pairs.", expected="at least 1")
+            raise DpoCacheError(f"the global batch is {global_batch_size} pairs", expected="at least 1")
         self.num_pairs = num_pairs
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = math.ceil(num_pairs / global_batch_size)
@@ -105,7 +105,7 @@ def deal(
     assert len(costs) == len(rows)
     assert num_ranks >= 1
     if tokens_per_microbatch < 1:
-        raise DpoCacheError(f"--tokens-per-microbatch is {tokens_per_microbatch}.", expected="at least 1")
+        raise DpoCacheError(f"--tokens-per-microbatch is {tokens_per_microbatch}", expected="at least 1")
     bins = _pack(costs, num_ranks, tokens_per_microbatch)
     loads = np.array([int(costs[members].sum()) for members in bins])
 

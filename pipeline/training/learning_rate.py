@@ -12,7 +12,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 def warmup_steps(warmup_ratio: float, total_steps: int) -> int:
     """Number of warm-up steps, rounded down as open-instruct rounds it."""
     if not 0 <= warmup_ratio <= 1:
-        raise DpoCacheError(f"--warmup-ratio is {warmup_ratio}.", expected="a number from 0 to 1")
+        raise DpoCacheError(f"--warmup-ratio is {warmup_ratio}", expected="a number from 0 to 1")
     return int(total_steps * warmup_ratio)
 
 
@@ -33,7 +33,7 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, t
         DpoCacheError: An unknown schedule.
     """
     if schedule not in SCHEDULES:
-        raise DpoCacheError(f"--lr-scheduler-type {schedule} is unknown.", expected="one of " + ", ".join(SCHEDULES))
+        raise DpoCacheError(f"--lr-scheduler-type {schedule} is unknown", expected="one of " + ", ".join(SCHEDULES))
     if step < warmup_steps:
         return peak * step / max(1, warmup_steps)
     if schedule == "constant":

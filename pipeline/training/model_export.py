@@ -150,7 +150,7 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
     for header in read_headers(folder).values():
         numbers[header.dtype] += math.prod(header.shape)
     if not numbers:
-        raise DpoCacheError(f"{folder} holds no safetensors file.")
+        raise DpoCacheError(f"{folder} holds no safetensors file")
     name = numbers.most_common(1)[0][0]
     return next(dtype for dtype, known in _SAFETENSORS_DTYPES.items() if known == name)
 
@@ -238,7 +238,7 @@ def check_headers(folder: Path, expected: Mapping[str, TensorHeader]) -> None:
     ]
     if wrong:
         raise DpoCacheError(
-            f"The model written to {folder} is not the one trained; {len(wrong)} tensors differ: "
+            f"the model written to {folder} is not the one trained; {len(wrong)} tensors differ: "
             + "; ".join(wrong[:5]),
             next_step="run again with --resume: the last checkpoint is complete",
         )

@@ -166,7 +166,7 @@ class PolicyEngine:
         frozen = any(not parameter.requires_grad for parameter in self.parameters())
         loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=not frozen)
         if loaded is None:
-            raise DpoCacheError(f"DeepSpeed found no state in {folder / tag}.")
+            raise DpoCacheError(f"DeepSpeed found no state in {folder / tag}")
         # From a converted state, stage 3 gives all groups the settings of the first (a weight decay of their own is
         # lost) and one and the same step counter (which then counts every group's update).
         for group, before in zip(self._groups(), settings, strict=True):
@@ -221,7 +221,7 @@ def _scored(micro_batch: MicroBatch, policy: PairLogps, outcomes: PairOutcomes) 
 def _parameter_groups(scorer: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     trainable = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
     if not trainable:
-        raise DpoCacheError("The policy has no parameter to train.")
+        raise DpoCacheError("the policy has no parameter to train")
     if not weight_decay:
         return [{"params": trainable, "weight_decay": 0.0}]
     matrices = [parameter for parameter in trainable if _is_matrix(parameter)]

@@ -110,8 +110,8 @@ def check_step_zero(figures: StepZeroFigures) -> None:
     if figures.within_bound:
         return
     raise DpoCacheError(
-        f"Before any update, policy and cached reference differ by {figures.max_per_token:.3g} nats per token "
-        f"(mean {figures.mean_per_token:.3g}) on the {figures.pairs} pairs of the first batch.",
+        f"before any update, policy and cached reference differ by {figures.max_per_token:.3g} nats per token "
+        f"(mean {figures.mean_per_token:.3g}) on the {figures.pairs} pairs of the first batch",
         expected=f"at most {figures.bound_per_token:g} in {figures.dtype}: a policy that starts from the reference "
         "gives the cached values back",
         next_step="what usually differs is the policy's weights (--model is not the reference, or was overwritten "

@@ -144,7 +144,7 @@ def test_a_disk_that_is_too_small_is_refused_at_the_start(tmp_path: Path, monkey
     monkeypatch.setattr("shutil.disk_usage", lambda _: disk_usage)
     check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3)  # 4 checkpoints of 14 GiB, a model of 2
     disk_usage.free -= 1
-    with pytest.raises(DpoCacheError, match=r"58\.0 GiB free.\n.*58\.0 GiB for 4 checkpoints and the model"):
+    with pytest.raises(DpoCacheError, match=r"58\.0 GiB free\n.*58\.0 GiB for 4 checkpoints and the model"):
         check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3)
     frozen = nn.Parameter(gib.detach(), requires_grad=False)
     disk_usage.free = 2 * 2**30

@@ -165,7 +165,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_all_ranks_before_the_update
     key = GLOBAL_BATCHES[1][0].key.hex()
     for of_rank in run_ranks(stop_at_bad_batches, str(tmp_path), num_ranks=2):
         for kind, message, unchanged, record in of_rank:
-            assert f"The {kind} of step 2 is not finite; the update was not applied." in message
+            assert f"the {kind} of step 2 is not finite; the update was not applied" in message
             assert unchanged
             assert record["not_finite"] == kind
             assert {suspect["key"] for suspect in record["suspects"]} == {key}
