@@ -73,7 +73,7 @@ def run_tables(folders: Sequence[NamedFolder], runs: Mapping[Path, NumberedRun])
             f"Sweep {folder.path.resolve().name}",
             [runs[path] for path in folder.runs],
             best_first=True,
-            note=" ".join(["Points by held-out reward accuracy, then margin.", *_absent(folder)]),
+            note=" ".join(["Finished points by held-out reward accuracy, then margin.", *_absent(folder)]),
             states=folder.states,
         )
         for folder in folders
@@ -89,7 +89,7 @@ def _absent(folder: NamedFolder) -> list[str]:
     """What to say of points that have nothing to show, or failed."""
     started = {path.name for path in folder.runs}
     said = [f"{name}: {state}." for name, state in folder.states.items() if name not in started | set(folder.faults)]
-    return said + [f"{name} failed: {fault}." for name, fault in folder.faults.items()]
+    return said + [f"{name} failed: {fault.rstrip('.')}." for name, fault in folder.faults.items()]
 
 
 def _points(path: Path) -> dict[str, dict[str, Any]]:

@@ -45,7 +45,7 @@ def run_table(
     Args:
         heading: Above the table.
         runs: The runs.
-        best_first: By held-out accuracy, then by held-out margin.
+        best_first: Finished ones by held-out accuracy, then by held-out margin; then the others.
         note: What to know about it.
         states: By the name of a run's folder, where somebody else knows more of it than its files say.
     """
@@ -116,9 +116,14 @@ def figure(value: object) -> str:
     return f"{value:.4g}"
 
 
-def _badness(run: NumberedRun) -> tuple[float, float]:
+def _badness(run: NumberedRun) -> tuple[bool, float, float]:
     accuracy, margin = run.record.last(ACCURACY), run.record.last(MARGIN)
-    return (-math.inf if accuracy is None else accuracy) * -1, (-math.inf if margin is None else margin) * -1
+    unknown = math.inf
+    return (
+        not run.record.is_finished,
+        unknown if accuracy is None else -accuracy,
+        unknown if margin is None else -margin,
+    )
 
 
 def _state(run: RunRecord, known: str | None) -> str:

@@ -239,6 +239,7 @@ def test_a_sweep_is_a_table_with_the_best_point_first(tmp_path: Path) -> None:
     sweep = tmp_path / "beta-sweep"
     for beta, level in ((2.0, 0.1), (5.0, 0.3), (10.0, 0.2)):
         write_run(sweep / f"beta-{beta:g}", level=level, settings={"beta": beta})
+    write_run(sweep / "beta-30", level=0.5, settings={"beta": 30.0}, updates=3)
     rows = [
         {"name": "beta-2", "status": "given up", "fault": None},
         {"name": "beta-99", "status": "failed", "fault": f"out of memory {HOSTILE}\nmore"},
@@ -247,10 +248,11 @@ def test_a_sweep_is_a_table_with_the_best_point_first(tmp_path: Path) -> None:
     page = page_of(tmp_path, sweep)
     text = "|".join(page.texts)
     table = text[text.index("Sweep beta-sweep") : text.index("The proof")]
-    assert re.findall(r"(beta-\d+)\|(\d+)\.0\|(\d\d\.\d%)", table) == [
+    assert re.findall(r"(beta-\d+)\|(\d+)\.0\|(\d+\.\d%)", table) == [
         ("beta-5", "5", "93.0%"),
         ("beta-10", "10", "83.0%"),
         ("beta-2", "2", "73.0%"),
+        ("beta-30", "30", "100.0%"),  # before its first update; it never ended
     ]
     assert "given up, 13 updates" in table
     assert "beta-99 failed: out of memory" in table
