@@ -58,7 +58,7 @@ def test_max_steps_overrides_the_epochs() -> None:
 def test_an_empty_mixture_is_refused() -> None:
     with pytest.raises(DpoCacheError, match="no pair to train on"):
         _plan(0, 3)
-    with pytest.raises(DpoCacheError, match="The global batch is 0 pairs"):
+    with pytest.raises(DpoCacheError, match="the global batch is 0 pairs"):
         _plan(3, 0)
 
 
