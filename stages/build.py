@@ -13,7 +13,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -32,12 +32,15 @@ from .build_config import BuildConfig
 from .build_plan import ScoringPlan, cut_units
 from .build_reference import BuildReference, resolve_reference
 from .build_report import BuildReport
-from .job_store import JobStore, store_lost
+from .job_store import POLL_S, RUN_AGAIN, JobStore, store_lost
 from .mixture_change import MixtureContent, mixture_content
 from .pair_collection import CollectedPairs, collect_pairs
 from .progress import quiet_libraries
 from .ranks import Ranks, ranks_from_environment
 from .scoring_job import ScoringOutcome, follow_scoring, lead_scoring
+
+VISIBLE_WITHIN_S = 120.0
+"""NFS keeps what it knows of a folder for up to a minute."""
 
 
 def build(config: BuildConfig) -> BuildReport | None:
@@ -102,6 +105,7 @@ class Build:
             collected = self._collect(cache.key_index(without=damaged), scratch)
             content = mixture_content(cache, self._config, collected, warn=say)
             outcome = self._score(cache, collected, scratch, job)
+            wait_until_visible(cache, outcome.shards)
             mixture = self._write_mixture(cache, content, outcome, without=damaged)
             return self._report(collected, outcome, training_pairs=len(mixture.rows))
 
@@ -240,6 +244,23 @@ def damaged_shards(cache: ReferenceCache) -> list[Path]:
     for shard in survey.unusable:
         say(f"warning: {shard.path.name} is not used: {shard.reason}")
     return [shard.path for shard in survey.unusable]
+
+
+def wait_until_visible(cache: ReferenceCache, shards: Collection[str]) -> None:
+    """Wait for shards that other machines wrote: a shared file system may show them late.
+
+    Raises:
+        DpoCacheError: Some are still not there after two minutes.
+    """
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    while hidden := set(shards) - {path.name for path in cache.shard_paths()}:
+        if time.monotonic() > deadline:
+            raise DpoCacheError(
+                f"{len(hidden)} shards that scoring processes wrote are not to be seen in {cache.path}: {min(hidden)}",
+                expected="a cache folder on a file system that all nodes share, and that nobody clears meanwhile",
+                next_step=RUN_AGAIN,
+            )
+        time.sleep(POLL_S)
 
 
 @contextmanager

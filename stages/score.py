@@ -220,9 +220,11 @@ class ScoringWorker:
         unusable = unusable_values({name: np.array([getattr(row, name) for row in rows]) for name in VALUE_COLUMNS})
         self._finishing.report_nonfinite([row.key for row, is_bad in zip(rows, unusable, strict=True) if is_bad])
         usable = [row for row, is_bad in zip(rows, unusable, strict=True) if not is_bad]
+        shard = None
         if usable:
-            self._cache.write_shard(usable, recorded={"layout": str(self._layout), "device": self._device.type})
-        self._finishing.finish(number)
+            recorded = {"layout": str(self._layout), "device": self._device.type}
+            shard = self._cache.write_shard(usable, recorded=recorded).file_name
+        self._finishing.finish(number, shard)
 
 
 def load_scorer(plan: ScoringPlan, device: torch.device) -> nn.Module:

@@ -29,6 +29,7 @@ class ScoringOutcome:
         seconds: From the first process to the last.
         forward_seconds: What forward passes took, of all scoring processes together.
         forward_share: Share of the scoring processes' time that forward passes took, from first batch to last.
+        shards: Names of the shards that were written.
         nonfinite: Keys of pairs that have no finite negative log-probability; nothing was written for them.
         faults: What scoring processes that failed had to say; the others did their work.
     """
@@ -38,6 +39,7 @@ class ScoringOutcome:
     seconds: float = 0.0
     forward_seconds: float = 0.0
     forward_share: float = 0.0
+    shards: tuple[str, ...] = ()
     nonfinite: tuple[bytes, ...] = ()
     faults: tuple[str, ...] = ()
 
@@ -95,6 +97,7 @@ def lead_scoring(
         seconds=time.monotonic() - started,
         forward_seconds=queue.add("forward_us", 0) / 1e6,
         forward_share=queue.add("forward_us", 0) / max(1, queue.add("turn_us", 0)),
+        shards=tuple(queue.finished_shards()),
         nonfinite=tuple(queue.nonfinite_keys()),
         faults=tuple(faults),
     )

@@ -57,8 +57,10 @@ class UnitQueue:
         """Say that a process (:func:`~.heartbeat.process_name`) has ended: its units need not wait for its heart."""
         self._hearts.declare_dead(process)
 
-    def finish(self, unit: int) -> None:
-        """Mark a unit done: its shard is durable."""
+    def finish(self, unit: int, shard: str | None = None) -> None:
+        """Mark a unit done: the shard of this name, if it came to one, is durable."""
+        if shard is not None:
+            self._store.set(f"units/{unit}/shard", shard)
         if self._store.add(f"units/{unit}/done", 1) == 1:
             self._store.add("units/done", 1)
 
@@ -66,6 +68,11 @@ class UnitQueue:
     def num_finished(self) -> int:
         """Units done by all processes together."""
         return self._store.add("units/done", 0)
+
+    def finished_shards(self) -> list[str]:
+        """Names of the shards that finished units came to."""
+        keys = [f"units/{unit}/shard" for unit in range(self.num_units)]
+        return [self._store.get(key).decode() for key in keys if self._store.check([key])]
 
     def add(self, counter: str, amount: int) -> int:
         """Add to a counter of the build that all processes share; the new value."""

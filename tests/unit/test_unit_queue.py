@@ -55,6 +55,16 @@ def test_a_unit_finished_twice_counts_once() -> None:
     assert queue.num_finished == 1
 
 
+def test_the_shards_of_finished_units_are_told_by_name() -> None:
+    """A unit all of whose pairs are unusable has none; of two for one unit the later is named, and both are there."""
+    store = HashStore()
+    UnitQueue(store, 3).finish(0, "a.parquet")
+    UnitQueue(store, 3).finish(1)
+    UnitQueue(store, 3).finish(2, "b.parquet")
+    UnitQueue(store, 3).finish(2, "c.parquet")
+    assert UnitQueue(store, 3).finished_shards() == ["a.parquet", "c.parquet"]
+
+
 def test_nonfinite_pairs_named_by_any_worker_are_told_once_each() -> None:
     store = HashStore()
     UnitQueue(store, 1).report_nonfinite([b"\x02" * 32, b"\x01" * 32])
