@@ -52,7 +52,7 @@ def main() -> None:
     for num_pairs in (options.num_pairs // 10, options.num_pairs):
         with tempfile.TemporaryDirectory(prefix="dpo-cache-scale-", dir=options.folder) as folder:
             columns.append(measure_all(Path(folder), num_pairs))
-    text = table(*columns, options.num_pairs)
+    text = table(columns[0], columns[1], options.num_pairs)
     print(text)
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as results:
