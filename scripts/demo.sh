@@ -41,4 +41,5 @@ say "4/5  Again with beta 10: the cache is complete, nothing is scored"
 build build-second train
 train beta-10 10
 say "5/5  What happened"
+"$bin/dpo-report" "$out/beta-2" "$out/beta-10" -o "$out/report.html"
 "$bin/python" scripts/demo/table.py "$out"
