@@ -232,10 +232,10 @@ def test_other_launchers_start_the_same_ranks(shared_cache: Path, tmp_path: Path
         starts = [LAUNCHERS[launcher]]
     else:
         starts = [[*AGENT, "--node-rank", str(node)] for node in range(2)]
-    command = [folder / "dpo-train", *train(shared_cache, tmp_path / "run", "--max-steps", 2)[4:]]
+    command = [str(folder / "dpo-train"), *train(shared_cache, tmp_path / "run", "--max-steps", 2)[4:]]
     agents = [
         subprocess.Popen(
-            [folder / program, *options, *command],
+            [str(folder / program), *options, *command],
             env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"},
             stderr=subprocess.PIPE,
             text=True,

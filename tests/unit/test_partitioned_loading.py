@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from distributed_run import run_ranks
@@ -20,8 +21,12 @@ def growth_in_loading(folder: str) -> float:
     _load(warm)  # imports, thread pools and the like are not the model's
     with PeakMemory() as memory:
         model = _load(Path(folder) / "large")
-    assert all(parameter.numel() == 0 for parameter in model.parameters() if parameter.ds_numel > MIB)
+    assert all(parameter.numel() == 0 for parameter in _large(model)), "whole weights are still here"
     return memory.growth
+
+
+def _large(model: Any) -> list[Any]:
+    return [parameter for parameter in model.parameters() if parameter.ds_numel > MIB]
 
 
 def _load(folder: Path) -> torch.nn.Module:
