@@ -117,7 +117,7 @@ class Workplace:
         dataset = f"{self._options.pairs},amount={self._options.num_pairs}"
         arguments = ("build", "--model", self._model, "--dataset", dataset, "--cache", self._folder / cache)
         seconds, report = self._run(*arguments)
-        in_forwards = float(report["scoring_seconds"]) * float(report["forward_share"])
+        in_forwards = float(report["forward_seconds"])
         forwards = int(report["reference_forwards"])
         return Piece(kind="build", point=point, seconds=seconds, forwards=forwards, in_forwards_s=in_forwards)
 
