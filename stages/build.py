@@ -13,7 +13,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.distributed import DistError
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.key_index import KeyIndex
-from ..pipeline.data.dataset_source import DatasetSpec, open_dataset
+from ..pipeline.data.dataset_source import DatasetSource, DatasetSpec, open_dataset
 from ..pipeline.data.pair_tokenizer import PairTokenizer
 from .build_config import BuildConfig
 from .build_plan import ScoringPlan, cut_units
@@ -39,6 +39,7 @@ from .progress import quiet_libraries
 from .ranks import Ranks, ranks_from_environment
 from .scoring_job import ScoringOutcome, follow_scoring, lead_scoring
 
+SPOOL = "pairs.arrow"
 VISIBLE_WITHIN_S = 120.0
 """NFS keeps what it knows of a folder for up to a minute."""
 
@@ -99,7 +100,7 @@ class Build:
         return self._dry_run() if self._config.dry_run else self._run(job)
 
     def _run(self, job: JobStore | None) -> BuildReport:
-        cache = self._open_cache()
+        cache = open_cache(self._config, self._reference, recorded=recorded_environment(self._reference))
         with cache.building(self._config.mixture), scratch_folder(cache.path / "tmp") as scratch:
             damaged = damaged_shards(cache)
             collected = self._collect(cache.key_index(without=damaged), scratch)
@@ -108,21 +109,6 @@ class Build:
             wait_until_visible(cache, outcome.shards)
             mixture = self._write_mixture(cache, content, outcome, without=damaged)
             return self._report(collected, outcome, training_pairs=len(mixture.rows))
-
-    def _open_cache(self) -> ReferenceCache:
-        vocabulary = PairTokenizer(self._reference.tokenization).description()["vocabulary_sha256"]
-        cache = ReferenceCache.create(
-            self._config.cache,
-            identity=self._reference.identity,
-            recorded=recorded_environment(self._reference),
-            vocabulary_sha256=vocabulary,
-        )
-        if cache.vocabulary_sha256 != vocabulary:
-            say(
-                f"warning: the tokenizer's vocabulary ({vocabulary[:12]}…) is not the one this cache was begun with "
-                f"({cache.vocabulary_sha256[:12]}…): the same ids may stand for other words"
-            )
-        return cache
 
     def _dry_run(self) -> BuildReport:
         known = None
@@ -135,7 +121,8 @@ class Build:
         return self._report(collected, ScoringOutcome(), training_pairs=len(collected.rows))
 
     def _collect(self, known: KeyIndex | None, scratch: Path) -> CollectedPairs:
-        collected = collect_datasets(self._config, self._reference, known=known, scratch=scratch)
+        datasets = open_datasets(self._config)
+        collected = collect_datasets(self._config, self._reference, datasets, known=known, scratch=scratch)
         say(
             f"{collected.num_distinct} distinct pairs: {collected.num_reused} in the cache, "
             f"{len(collected.waiting)} to score"
@@ -158,7 +145,7 @@ class Build:
             trust_remote_code=self._config.trust_remote_code,
             zero_stage=self._config.zero_stage,
             tokens_per_batch=self._config.tokens_per_batch,
-            spool=str((scratch / "pairs.arrow").resolve()),
+            spool=str((scratch / SPOOL).resolve()),
             order=order,
             longest=int(collected.waiting.lengths.argmax()) if units else -1,
             units=units,
@@ -185,15 +172,7 @@ class Build:
                 next_step="look at those pairs and at the model; --drop-nonfinite leaves them out of the mixture",
             )
         content = content.without(outcome.nonfinite)
-        if content.is_new or without:
-            cache.write_mixture(
-                self._config.mixture,
-                content.rows,
-                key_index=cache.key_index(without=without),
-                tokenization=content.tokenization,
-                sources=content.sources,
-                dropped=content.dropped,
-            )
+        content.write(cache, self._config.mixture, without=without)
         return content
 
     def _report(self, collected: CollectedPairs, outcome: ScoringOutcome, *, training_pairs: int) -> BuildReport:
@@ -217,15 +196,48 @@ class Build:
         )
 
 
+def open_cache(config: BuildConfig, reference: BuildReference, *, recorded: dict[str, Any]) -> ReferenceCache:
+    """The cache of a build, begun where there is none; says so where it was begun with another vocabulary.
+
+    Args:
+        config: Names its folder.
+        reference: The reference, and how its tokens are made.
+        recorded: What a new cache keeps about its origin.
+
+    Raises:
+        DpoCacheError: It is one of another reference, or no cache.
+    """
+    vocabulary = PairTokenizer(reference.tokenization).description()["vocabulary_sha256"]
+    cache = ReferenceCache.create(
+        config.cache, identity=reference.identity, recorded=recorded, vocabulary_sha256=vocabulary
+    )
+    if cache.vocabulary_sha256 != vocabulary:
+        say(
+            f"warning: the tokenizer's vocabulary ({vocabulary[:12]}…) is not the one this cache was begun with "
+            f"({cache.vocabulary_sha256[:12]}…): the same ids may stand for other words"
+        )
+    return cache
+
+
+def open_datasets(config: BuildConfig) -> list[DatasetSource]:
+    """The datasets of a build, in order."""
+    return [open_dataset(DatasetSpec.parse(text)) for text in config.dataset]
+
+
 def collect_datasets(
-    config: BuildConfig, reference: BuildReference, *, known: KeyIndex | None, scratch: Path
+    config: BuildConfig,
+    reference: BuildReference,
+    datasets: Sequence[DatasetSource],
+    *,
+    known: KeyIndex | None,
+    scratch: Path,
 ) -> CollectedPairs:
-    """Tokenise the datasets of a build; the tokens of pairs that are not ``known`` lie in ``scratch`` then."""
+    """Tokenise the datasets of a build; the tokens of pairs that are not ``known`` lie in ``scratch / SPOOL`` then."""
     return collect_pairs(
-        [open_dataset(DatasetSpec.parse(text)) for text in config.dataset],
+        datasets,
         reference.tokenization,
         known=known,
-        spool=scratch / "pairs.arrow",
+        spool=scratch / SPOOL,
         max_unusable_share=config.max_unusable_share,
         say_unusable=say if config.verbose else None,
     )

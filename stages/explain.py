@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.reference_identity import differences
-from .build import collect_datasets, damaged_shards
+from .build import collect_datasets, damaged_shards, open_datasets
 from .build_config import BuildConfig
 from .build_reference import resolve_reference
 from .mixture_change import differing_settings
@@ -131,7 +131,7 @@ def explain(config: BuildConfig) -> ExplainReport:
     reference = resolve_reference(config)
     known = cache.key_index(without=damaged_shards(cache))
     with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
-        collected = collect_datasets(config, reference, known=known, scratch=Path(scratch))
+        collected = collect_datasets(config, reference, open_datasets(config), known=known, scratch=Path(scratch))
     is_known = known.find(collected.rows.example_keys) >= 0
     tokens = {
         name: _token_differences(cache.read_mixture(name).tokenization, collected.tokenization)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,25 @@ class MixtureContent:
             self,
             rows=self.rows.take(np.flatnonzero(~gone)),
             dropped={**self.dropped, "no-finite-logps": int(gone.sum())},
+        )
+
+    def write(self, cache: ReferenceCache, name: str, *, without: Collection[Path]) -> None:
+        """Give the cache a mixture of this name and content, where it has none yet.
+
+        Args:
+            cache: The cache, which has all its rows by now.
+            name: The mixture's.
+            without: Damaged shards: no row of theirs is named, and what named one is written anew.
+        """
+        if not self.is_new and not without:
+            return
+        cache.write_mixture(
+            name,
+            self.rows,
+            key_index=cache.key_index(without=without),
+            tokenization=self.tokenization,
+            sources=self.sources,
+            dropped=self.dropped,
         )
 
 

@@ -20,19 +20,17 @@ from ..pipeline.cache.example_key import Keys, example_key
 from ..pipeline.cache.mixture import MixtureRows, name_keys
 from ..pipeline.cache.pair_spool import PairSpool
 from ..pipeline.cache.shard_file import ScoredPair
-from ..pipeline.data.dataset_source import DatasetSpec, open_dataset
-from ..pipeline.data.pair_tokenizer import PairTokenizer
 from ..pipeline.data.token_pair import TokenPair
 from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import PairScorer
 from ..pipeline.scoring.scoring_batch import Layout
 from ..pipeline.training.step_zero import BOUNDS
-from .build import damaged_shards, say, scratch_folder
+from .build import SPOOL, collect_datasets, damaged_shards, open_cache, open_datasets, say, scratch_folder
 from .build_plan import cut_units
 from .build_reference import BuildReference, resolve_reference
 from .import_config import ImportConfig
 from .mixture_change import mixture_content
-from .pair_collection import SpooledPairs, collect_pairs
+from .pair_collection import SpooledPairs
 from .progress import Progress, quiet_libraries
 from .rescore import score_pairs
 from .value_matching import matched_values, with_keys
@@ -121,28 +119,17 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
     source = read_source(source_path)
     reference = resolve_reference(config)
     _refuse_other_reference(source_path, source, reference)
-    cache = ReferenceCache.create(
-        config.cache,
-        identity=reference.identity,
-        recorded={**reference.names(), "begun_with": source.recorded},
-        vocabulary_sha256=PairTokenizer(reference.tokenization).description()["vocabulary_sha256"],
-    )
+    cache = open_cache(config, reference, recorded={**reference.names(), "begun_with": source.recorded})
     with cache.building(config.mixture), scratch_folder(cache.path / "tmp") as scratch:
         damaged = damaged_shards(cache)
-        datasets = [open_dataset(DatasetSpec.parse(text)) for text in config.dataset]
-        collected = collect_pairs(
-            datasets,
-            reference.tokenization,
-            known=cache.key_index(without=damaged),
-            spool=scratch / "pairs.arrow",
-            max_unusable_share=config.max_unusable_share,
-            say_unusable=say if config.verbose else None,
-        )
+        datasets = open_datasets(config)
+        known = cache.key_index(without=damaged)
+        collected = collect_datasets(config, reference, datasets, known=known, scratch=scratch)
         content = mixture_content(cache, config, collected, warn=say)
         if source.keys is None:
             source = with_keys(source_path, source, collected.rows, datasets)
         waiting = _WaitingValues(
-            PairSpool(scratch / "pairs.arrow"),
+            PairSpool(scratch / SPOOL),
             collected.waiting,
             matched_values(source_path, source, collected.waiting.keys),
             _longest_sequences(collected.rows, collected.waiting.keys),
@@ -151,15 +138,7 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
         spread = _prove(source_path, waiting, reference, config)
         waiting.write(cache, recorded={"imported": {**source.recorded, "values": config.values}})
         waiting.refuse_missing(source_path, config)
-        if content.is_new or damaged:
-            cache.write_mixture(
-                config.mixture,
-                content.rows,
-                key_index=cache.key_index(without=damaged),
-                tokenization=content.tokenization,
-                sources=content.sources,
-                dropped=content.dropped,
-            )
+        content.write(cache, config.mixture, without=damaged)
     return ImportReport(
         cache=str(config.cache),
         mixture=config.mixture,
