@@ -21,15 +21,15 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from command_line import add_pairs, add_threads, add_trl, benchmark_parser
 from dpo_cache.pipeline.data.dataset_source import DatasetSpec, open_dataset
 from dpo_cache.pipeline.data.pair_tokenizer import TokenizationSettings
-from dpo_cache.pipeline.data.preference import UnusableRow
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.data.tokenized_rows import tokenize_rows
+from dpo_cache.pipeline.data.unusable_row import UnusableRow
 from dpo_cache.pipeline.scoring.batching import CPU_FILL_TOKENS, plan_batches
 from dpo_cache.pipeline.scoring.flops import ModelCost, forward_flops
 from dpo_cache.pipeline.scoring.layout_choice import choose_layout
@@ -38,9 +38,9 @@ from dpo_cache.pipeline.scoring.model_loading import load_causal_lm
 from dpo_cache.pipeline.scoring.onednn_linear import linear
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.scoring.prompt_group import group_by_prompt
-from small_llama import processor_name, write_random_llama
+from result_table import LOAD_BEFORE, dated_section, keep_section, markdown_table, threads_of_machine
+from small_llama import write_random_llama
 
-RESULTS = Path(__file__).parent / "results" / "build.md"
 TRL_BATCH_SIZES = (1, 2, 4, 8)
 
 
@@ -54,19 +54,16 @@ def main() -> None:
         with TrlScoring(options.trl_python, model_folder, options.dtype, pairs, options.threads) as trl:
             measured = measure(ours, trl, repeats=options.repeats, dtype=getattr(torch, options.dtype))
     table = measured.table(options, num_pairs=len(pairs))
-    print(table)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as results:
-        results.write(table + "\n")
+    keep_section("build", table)
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL and torch")
-    parser.add_argument("--pairs", required=True, help="preference pairs: a .jsonl, .jsonl.gz or .parquet file")
+    parser = benchmark_parser(__doc__)
+    add_trl(parser)
+    add_pairs(parser)
     parser.add_argument("--num-pairs", type=int, default=128, help="about how many of them")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add_threads(parser)
     parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args()
 
@@ -185,7 +182,6 @@ class Measured:
         max_relative_difference: Between our values and TRL's, largest over pairs and sides.
         flops: Useful operations of one pass of ours.
         matmul_flops: Operations a second of a large matrix product in the same dtype.
-        others_load: Runnable processes beside this benchmark's own (1-minute load average at the start).
     """
 
     ours_s: float
@@ -193,39 +189,29 @@ class Measured:
     max_relative_difference: float
     flops: int
     matmul_flops: float
-    others_load: float
 
     def table(self, options: argparse.Namespace, *, num_pairs: int) -> str:
         """A Markdown section."""
         best = min(self.trl_s, key=self.trl_s.__getitem__)
         rate = self.flops / self.ours_s
-        lines = [
-            f"## {Path(options.pairs).name}, {options.dtype}, {datetime.now(UTC):%Y-%m-%d}",
-            "",
-            f"{num_pairs} pairs, a Llama of 34M parameters, {options.threads} threads of {processor_name()}; "
-            f"torch {torch.__version__}; medians of {options.repeats}, taking turns; load of the machine before: "
-            f"{self.others_load:.1f}.",
-            "",
-            "| scoring pass | seconds | pairs/s | ours is |",
-            "|---|---|---|---|",
-            f"| ours | {self.ours_s:.2f} | {num_pairs / self.ours_s:.1f} | |",
-            *(
-                f"| TRL, batches of {size}{' (its best)' if size == best else ''} | {seconds:.2f} "
-                f"| {num_pairs / seconds:.1f} | {seconds / self.ours_s:.2f} times as fast |"
-                for size, seconds in self.trl_s.items()
-            ),
-            "",
+        rows = [("ours", f"{self.ours_s:.2f}", f"{num_pairs / self.ours_s:.1f}", "")]
+        for size, seconds in self.trl_s.items():
+            name = f"TRL, batches of {size}{' (its best)' if size == best else ''}"
+            times = f"{seconds / self.ours_s:.2f} times as fast"
+            rows.append((name, f"{seconds:.2f}", f"{num_pairs / seconds:.1f}", times))
+        return dated_section(
+            f"{Path(options.pairs).name}, {options.dtype}",
+            f"{num_pairs} pairs, a Llama of 34M parameters, {threads_of_machine(options.threads)}; medians of "
+            f"{options.repeats}, taking turns; load of the machine before: {LOAD_BEFORE:.1f}.",
+            markdown_table(("scoring pass", "seconds", "pairs/s", "ours is"), rows),
             f"Useful operations: {rate / 1e9:.0f} GFLOP/s, {rate / self.matmul_flops:.0%} of the "
             f"{self.matmul_flops / 1e9:.0f} GFLOP/s of a matrix product of 2048 cubed. Largest relative difference "
             f"of a value: {self.max_relative_difference:.1e}.",
-            "",
-        ]
-        return "\n".join(lines)
+        )
 
 
 def measure(ours: OurScoring, trl: TrlScoring, *, repeats: int, dtype: torch.dtype) -> Measured:
     """Every contender once a round, so that what else the machine does meets all alike."""
-    others_load = os.getloadavg()[0]
     ours.score()
     ours_s: list[float] = []
     trl_s: dict[int, list[float]] = {size: [] for size in TRL_BATCH_SIZES}
@@ -247,7 +233,6 @@ def measure(ours: OurScoring, trl: TrlScoring, *, repeats: int, dtype: torch.dty
         ),
         flops=ours.flops(),
         matmul_flops=statistics.median(rates),
-        others_load=others_load,
     )
 
 

@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +28,14 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
 import synthetic_cache  # noqa: E402
-from small_llama import processor_name  # noqa: E402
+from command_line import benchmark_parser  # noqa: E402
+from result_table import dated_section, keep_section, machine, markdown_table  # noqa: E402
 from tiny_model import tiny_tokenizer, write_tiny_model  # noqa: E402
 
-RESULTS = HERE / "results" / "curve.md"
-HEADER = """
-Scoring: processor time a pair of all scoring processes, waiting for pairs and for files included, start excluded.
-
-| pairs | scoring processes | whole build, s | scoring, ms a pair | of it in forwards | leader, MiB | scorer, MiB |
-| ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-"""
+TITLES = (
+    *("pairs", "scoring processes", "whole build, s", "scoring, ms a pair", "of it in forwards"),
+    *("leader, MiB", "scorer, MiB"),
+)
 SAMPLE_S = 0.05
 
 
@@ -53,17 +49,21 @@ class Point:
     leader_mib: float
     worker_mib: float
 
-    def row(self) -> str:
+    def row(self) -> list[str]:
         scoring_s = self.report["forward_seconds"] / self.report["forward_share"]
-        return (
-            f"| {self.num_pairs:,} | {self.num_workers} | {self.report['seconds']:.0f} | "
-            f"{1e3 * scoring_s / self.num_pairs:.2f} | {self.report['forward_share']:.1%} | "
-            f"{self.leader_mib:,.0f} | {self.worker_mib:,.0f} |"
-        )
+        return [
+            f"{self.num_pairs:,}",
+            f"{self.num_workers}",
+            f"{self.report['seconds']:.0f}",
+            f"{1e3 * scoring_s / self.num_pairs:.2f}",
+            f"{self.report['forward_share']:.1%}",
+            f"{self.leader_mib:,.0f}",
+            f"{self.worker_mib:,.0f}",
+        ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--large", action="store_true", help="builds of 100,000 pairs too")
     parser.add_argument("--sizes", type=int, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -76,12 +76,15 @@ def main() -> None:
             synthetic_cache.write_pairs(folder, num_pairs)
             for num_workers in (1, 2):
                 rows.append(measured_build(folder, num_pairs, num_workers).row())
-                print(rows[-1], file=sys.stderr)
-    text = HEADER + "\n".join(rows) + "\n\n" + circumstances() + "\n"
-    print(text)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as results:
-        results.write(text + "\n")
+                print(*rows[-1], sep=" | ", file=sys.stderr)
+    keep_section(
+        "curve",
+        dated_section(
+            f"Up to {max(sizes):,} pairs",
+            markdown_table(TITLES, rows, num_texts=0),
+            f"{machine()}. Repeat with `python benchmarks/build_curve.py --large`.",
+        ),
+    )
 
 
 def measured_build(folder: Path, num_pairs: int, num_workers: int) -> Point:
@@ -119,13 +122,6 @@ def peak_mib(pid: int) -> float:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
     return 0.0
-
-
-def circumstances() -> str:
-    return (
-        f"{datetime.now(UTC):%Y-%m-%d}, {processor_name()}, {os.cpu_count()} cores, Linux {platform.release()}, "
-        f"Python {platform.python_version()}. Repeat with `python benchmarks/build_curve.py --large`."
-    )
 
 
 if __name__ == "__main__":

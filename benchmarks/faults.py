@@ -7,17 +7,14 @@ Prints and writes ``benchmarks/results/faults.md``. The tests do the same with f
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import click
+from result_table import RESULTS, keep_page, machine, markdown_table
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -51,18 +48,10 @@ from power_loss import (  # noqa: E402
     without_sync_of_files,
 )
 
-HEADER = """# What faults did to a cache
-
-| fault | tries | something lost | damage not noticed | |
-| --- | ---: | ---: | ---: | --- |
-"""
-MUTANT_HEADER = """
-And the same replay of power cuts over the recorded operations of code that forgets something. It must find
-something lost, or it would find nothing in ours either.
-
-| what is left out | states looked at, at most 100 | with something lost |
-| --- | ---: | ---: |
-"""
+TITLES = ("fault", "tries", "something lost", "damage not noticed", "")
+MUTANT_TITLES = ("what is left out", "states looked at, at most 100", "with something lost")
+MUTANTS = """And the same replay of power cuts over the recorded operations of code that forgets something. It must find
+something lost, or it would find nothing in ours either."""
 
 
 @click.command()
@@ -77,7 +66,7 @@ something lost, or it would find nothing in ours either.
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    default=HERE / "results" / "faults.md",
+    default=RESULTS / "faults.md",
     help="Where the table is kept.",
 )
 def main(
@@ -100,11 +89,10 @@ def main(
             folder = Path(scratch) / str(len(all_trials))
             folder.mkdir()
             all_trials.append(trial(folder))
-            click.echo(row_of(all_trials[-1]))
+            click.echo(" | ".join(row_of(all_trials[-1])))
             for fault in all_trials[-1].faults[:5]:
                 click.echo(f"    {fault}", err=True)
 
-        click.echo(HEADER, nl=False)
         do(power_cuts)
         if num_kills:
             do(lambda folder: kills(folder, num_kills, seed=seed))
@@ -126,12 +114,15 @@ def main(
             do(lambda folder, number=number: builders_at_once(folder, number, overlapping=True))  # type: ignore[misc]
         do(stray_shards)
         mutants = list(mutant_rows(Path(scratch) / "mutants"))
-    table = HEADER + "".join(row_of(trials) + "\n" for trials in all_trials)
-    table += MUTANT_HEADER + "".join(row + "\n" for row in mutants)
-    table += "\n" + circumstances(time.monotonic() - started)
-    click.echo(MUTANT_HEADER + "\n".join(mutants))
-    output.parent.mkdir(exist_ok=True)
-    output.write_text(table, encoding="utf-8")
+    keep_page(
+        output,
+        "# What faults did to a cache",
+        markdown_table(TITLES, [row_of(trials) for trials in all_trials]),
+        MUTANTS,
+        markdown_table(MUTANT_TITLES, mutants),
+        f"{machine('dpo-cache', 'pyarrow', 'numpy')}; {(time.monotonic() - started) / 60:.0f} minutes. Repeat with "
+        "`python benchmarks/faults.py`.",
+    )
     if any(trials.lost or trials.unnoticed for trials in all_trials):
         raise SystemExit(1)
 
@@ -161,7 +152,7 @@ def first(cache: Path, pattern: str) -> Path:
     return min(cache.glob(pattern))
 
 
-def mutant_rows(folder: Path) -> Iterator[str]:
+def mutant_rows(folder: Path) -> Iterator[tuple[str, ...]]:
     """The replay of what forgetful code would have done."""
     cache = folder / "cache"
     mutants: dict[str, Mutation] = {
@@ -177,22 +168,12 @@ def mutant_rows(folder: Path) -> Iterator[str]:
     operations = recorded_build(folder)
     for name, mutation in mutants.items():
         trials = through_states(folder, mutation(operations), limit=100)
-        yield f"| {name} | {trials.tries:,} | {trials.lost:,} |"
+        yield name, f"{trials.tries:,}", f"{trials.lost:,}"
 
 
-def row_of(trials: Trials) -> str:
+def row_of(trials: Trials) -> tuple[str, ...]:
     """One line of the table."""
-    return f"| {trials.fault} | {trials.tries:,} | {trials.lost:,} | {trials.unnoticed:,} | {trials.note} |"
-
-
-def circumstances(seconds: float) -> str:
-    """When, on what, with which versions."""
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("dpo-cache", "pyarrow", "numpy"))
-    return (
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), Linux {platform.release()}, "
-        f"Python {platform.python_version()}, {libraries}; {seconds / 60:.0f} minutes. "
-        "Repeat with `python benchmarks/faults.py`.\n"
-    )
+    return trials.fault, f"{trials.tries:,}", f"{trials.lost:,}", f"{trials.unnoticed:,}", trials.note
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from dpo_cache.stages.build import damaged_shards  # noqa: E402
 from dpo_cache.stages.build_config import BuildConfig  # noqa: E402
 from dpo_cache.stages.mixture_change import mixture_content  # noqa: E402
 from peak_memory import PeakMemory  # noqa: E402
-from small_llama import processor_name  # noqa: E402
+from result_table import processor_name  # noqa: E402
 
 RESULTS = HERE / "results" / "scale.md"
 PAIRS_AT_ONCE = 128

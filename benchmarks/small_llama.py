@@ -1,10 +1,8 @@
-"""The model that the benchmarks on a CPU run with, and how they name the machine."""
+"""The model that the benchmarks on a CPU run with."""
 
 from __future__ import annotations
 
 import json
-import platform
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -52,12 +50,3 @@ def write_random_llama(folder: Path, pairs_file: str) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-def processor_name() -> str:
-    """As the kernel calls it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

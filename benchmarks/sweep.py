@@ -26,19 +26,26 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import torch
-from small_llama import NUM_PARAMETERS, processor_name, write_random_llama
+from command_line import add_pairs, add_threads, benchmark_parser
+from result_table import (
+    LOAD_BEFORE,
+    RESULTS,
+    dated_section,
+    keep_section,
+    markdown_table,
+    processor_name,
+    threads_of_machine,
+)
+from small_llama import NUM_PARAMETERS, write_random_llama
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
-RESULTS = Path(__file__).parent / "results"
 BETAS = (2, 5, 10, 20)
 RATES = (5e-7, 1e-6)
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
@@ -68,7 +75,6 @@ class Piece:
 
 def main() -> None:
     options = parse_options()
-    options.load_before = os.getloadavg()[0]
     points = list(itertools.product(BETAS, RATES))[: options.points]
     with tempfile.TemporaryDirectory(prefix="dpo-cache-benchmark-") as name:
         workplace = Workplace(Path(name), options)
@@ -76,23 +82,19 @@ def main() -> None:
         cached, recomputed = measure(workplace, points)
     losses = [[piece.loss for piece in side if piece.loss is not None] for side in (cached, recomputed)]
     assert all(math.isclose(*both, rel_tol=1e-5) for both in zip(*losses, strict=True)), "the sides trained differently"
-    table = section(options, cached, recomputed)
-    print(table)
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / "sweep.md").open("a", encoding="utf-8") as results:
-        results.write(table + "\n")
+    keep_section("sweep", section(options, cached, recomputed))
     draw(options, cached, recomputed)
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", required=True, help="preference pairs: a .jsonl, .jsonl.gz or .parquet file")
+    parser = benchmark_parser(__doc__)
+    add_pairs(parser)
     parser.add_argument("--num-pairs", type=int, default=48, help="how many of them")
     parser.add_argument("--points", type=int, default=8, choices=range(1, 9), help="points of the sweep")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the pairs in a run")
     parser.add_argument("--global-batch-size", type=int, default=16)
     parser.add_argument("--dollars-per-hour", type=float, default=2.0, help="price of the machine")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add_threads(parser)
     return parser.parse_args()
 
 
@@ -179,22 +181,15 @@ def section(options: argparse.Namespace, cached: Sequence[Piece], recomputed: Se
         (f"dollars, at {options.dollars_per_hour:g} an hour", [f"{dollars(options, side):.3f}" for side in sides]),
     ]
     saved = 1 - seconds_of(cached) / seconds_of(recomputed)
-    return "\n".join(
-        [
-            f"## {options.points} points, {Path(options.pairs).name}, {datetime.now(UTC):%Y-%m-%d}",
-            "",
-            f"{options.num_pairs} pairs, {options.epochs} epochs in global batches of {options.global_batch_size}; a "
-            f"Llama of {NUM_PARAMETERS / 1e6:.0f}M parameters, float32, {options.threads} threads of "
-            f"{processor_name()}; torch {torch.__version__}; wall time of whole processes, both sides in turns; load "
-            f"of the machine before: {options.load_before:.1f}.",
-            "",
-            "| | recomputed for each point | cached once |",
-            "|---|---|---|",
-            *(f"| {title} | {' | '.join(figures)} |" for title, figures in rows),
-            "",
-            f"Cached once, the sweep takes {saved:.0%} less time.",
-            "",
-        ]
+    return dated_section(
+        f"{options.points} points, {Path(options.pairs).name}",
+        f"{options.num_pairs} pairs, {options.epochs} epochs in global batches of {options.global_batch_size}; a Llama "
+        f"of {NUM_PARAMETERS / 1e6:.0f}M parameters, float32, {threads_of_machine(options.threads)}; wall time of "
+        f"whole processes, both sides in turns; load of the machine before: {LOAD_BEFORE:.1f}.",
+        markdown_table(
+            ("", "recomputed for each point", "cached once"), [(title, *figures) for title, figures in rows]
+        ),
+        f"Cached once, the sweep takes {saved:.0%} less time.",
     )
 
 

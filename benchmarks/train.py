@@ -20,18 +20,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+from command_line import add_pairs, add_threads, add_trl, benchmark_parser
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.mixture import Mixture
 from dpo_cache.pipeline.cache.pair_stream import PairStream
 from dpo_cache.stages.recipe import global_batches
-from small_llama import NUM_PARAMETERS, processor_name, write_random_llama
+from result_table import LOAD_BEFORE, dated_section, keep_section, markdown_table, threads_of_machine
+from small_llama import NUM_PARAMETERS, write_random_llama
 
-RESULTS = Path(__file__).parent / "results" / "train.md"
 MODEL_STATE_GB = NUM_PARAMETERS * 4 * 4 / 1e9
 """Weights, gradients and AdamW's two moments in float32."""
 
@@ -48,22 +47,18 @@ def main() -> None:
             for contender in contenders:
                 contender.measure()
                 print(f"round {number + 1}: {contender.name}: {contender.seconds[-1]:.2f} s", file=sys.stderr)
-    table = table_of(options, contenders)
-    print(table)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as results:
-        results.write(table + "\n")
+    keep_section("train", table_of(options, contenders))
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL and torch")
-    parser.add_argument("--pairs", required=True, help="preference pairs: a .jsonl, .jsonl.gz or .parquet file")
+    parser = benchmark_parser(__doc__)
+    add_trl(parser)
+    add_pairs(parser)
     parser.add_argument("--global-batch-size", type=int, default=8, help="pairs of one update")
     parser.add_argument("--steps", type=int, default=8, help="updates of a run, the first one untimed")
     parser.add_argument("--trl-batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--loss", default="dpo_norm", choices=("dpo", "dpo_norm"))
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add_threads(parser)
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
 
@@ -230,26 +225,33 @@ def table_of(options: argparse.Namespace, contenders: list[Contender]) -> str:
         for contender in contenders
         for one, other in zip(contender.losses, fastest.losses, strict=True)
     )
-    lines = [
-        f"## {Path(options.pairs).name}, float32, {datetime.now(UTC):%Y-%m-%d}",
-        "",
-        f"A Llama of {NUM_PARAMETERS / 1e6:.0f}M parameters, {options.loss}, {options.global_batch_size} pairs an "
-        f"update, {options.steps} updates; {options.threads} threads of {processor_name()}; torch "
-        f"{torch.__version__}; medians of {options.repeats} runs, taking turns.",
-        "",
-        "| trainer | pairs/s | times TRL's best | peak memory, GB | beyond weights, gradients, optimizer |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {contender.name}{_mark(contender, fastest, leanest)} | {contender.pairs_per_second:.2f} "
-            f"| {contender.pairs_per_second / fastest.pairs_per_second:.2f} | {contender.memory_gb:.2f} "
-            f"| {contender.memory_gb - MODEL_STATE_GB:.2f} |"
-            for contender in contenders
-        ),
-        "",
-        f"Losses of all of them agree to {apart:.1e} over these updates.",
-        "",
+    rows = [
+        (
+            f"{contender.name}{_mark(contender, fastest, leanest)}",
+            f"{contender.pairs_per_second:.2f}",
+            f"{contender.pairs_per_second / fastest.pairs_per_second:.2f}",
+            f"{contender.memory_gb:.2f}",
+            f"{contender.memory_gb - MODEL_STATE_GB:.2f}",
+        )
+        for contender in contenders
     ]
-    return "\n".join(lines)
+    return dated_section(
+        f"{Path(options.pairs).name}, float32",
+        f"A Llama of {NUM_PARAMETERS / 1e6:.0f}M parameters, {options.loss}, {options.global_batch_size} pairs an "
+        f"update, {options.steps} updates; {threads_of_machine(options.threads)}; medians of {options.repeats} runs, "
+        f"taking turns; load of the machine before: {LOAD_BEFORE:.1f}.",
+        markdown_table(
+            (
+                "trainer",
+                "pairs/s",
+                "times TRL's best",
+                "peak memory, GB",
+                "beyond weights, gradients, optimizer",
+            ),
+            rows,
+        ),
+        f"Losses of all of them agree to {apart:.1e} over these updates.",
+    )
 
 
 def _mark(contender: Contender, fastest: Contender, leanest: Contender) -> str:
