@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+import click
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -120,6 +121,12 @@ def any_rank(value: bool, device: torch.device) -> bool:
     flag = torch.tensor(int(value), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
+
+
+def say_once(message: str) -> None:
+    """Print to stderr, by rank 0 alone."""
+    if dist.get_rank() == 0:
+        click.echo(message, err=True)
 
 
 def prepare_deepspeed() -> None:

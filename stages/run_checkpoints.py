@@ -1,0 +1,123 @@
+"""The checkpoints of one run, in ``checkpoints/`` of its folder: which to go on from, loading it, saving the next."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ..pipeline.training.checkpoints import (
+    Checkpoint,
+    TrainerState,
+    check_free_space,
+    check_same_run,
+    convert_checkpoint,
+    load_checkpoint,
+    needs_conversion,
+    newest_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+)
+from ..pipeline.training.policy_engine import PolicyEngine
+from .process_group import all_or_none, decided_by_first, say_once
+from .ranks import Ranks
+from .recipe import Recipe
+from .train_config import TrainConfig
+
+
+class RunCheckpoints:
+    """What all ranks do together about checkpoints.
+
+    Args:
+        config: The settings.
+        recipe: The resolved numbers.
+        ranks: Which rank of how many this is.
+    """
+
+    def __init__(self, config: TrainConfig, recipe: Recipe, ranks: Ranks) -> None:
+        self._config = config
+        self._recipe = recipe
+        self._ranks = ranks
+        self._folder = config.output / "checkpoints"
+        self._keep_last = None if config.keep_last_n_checkpoints == -1 else config.keep_last_n_checkpoints
+
+    def find(self) -> Checkpoint | None:
+        """The checkpoint to go on from, the same on all ranks; None for a fresh start.
+
+        Raises:
+            DpoCacheError: It is not complete, or of a run that differs in what has to stay; on all ranks alike.
+        """
+        if self._config.resume is None:
+            return None
+        checkpoint = decided_by_first(lambda: self._choose(str(self._config.resume)))
+        if checkpoint is None:
+            say_once(f"no complete checkpoint in {self._folder}: starting from the beginning")
+        else:
+            say_once(f"going on from {checkpoint.path}")
+        return checkpoint
+
+    def is_converted(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is loaded in the form that any number of ranks can load."""
+        return needs_conversion(checkpoint, num_ranks=self._ranks.num_ranks)
+
+    def load(self, engine: PolicyEngine, checkpoint: Checkpoint) -> None:
+        """Load it into an engine that was made for it.
+
+        Raises:
+            DpoCacheError: It could not be converted; on all ranks alike.
+        """
+        if not self.is_converted(checkpoint):
+            load_checkpoint(engine, checkpoint)
+            return
+        say_once(f"converting a checkpoint of {checkpoint.state.num_ranks} ranks for {self._ranks.num_ranks}")
+        converted = self._folder / "converted"
+
+        def convert_afresh() -> None:
+            shutil.rmtree(converted, ignore_errors=True)
+            convert_checkpoint(checkpoint, converted)
+
+        all_or_none(convert_afresh, on=self._ranks.rank == 0)
+        load_checkpoint(engine, checkpoint, converted=converted)
+        dist.barrier()  # all ranks have read it
+        if self._ranks.rank == 0:
+            shutil.rmtree(converted, ignore_errors=True)
+
+    def check_free_space(self, engine: PolicyEngine) -> None:
+        """Before hours are spent on what could not be saved.
+
+        Raises:
+            DpoCacheError: There is too little room; on all ranks alike.
+        """
+
+        def check() -> None:
+            check_free_space(
+                self._config.output,
+                parameters=engine.parameters(),
+                weight_bytes=4 if self._recipe.dtype == "float32" else 2,
+                keep_last=self._keep_last,
+                only_adapter=self._config.use_lora and not self._config.merge,
+            )
+
+        all_or_none(check, on=self._ranks.rank == 0)
+
+    def save(self, engine: PolicyEngine, *, updates_done: int, tracking_run_id: str | None) -> None:
+        """Save everything to go on from; collective."""
+        save_checkpoint(
+            engine,
+            self._folder,
+            TrainerState(
+                step=updates_done,
+                num_ranks=self._ranks.num_ranks,
+                zero_stage=self._config.zero_stage,
+                run=self._recipe.must_stay(self._config),
+                tracking_run_id=tracking_run_id,
+            ),
+            keep_last=self._keep_last,
+        )
+
+    def _choose(self, resume: str) -> Checkpoint | None:
+        checkpoint = newest_checkpoint(self._folder) if resume == "latest" else open_checkpoint(Path(resume))
+        if checkpoint is not None:
+            check_same_run(checkpoint, run=self._recipe.must_stay(self._config), zero_stage=self._config.zero_stage)
+        return checkpoint
