@@ -26,8 +26,9 @@ from transformers import AutoTokenizer
 
 from ...errors import DpoCacheError
 from .chat_template import ChatTemplate, resolve_chat_template
-from .preference import Message, Preference, UnusableRow
+from .preference import Message, Preference
 from .token_pair import ScoredMask, TokenIds, TokenPair
+from .unusable_row import UnusableRow
 
 Truncation = Literal["drop", "truncate-prompt-left", "truncate-response-right"]
 MaskChoice = Literal["last-turn", "all-turns", "open-instruct-last-turn", "open-instruct-all-turns"]

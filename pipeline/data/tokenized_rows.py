@@ -24,8 +24,10 @@ import numpy.typing as npt
 from ...errors import DpoCacheError
 from .dataset_source import DatasetSource
 from .pair_tokenizer import PairTokenizer, TokenizationSettings
-from .preference import Preference, PreferenceFormat, UnusableRow, detect_format, read_preference, unused_columns
+from .preference import Preference, read_preference
+from .preference_format import PreferenceFormat, detect_format, unused_columns
 from .token_pair import TokenPair
+from .unusable_row import UnusableRow
 
 _ROWS_TO_RECOGNISE = 100
 

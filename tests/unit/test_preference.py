@@ -9,15 +9,9 @@ from typing import Any
 
 import pytest
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.data.preference import (
-    UNUSABLE_REASONS,
-    Preference,
-    PreferenceFormat,
-    UnusableRow,
-    detect_format,
-    read_preference,
-    unused_columns,
-)
+from dpo_cache.pipeline.data.preference import Preference, read_preference
+from dpo_cache.pipeline.data.preference_format import PreferenceFormat, detect_format, unused_columns
+from dpo_cache.pipeline.data.unusable_row import UNUSABLE_REASONS, UnusableRow
 
 IMPLICIT = PreferenceFormat.IMPLICIT_MESSAGES
 EXPLICIT = PreferenceFormat.EXPLICIT_MESSAGES

@@ -19,8 +19,9 @@ from byte_tokenizer_factory import CHATML, marked, write_byte_tokenizer
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.data.dataset_source import DatasetSource, DatasetSpec, open_dataset
 from dpo_cache.pipeline.data.pair_tokenizer import TokenizationSettings
-from dpo_cache.pipeline.data.preference import PreferenceFormat, UnusableRow
+from dpo_cache.pipeline.data.preference_format import PreferenceFormat
 from dpo_cache.pipeline.data.tokenized_rows import TokenizedChunk, source_format, tokenize_rows
+from dpo_cache.pipeline.data.unusable_row import UnusableRow
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -1,0 +1,115 @@
+"""Which format a dataset is in: how its columns hold prompt and answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+from ...errors import DpoCacheError
+
+Row = Mapping[str, Any]
+
+
+class PreferenceFormat(StrEnum):
+    """How a dataset's columns hold prompt and answers."""
+
+    IMPLICIT_MESSAGES = "implicit-messages"
+    EXPLICIT_MESSAGES = "explicit-messages"
+    TRANSCRIPT = "transcript"
+    EXPLICIT_TEXT = "explicit-text"
+    PLAIN_TEXT = "plain-text"
+
+    @property
+    def description(self) -> str:
+        """One line for the log."""
+        return _DESCRIPTIONS[self]
+
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether rows become messages; the two plain formats are tokenized as they stand."""
+        return self not in (PreferenceFormat.EXPLICIT_TEXT, PreferenceFormat.PLAIN_TEXT)
+
+
+_DESCRIPTIONS = {
+    PreferenceFormat.IMPLICIT_MESSAGES: "`chosen` and `rejected` are whole conversations, the prompt is all but "
+    "their last message",
+    PreferenceFormat.EXPLICIT_MESSAGES: "`prompt`, `chosen` and `rejected` are messages (or `prompt` or the answers "
+    "their text)",
+    PreferenceFormat.TRANSCRIPT: r"`chosen` and `rejected` are transcripts, '\n\nHuman: … \n\nAssistant: …', split "
+    "at turns",
+    PreferenceFormat.EXPLICIT_TEXT: "`prompt`, `chosen` and `rejected` are plain text, no chat template is applied",
+    PreferenceFormat.PLAIN_TEXT: "`chosen` and `rejected` are plain text, the prompt is the words they begin with in "
+    "common, no chat template is applied",
+}
+
+
+def detect_format(column_names: Sequence[str], first_rows: Iterable[Row]) -> PreferenceFormat:
+    """Recognise a dataset's format from its columns and its first rows.
+
+    Raises:
+        DpoCacheError: ``chosen`` and ``rejected`` are not both there, or hold neither messages nor text.
+    """
+    rows = [row for row in first_rows if row.get("chosen") and row.get("rejected")]
+    has_prompt = "prompt" in column_names
+    answers = [row[side] for row in rows for side in ("chosen", "rejected")]
+    prompts = [row.get("prompt") for row in rows] if has_prompt else []
+
+    if _mostly(_is_messages, answers):
+        # A `prompt` column beside whole conversations (UltraFeedback) only repeats their first message.
+        answers_alone = _mostly(lambda answer: answer[0]["role"] == "assistant", answers)
+        explicit = has_prompt and answers_alone
+        return PreferenceFormat.EXPLICIT_MESSAGES if explicit else PreferenceFormat.IMPLICIT_MESSAGES
+    if _mostly(_is_text, answers):
+        if _mostly(_is_transcript, answers):
+            return PreferenceFormat.TRANSCRIPT
+        if _mostly(_is_messages, prompts):
+            return PreferenceFormat.EXPLICIT_MESSAGES
+        if _mostly(_is_text, prompts):
+            return PreferenceFormat.EXPLICIT_TEXT
+        # Without words in common there is no prompt in these texts; it stands in a column of another name.
+        if not has_prompt and _mostly(lambda row: bool(common_words(row["chosen"], row["rejected"])), rows):
+            return PreferenceFormat.PLAIN_TEXT
+    raise DpoCacheError(
+        f"no preference format fits these columns: {', '.join(column_names) or 'none'}",
+        expected="; or ".join(f"{name}: {name.description}" for name in PreferenceFormat),
+        next_step="rename or build the columns, then run the same command again",
+    )
+
+
+def unused_columns(column_names: Sequence[str], preference_format: PreferenceFormat) -> list[str]:
+    """The columns that this format does not read, to be named in the log."""
+    used = {"chosen", "rejected"}
+    if preference_format in (PreferenceFormat.EXPLICIT_MESSAGES, PreferenceFormat.EXPLICIT_TEXT):
+        used |= {"prompt"}
+    if preference_format.uses_chat_template:
+        used |= {"tools", "chat_template_kwargs"}
+    return [name for name in column_names if name not in used]
+
+
+def _mostly(is_so: Callable[[Any], bool], values: Sequence[Any]) -> bool:
+    """Whether more than half of the values (and at least one) are so: one odd row must not decide a format."""
+    return sum(1 for value in values if is_so(value)) * 2 > len(values)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+
+
+def _is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith(("Human:", "Assistant:"))
+
+
+def common_words(one: str, other: str) -> str:
+    """The longest common beginning that ends where a word ends on both sides."""
+    pairs = zip(one, other, strict=False)
+    length = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(one), len(other)))
+    next_characters = one[length : length + 1] + other[length : length + 1]
+    inside_a_word = bool(next_characters) and not next_characters.isspace()
+    common = one[:length]
+    return re.sub(r"\S+\Z", "", common) if inside_a_word else common

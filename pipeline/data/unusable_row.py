@@ -1,0 +1,46 @@
+"""Rows that cannot become a pair: every reason there is, by a stable name."""
+
+from __future__ import annotations
+
+UNUSABLE_REASONS: dict[str, str] = {
+    "malformed-row": "a column is missing, empty or of another type than in the rest of the dataset",
+    "not-text": "a message holds an image or other content that is not text",
+    "not-a-transcript": "the text does not begin with a Human or an Assistant turn",
+    "no-assistant-answer": "a side does not end with an assistant's message",
+    "different-prompts": "the two sides differ before their last message",
+    "no-prompt": "nothing stands before the answers",
+    "empty-answer": "an answer has no text",
+    "identical-answers": "the two answers are the same",
+    "template-refused": "the chat template raised an error for these messages",
+    "template-rewrites-prompt": "the template renders the prompt differently once an answer follows",
+    "template-rewrites-history": "the template renders an earlier answer differently once messages follow, "
+    "so --mask all-turns cannot find it",
+    "boundary-differs": "prompt and answer share a token on one side and not on the other",
+    "nothing-scored": "all tokens of an answer count to its prompt (--mask open-instruct-last-turn)",
+    "double-bos": "the text itself begins with a bos, so that two would stand at the start",
+    "double-eos": "the answer itself ends with an eos, so that two would stand at the end",
+    "too-long": "prompt and longer answer exceed --max-seq-length (--truncation drop)",
+    "prompt-too-long": "the prompt leaves no room for an answer (--truncation truncate-response-right)",
+    "answer-too-long": "the longer answer leaves no room for a prompt (--truncation truncate-prompt-left)",
+    "identical-after-truncation": "the two answers differ only beyond --max-seq-length",
+}
+"""Every reason for which a row cannot become a pair, and what it means. The names are stable."""
+
+
+class UnusableRow(Exception):  # noqa: N818 - an outcome that is counted, not an error that ends a build
+    """A row that cannot become a pair.
+
+    Attributes:
+        reason: One of :data:`UNUSABLE_REASONS`.
+        detail: What was found in this very row, where that says more than the reason.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        assert reason in UNUSABLE_REASONS, reason
+        self.reason = reason
+        self.detail = detail
+        super().__init__(reason, detail)
+
+    def __str__(self) -> str:
+        meaning = UNUSABLE_REASONS[self.reason]
+        return f"{self.reason}: {meaning}" + (f" ({self.detail})" if self.detail else "")
