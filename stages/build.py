@@ -28,6 +28,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.data.dataset_source import DatasetSource, DatasetSpec, open_dataset
 from ..pipeline.data.pair_tokenizer import PairTokenizer
+from ..pipeline.scoring.quantization import require_bitsandbytes
 from .build_config import BuildConfig
 from .build_plan import ScoringPlan, cut_units
 from .build_reference import BuildReference, resolve_reference
@@ -95,11 +96,13 @@ class Build:
 
     def _build(self, job: JobStore | None) -> BuildReport:
         self._reference = resolve_reference(self._config)
-        numerics = f"{self._reference.dtype}, attention {self._reference.attention}"
+        numerics = f"{self._reference.identity.precision}, attention {self._reference.attention}"
         say(f"reference {self._reference.model.name}: {numerics}")
         return self._dry_run() if self._config.dry_run else self._run(job)
 
     def _run(self, job: JobStore | None) -> BuildReport:
+        if self._reference.identity.quantization:
+            require_bitsandbytes()
         cache = open_cache(self._config, self._reference, recorded=recorded_environment(self._reference))
         with cache.building(self._config.mixture), scratch_folder(cache.path / "tmp") as scratch:
             damaged = damaged_shards(cache)
@@ -140,6 +143,7 @@ class Build:
             cache=str(cache.path.resolve()),
             model_folder=str(self._reference.model.folder),
             adapter_folder=str(self._reference.adapter.folder) if self._reference.adapter else None,
+            quantization=self._reference.identity.quantization,
             dtype=self._reference.dtype,
             attention=self._reference.attention,
             trust_remote_code=self._config.trust_remote_code,
@@ -245,7 +249,8 @@ def collect_datasets(
 
 def recorded_environment(reference: BuildReference) -> dict[str, Any]:
     """What stands beside a reference's identity, for people: names and versions, none of which is compared."""
-    libraries = ("dpo-cache", "torch", "transformers", "pyarrow")
+    libraries = ["dpo-cache", "torch", "transformers", "pyarrow"]
+    libraries += ["bitsandbytes"] if reference.identity.quantization else []
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {**reference.names(), "device": device, "libraries": {name: version(name) for name in libraries}}
 

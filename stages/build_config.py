@@ -66,6 +66,9 @@ class BuildConfig:
         help="Attention kernel [default: sdpa, or eager where the architecture has no other].",
         choices=("sdpa", "eager", "flex_attention", "flash_attention_2"),
     )
+    quantization: str | None = setting(
+        None, help="Score with the model's weights quantized, for `dpo-train --use-qlora`.", choices=("nf4",)
+    )
     trust_remote_code: bool = setting(False, help="Run Python code that comes with the model.")
 
     num_workers: int | None = setting(None, help="Scoring processes [default: one a GPU, one on a CPU].", minimum=1)
@@ -89,5 +92,17 @@ class BuildConfig:
             raise DpoCacheError(f"--zero-stage is {self.zero_stage}", expected="3, or 0 for whole models")
         if self.adapter_revision and not self.adapter:
             raise DpoCacheError("--adapter-revision is given without --adapter", expected="both, or neither")
+        if self.quantization and self.zero_stage:
+            raise DpoCacheError(
+                f"--quantization {self.quantization} is given with --zero-stage {self.zero_stage}, which cannot "
+                "partition quantized weights",
+                next_step="leave --zero-stage out: quantized, the model takes about a quarter of the memory",
+            )
+        if self.quantization and self.adapter:
+            raise DpoCacheError(
+                f"--quantization {self.quantization} is given with --adapter: no policy could start there",
+                expected="a whole model",
+                next_step="merge the adapter into its base (peft's merge_and_unload) and name the result as --model",
+            )
         if self.replace and self.extend:
             raise DpoCacheError("--replace and --extend are given together", expected="one of them")

@@ -36,6 +36,7 @@ class ScoringPlan:
         cache: The cache folder.
         model_folder: The reference's files.
         adapter_folder: Files of a peft adapter on top of it; None without one.
+        quantization: What the weights are quantized to; None for weights as they are.
         dtype: Precision of weights and forward passes.
         attention: The attention kernel.
         trust_remote_code: Whether the model's own Python code may run.
@@ -50,6 +51,7 @@ class ScoringPlan:
     cache: str
     model_folder: str
     adapter_folder: str | None
+    quantization: str | None
     dtype: str
     attention: str
     trust_remote_code: bool

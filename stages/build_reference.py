@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..pipeline.cache.reference_identity import ReferenceIdentity, identify_reference
-from ..pipeline.data.pair_tokenizer import TokenizationSettings
+from ..pipeline.data.tokenization_settings import TokenizationSettings
 from ..pipeline.scoring.model_loading import load_config, resolve_attention
 from ..pipeline.scoring.pair_scorer import SCORING_VERSION
 from .build_config import BuildConfig
@@ -67,6 +67,7 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
             compute_dtype=dtype,
             attention=attention,
             scoring_version=SCORING_VERSION,
+            quantization=config.quantization,
         ),
         tokenization=TokenizationSettings(
             tokenizer=config.tokenizer or str(model.folder),

@@ -82,6 +82,7 @@ def _written(repo_id: str, cache: ReferenceCache, mixtures: Sequence[Mixture], b
             f"| weights, SHA-256 | `{identity.weights_sha256}` |",
             *([f"| adapter, SHA-256 | `{identity.adapter_sha256}` |"] if identity.adapter_sha256 else []),
             f"| weights in | {identity.weight_dtype} |",
+            *([f"| weights quantized to | {identity.quantization} |"] if identity.quantization else []),
             f"| scored in | {identity.compute_dtype}, {identity.attention} attention |",
             "",
             "## Mixtures",

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
+from ..pipeline.cache.reference_identity import ReferenceIdentity
 from ..pipeline.cache.remote_cache import distinct_shards, num_bytes
 from .local_copy import glance
 from .location import Location, is_address
@@ -28,7 +29,7 @@ class CacheReport:
 
     path: Location
     reference_id: str
-    identity: dict[str, Any]
+    identity: ReferenceIdentity
     recorded: dict[str, Any]
     shards: int
     shard_bytes: int
@@ -39,7 +40,7 @@ class CacheReport:
         return {
             "path": str(self.path),
             "reference_id": self.reference_id,
-            "identity": self.identity,
+            "identity": self.identity.to_json(),
             "recorded": self.recorded,
             "shards": self.shards,
             "shard_bytes": self.shard_bytes,
@@ -53,8 +54,8 @@ class CacheReport:
             f"cache      {self.path}",
             f"reference  {self.recorded.get('model')}" + (f" @ {c[:12]}" if (c := self.recorded.get("commit")) else ""),
             *([f"           with the adapter {adapter}"] if (adapter := self.recorded.get("adapter")) else []),
-            f"           id {self.reference_id[:16]}…  weights {identity['weights_sha256'][:16]}…",
-            f"           {identity['compute_dtype']}, attention {identity['attention']}",
+            f"           id {self.reference_id[:16]}…  weights {identity.weights_sha256[:16]}…",
+            f"           {identity.precision}, attention {identity.attention}",
             *_imported_lines(self.recorded),
             f"shards     {self.shards:,} {'file' if self.shards == 1 else 'files'}, {_size(self.shard_bytes)}",
         ]
@@ -83,7 +84,7 @@ def inspect_cache(location: Location) -> CacheReport:
         return CacheReport(
             path=location,
             reference_id=cache.reference_id,
-            identity=cache.identity.to_json(),
+            identity=cache.identity,
             recorded=cache.recorded,
             shards=shards,
             shard_bytes=shard_bytes,

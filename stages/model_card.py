@@ -70,7 +70,7 @@ def model_card(
             f"| reference | {public_name(str(cache.recorded.get('model', base.name)))} |",
             f"| cache identity | `{cache.reference_id}` |",
             f"| reference weights, SHA-256 | `{identity.weights_sha256}` |",
-            f"| scored in | {identity.compute_dtype}, {identity.attention} attention |",
+            f"| scored in | {identity.precision}, {identity.attention} attention |",
             f"| mixture | {mixture.name}, {mixture.num_pairs} pairs, digest `{mixture.digest}` |",
             "",
             "## Metrics",

@@ -63,7 +63,7 @@ def _facts(opened: OpenMixture) -> list[tuple[str, str]]:
     return [
         ("reference", f"{cache.recorded.get('model')}" + (f" @ {commit}" if commit else "")),
         ("weights", cache.identity.weights_sha256),
-        ("numerics", f"{cache.identity.compute_dtype}, attention {cache.identity.attention}"),
+        ("numerics", f"{cache.identity.precision}, attention {cache.identity.attention}"),
         ("pairs", f"{mixture.num_pairs:,}, of them {mixture.num_distinct_pairs:,} distinct"),
         ("tokens", f"{tokens:,}, {tokens / mixture.num_pairs:,.0f} a pair"),
         *[(name.replace("_", " "), str(value)) for name, value in settings.items() if value is not None],

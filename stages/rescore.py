@@ -164,6 +164,7 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
             compute_dtype=ours.compute_dtype,
             attention=ours.attention,
             scoring_version=SCORING_VERSION,
+            quantization=ours.quantization,
         )
     )
     return PairScorer(
@@ -173,6 +174,7 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
             attention=ours.attention,
             device=device,
             adapter=adapter.folder if adapter else None,
+            quantization=ours.quantization,
             trust_remote_code=settings.trust_remote_code,
         )
     ).eval()

@@ -235,6 +235,7 @@ def load_scorer(plan: ScoringPlan, device: torch.device) -> nn.Module:
         attention=plan.attention,
         device=device,
         adapter=plan.adapter_folder,
+        quantization=plan.quantization,
         trust_remote_code=plan.trust_remote_code,
     )
     return PairScorer(model).eval()

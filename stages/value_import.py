@@ -155,8 +155,9 @@ def _refuse_other_reference(path: Path, source: SourceValues, reference: BuildRe
     if source.reference_id not in (None, reference.identity.digest):
         raise DpoCacheError(
             f"{path} says that its values are of the reference {str(source.reference_id)[:16]}…, and --model with "
-            f"{reference.dtype} and attention {reference.attention} is {reference.identity.digest[:16]}…",
-            next_step="name the model, --dtype and --attn-implementation of the cache that it was exported from",
+            f"{reference.identity.precision} and attention {reference.attention} is {reference.identity.digest[:16]}…",
+            next_step="name the model, --dtype, --quantization and --attn-implementation of the cache that it was "
+            "exported from",
         )
 
 
@@ -298,6 +299,7 @@ def _score(pairs: Sequence[TokenPair], reference: BuildReference, config: Import
         attention=reference.attention,
         device=device,
         adapter=reference.adapter.folder if reference.adapter else None,
+        quantization=reference.identity.quantization,
         trust_remote_code=config.trust_remote_code,
     )
     scorer = PairScorer(model).eval()

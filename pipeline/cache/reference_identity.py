@@ -60,6 +60,8 @@ class ReferenceIdentity:
         compute_dtype: Dtype of the matrix products.
         attention: Class of the attention kernel, such as ``sdpa``.
         scoring_version: Version of our scoring code.
+        quantization: What the weights were quantized to after they had :attr:`weight_dtype`, such as ``nf4``; None
+            for weights as they are, which then has no member in JSON.
     """
 
     weights_sha256: str
@@ -69,6 +71,7 @@ class ReferenceIdentity:
     compute_dtype: str
     attention: str
     scoring_version: int
+    quantization: str | None = None
 
     @property
     def digest(self) -> str:
@@ -77,7 +80,17 @@ class ReferenceIdentity:
 
     def to_json(self) -> JsonObject:
         """The identity as ``cache.json`` holds it."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        members = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.quantization is None:
+            del members["quantization"]
+        return members
+
+    @property
+    def precision(self) -> str:
+        """What was computed in, for people: ``bfloat16``, or ``bfloat16 on nf4 weights``."""
+        return (
+            self.compute_dtype if self.quantization is None else f"{self.compute_dtype} on {self.quantization} weights"
+        )
 
     @classmethod
     def from_json(cls, value: JsonObject, *, source: Path) -> ReferenceIdentity:
@@ -86,7 +99,7 @@ class ReferenceIdentity:
         Raises:
             DpoCacheError: A field is missing, unknown, or of another type.
         """
-        unknown = sorted(set(value) ^ {field.name for field in fields(cls)})
+        unknown = sorted((set(value) | {"quantization"}) ^ {field.name for field in fields(cls)})
         if unknown:
             raise DpoCacheError(f"{source}: the identity lacks or does not know the field {unknown[0][:100]!r}")
         adapter = value["adapter_sha256"]
@@ -98,6 +111,7 @@ class ReferenceIdentity:
             compute_dtype=take(value, "compute_dtype", str, source=source),
             attention=take(value, "attention", str, source=source),
             scoring_version=take(value, "scoring_version", int, source=source),
+            quantization=take(value, "quantization", str, source=source) if "quantization" in value else None,
         )
 
 
@@ -117,6 +131,7 @@ def identify_reference(
     compute_dtype: str,
     attention: str,
     scoring_version: int,
+    quantization: str | None = None,
 ) -> ReferenceIdentity:
     """Identify a reference from the files of a local model folder, without loading it.
 
@@ -131,6 +146,7 @@ def identify_reference(
         compute_dtype=compute_dtype,
         attention=attention,
         scoring_version=scoring_version,
+        quantization=quantization,
     )
 
 

@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...errors import DpoCacheError
+from .quantization import compute_alike, loading_options
 
 ATTENTION_KERNELS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 
@@ -70,6 +71,7 @@ def load_causal_lm(
     attention: str,
     device: torch.device | str,
     adapter: str | Path | None = None,
+    quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a model in evaluation mode, every dropout set to zero, its cache of keys and values off.
@@ -84,6 +86,7 @@ def load_causal_lm(
         attention: A kernel from :func:`resolve_attention`.
         device: Where the weights go.
         adapter: A folder with a peft adapter to put on top; its weights can then be trained.
+        quantization: What the weights are quantized to as they are read, ``nf4``; None to leave them as they are.
         trust_remote_code: Run Python code that comes with the model.
 
     Returns:
@@ -91,10 +94,11 @@ def load_causal_lm(
 
     Raises:
         DpoCacheError: Nothing to load there, weights missing from the checkpoint, a kernel that the model does not
-            support, or peft not installed.
+            support, or peft or bitsandbytes not installed.
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
     set_dropout_to_zero(config)
+    quantizing = loading_options(quantization, config, dtype=dtype, device=device)
     try:
         base: Any
         base, loading = AutoModelForCausalLM.from_pretrained(
@@ -104,6 +108,7 @@ def load_causal_lm(
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **quantizing,
         )
     except (OSError, ValueError, ImportError) as error:
         raise DpoCacheError(f"the model {path} cannot be loaded: {_first_line(error)}") from error
@@ -115,6 +120,7 @@ def load_causal_lm(
             expected=attention,
             next_step=f"--attn-implementation {loaded_with}",
         )
+    compute_alike(base)
     base.config.use_cache = False
     model: nn.Module = base if adapter is None else _with_adapter(base, adapter)
     set_module_dropout_to_zero(model)

@@ -72,6 +72,7 @@ def _version_of(name: str, version: str | None, monkeypatch: pytest.MonkeyPatch)
         ("datasets", "2.0.0", Level.FATAL, "pip install 'datasets>="),
         ("datasets", "99.0.0", Level.NOTE, "pip install datasets=="),
         ("peft", None, Level.NOTE, "--use-lora"),
+        ("bitsandbytes", None, Level.NOTE, "--use-qlora"),
     ],
 )
 def test_packages_that_are_missing_old_or_untested(

@@ -172,6 +172,7 @@ COUNTS: dict[str, Callable[[Reference], object]] = {
     "a tensor's shape": lambda r: r.tensors(lambda t: t.update({"embed.weight": t["embed.weight"].reshape(4, 5)})),
     "the weights' dtype": lambda r: r.numerics.update(weight_dtype="bfloat16"),
     "the dtype of products": lambda r: r.numerics.update(compute_dtype="bfloat16"),
+    "weights that are quantized": lambda r: r.numerics.update(quantization="nf4"),
     "the attention kernel": lambda r: r.numerics.update(attention="eager"),
     "the scoring code": lambda r: r.numerics.update(scoring_version=2),
     "a bit of the adapter": Reference.flip_adapter_bit,

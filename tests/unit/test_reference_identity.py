@@ -62,6 +62,16 @@ def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 def test_golden_identity() -> None:
     """Another digest here means that no existing cache is found again: never by accident."""
     assert make_identity().digest == "c5ec5daf5cae3fc572057404868b53c9a78dba0112e7f7d51a36d148dd4117ef"
+    assert (
+        make_identity(quantization="nf4").digest == "0844cff43864dd87299237f4304a5051b18af9f2492d6d554283cdae8f9633cd"
+    )
+
+
+def test_weights_as_they_are_leave_no_trace_of_quantization() -> None:
+    """Caches that were begun before there was such a field are found again."""
+    assert "quantization" not in make_identity().to_json()
+    assert make_identity(quantization="nf4").to_json() == make_identity().to_json() | {"quantization": "nf4"}
+    assert differences(make_identity(), make_identity(quantization="nf4")) == [("quantization", None, "nf4")]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +127,7 @@ def test_config_that_cannot_change_a_logprob_does_not_count(tmp_path: Path, path
         ("scoring_version", 2),
         ("weights_sha256", "c" * 64),
         ("adapter_sha256", "d" * 64),
+        ("quantization", "nf4"),
     ],
 )
 def test_every_other_field_counts_and_is_named(field: str, value: Any) -> None:
@@ -159,14 +170,21 @@ def test_infinity_in_a_config_has_one_identity_however_it_is_spelled(tmp_path: P
 
 
 def test_an_identity_comes_back_from_json() -> None:
-    identity = make_identity(adapter_sha256="e" * 64)
-    text = json.dumps(identity.to_json())
-    assert ReferenceIdentity.from_json(json.loads(text), source=Path("cache.json")) == identity
+    for identity in (make_identity(adapter_sha256="e" * 64), make_identity(quantization="nf4")):
+        text = json.dumps(identity.to_json())
+        assert ReferenceIdentity.from_json(json.loads(text), source=Path("cache.json")) == identity
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("attention", 1), ("config", []), ("scoring_version", "1"), ("adapter_sha256", 3), ("weights_sha256", None)],
+    [
+        ("attention", 1),
+        ("config", []),
+        ("scoring_version", "1"),
+        ("adapter_sha256", 3),
+        ("weights_sha256", None),
+        ("quantization", None),
+    ],
 )
 def test_an_identity_of_other_types_is_refused(field: str, value: Any) -> None:
     with pytest.raises(DpoCacheError, match=field):

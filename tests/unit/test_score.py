@@ -58,6 +58,7 @@ def plan_in(folder: Path, model_folder: Path, token_pairs: list[TokenPair], *, t
         cache=str(folder),
         model_folder=str(model_folder),
         adapter_folder=None,
+        quantization=None,
         dtype="float32",
         attention="sdpa",
         trust_remote_code=False,
