@@ -5,13 +5,9 @@ Nothing heavy is imported here: ``--help`` answers at once, torch arrives with t
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import click
 
@@ -19,7 +15,7 @@ from . import __version__
 from .cli_completion import SHELLS, complete_mixture, completion_script
 from .cli_location import FOLDER, LOCATION
 from .cli_options import config_options
-from .errors import DpoCacheError
+from .cli_output import faults_explained, print_report, print_summary, stdout_for_reports
 from .stages.build_config import BuildConfig
 from .stages.import_config import NOT_IMPORTED, ImportConfig
 from .stages.location import Location
@@ -38,14 +34,6 @@ NOT_EXPLAINED = (
     *("num_workers", "tokens_per_batch", "zero_stage", "dry_run"),
 )
 """Settings of a build that decide nothing about which rows are reused."""
-
-
-class Report(Protocol):
-    """What a stage says, for people and for programs."""
-
-    def text(self) -> str: ...
-
-    def to_json(self) -> dict[str, Any]: ...
 
 
 @click.group(context_settings=CONTEXT)
@@ -73,7 +61,7 @@ def build_command(as_json: bool, **values: Any) -> None:
 
         report = build(config)
     if report is not None:
-        _print_report(report.summary(), report.to_json() if as_json else None)
+        print_summary(report.summary(), report.to_json() if as_json else None)
 
 
 @dpo_cache.command("score", hidden=True)
@@ -102,7 +90,7 @@ def info_command(cache: Location, as_json: bool) -> None:
     with faults_explained():
         from .stages.inspect import inspect_cache
 
-        _print(inspect_cache(cache), as_json)
+        print_report(inspect_cache(cache), as_json)
 
 
 @dpo_cache.command("show", context_settings=CONTEXT)
@@ -121,7 +109,7 @@ def show_command(cache: Location, count: int, mixture: str | None, key: str | No
     with faults_explained():
         from .stages.show import show
 
-        _print(show(cache, count=count, mixture_name=mixture, key=key), as_json)
+        print_report(show(cache, count=count, mixture_name=mixture, key=key), as_json)
 
 
 @dpo_cache.command("verify", context_settings=CONTEXT)
@@ -158,7 +146,7 @@ def verify_command(
             if rescore is not None:
                 rescoring = RescoreSettings(pairs=rescore, model=model, seed=seed, trust_remote_code=trust_remote_code)
             report = verify_cache(cache, repair=repair, rescoring=rescoring)
-        _print(report, as_json)
+        print_report(report, as_json)
     if not report.is_sound:
         sys.exit(1)
 
@@ -179,14 +167,21 @@ def explain_command(cache: Path, as_json: bool, **values: Any) -> None:
             from .stages.explain import explain
 
             report = explain(BuildConfig(cache=cache, **values))
-        _print(report, as_json)
+        print_report(report, as_json)
 
 
 @dpo_cache.command("push", context_settings=CONTEXT)
 @cache_argument
 @click.argument("repository", metavar="ORG/NAME")
 @click.option("--revision", default="main", show_default=True, help="Branch; made where it is missing.")
-@click.option("--mixture", "mixtures", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
+@click.option(
+    "--mixture",
+    "mixtures",
+    multiple=True,
+    metavar="NAME",
+    help="Only this one; may be repeated.",
+    shell_complete=complete_mixture,
+)
 @click.option("--public", is_flag=True, help="Let everybody see it [default: only its owners].")
 @json_option
 def push_command(
@@ -203,7 +198,7 @@ def push_command(
     with faults_explained():
         from .stages.push import push
 
-        _print(push(cache, repository, revision=revision, public=public, mixture_names=mixtures), as_json)
+        print_report(push(cache, repository, revision=revision, public=public, mixture_names=mixtures), as_json)
 
 
 @dpo_cache.command("pull", context_settings=CONTEXT)
@@ -227,7 +222,7 @@ def pull_command(
     with faults_explained():
         from .stages.pull import pull
 
-        _print(pull(source, folder, revision=revision, mixture_names=mixtures, replace=replace), as_json)
+        print_report(pull(source, folder, revision=revision, mixture_names=mixtures, replace=replace), as_json)
 
 
 @dpo_cache.command("merge", context_settings=CONTEXT)
@@ -246,13 +241,13 @@ def merge_command(sources: tuple[Path, ...], cache: Path, as_json: bool) -> None
     with faults_explained():
         from .stages.merge import merge
 
-        _print(merge(sources, cache), as_json)
+        print_report(merge(sources, cache), as_json)
 
 
 @dpo_cache.command("export", context_settings=CONTEXT)
 @cache_argument
 @click.argument("output", type=click.Path(path_type=Path), metavar="OUT")
-@click.option("--mixture", default="train", show_default=True, help="Which mixture.")
+@click.option("--mixture", default="train", show_default=True, help="Which mixture.", shell_complete=complete_mixture)
 @json_option
 def export_command(cache: Path, output: Path, mixture: str, as_json: bool) -> None:
     """Write a mixture as a Parquet file with the columns that TRL's DPOTrainer trains on.
@@ -264,7 +259,7 @@ def export_command(cache: Path, output: Path, mixture: str, as_json: bool) -> No
     with faults_explained():
         from .stages.export import export
 
-        _print(export(cache, output, mixture_name=mixture), as_json)
+        print_report(export(cache, output, mixture_name=mixture), as_json)
 
 
 @dpo_cache.command("import", context_settings=CONTEXT)
@@ -287,7 +282,7 @@ def import_command(source: Path, as_json: bool, **values: Any) -> None:
             from .stages.value_import import import_values
 
             report = import_values(source, config)
-        _print(report, as_json)
+        print_report(report, as_json)
 
 
 @dpo_cache.command("gc", context_settings=CONTEXT)
@@ -311,7 +306,7 @@ def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> No
             click.echo(report.text(), err=True)
             return yes or click.confirm("Remove them?", err=True)
 
-        _print(collect_garbage(cache, min_age_days=min_age_days, agree=agree), as_json)
+        print_report(collect_garbage(cache, min_age_days=min_age_days, agree=agree), as_json)
 
 
 @dpo_cache.command("compact", context_settings=CONTEXT)
@@ -327,7 +322,7 @@ def compact_command(cache: Path, as_json: bool) -> None:
     with faults_explained():
         from .stages.compact import compact
 
-        _print(compact(cache), as_json)
+        print_report(compact(cache), as_json)
 
 
 @dpo_cache.command("doctor", context_settings=CONTEXT)
@@ -346,7 +341,7 @@ def doctor_command(as_json: bool) -> None:
             from .stages.doctor import examine
 
             report = examine(Path.cwd())
-        _print(report, as_json)
+        print_report(report, as_json)
     if not report.can_run:
         sys.exit(1)
 
@@ -382,7 +377,7 @@ def dpo_train(as_json: bool, **values: Any) -> None:
 
         report = train(config)
     if report is not None:
-        _print_report(report.summary(), report.to_json() if as_json else None)
+        print_summary(report.summary(), report.to_json() if as_json else None)
 
 
 @click.command(context_settings=CONTEXT)
@@ -406,7 +401,7 @@ def dpo_sweep(grid: Path, as_json: bool, **values: Any) -> None:
             from .stages.sweep_report import SweepReport
 
             report = sweep(grid, config)
-        _print(report, as_json)
+        print_report(report, as_json)
     if isinstance(report, SweepReport) and report.num_failed:
         sys.exit(1)
 
@@ -442,42 +437,4 @@ def dpo_report(runs: tuple[Path, ...], page: Path, figures_folder: Path | None, 
             from .stages.report import report
 
             summary = report(runs, page, figures_folder=figures_folder)
-        _print(summary, as_json)
-
-
-@contextlib.contextmanager
-def faults_explained(*, to_go_on: str = "the same command goes on from there") -> Iterator[None]:
-    """A fault the user can mend ends in its message and exit code 1, without a traceback."""
-    try:
-        yield
-    except DpoCacheError as fault:
-        _tell(f"Error: {fault}")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _tell(f"Stopped: what is finished stays; {to_go_on}.")
-        sys.exit(1)
-
-
-def stdout_for_reports() -> contextlib.redirect_stdout[Any]:
-    """Send what libraries print to stderr while they work, some of it as early as their import."""
-    return contextlib.redirect_stdout(sys.stderr)
-
-
-def _tell(message: str) -> None:
-    """Print a fault; a process with a launcher leaves it to the launcher, which prints each message once."""
-    fault_file = os.environ.get("DPO_CACHE_FAULT_FILE")
-    if fault_file is None:
-        click.echo(message, err=True)
-    else:
-        Path(fault_file).write_text(message, encoding="utf-8")
-
-
-def _print(report: Report, as_json: bool) -> None:
-    """What a command was asked for goes to stdout; colours only to a terminal."""
-    click.echo(json.dumps(report.to_json(), indent=2) if as_json else report.text())
-
-
-def _print_report(summary: str, as_json: Mapping[str, Any] | None) -> None:
-    click.echo(summary, err=True)
-    if as_json is not None:
-        click.echo(json.dumps(as_json, indent=2))
+        print_report(summary, as_json)

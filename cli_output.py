@@ -1,0 +1,62 @@
+"""What a command leaves on the terminal: its report on stdout, a fault in words on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import click
+
+from .errors import DpoCacheError
+
+
+class Report(Protocol):
+    """What a stage says, for people and for programs."""
+
+    def text(self) -> str: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+@contextlib.contextmanager
+def faults_explained(*, to_go_on: str = "the same command goes on from there") -> Iterator[None]:
+    """A fault the user can mend ends in its message and exit code 1, without a traceback."""
+    try:
+        yield
+    except DpoCacheError as fault:
+        _tell(f"Error: {fault}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _tell(f"Stopped: what is finished stays; {to_go_on}.")
+        sys.exit(1)
+
+
+def stdout_for_reports() -> contextlib.redirect_stdout[Any]:
+    """Send what libraries print to stderr while they work, some of it as early as their import."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def print_report(report: Report, as_json: bool) -> None:
+    """What a command was asked for goes to stdout; colours only to a terminal."""
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else report.text())
+
+
+def print_summary(summary: str, as_json: Mapping[str, Any] | None) -> None:
+    """The closing lines of a command that was asked for work, not words: to stderr; stdout has the object, if any."""
+    click.echo(summary, err=True)
+    if as_json is not None:
+        click.echo(json.dumps(as_json, indent=2))
+
+
+def _tell(message: str) -> None:
+    """Print a fault; a process with a launcher leaves it to the launcher, which prints each message once."""
+    fault_file = os.environ.get("DPO_CACHE_FAULT_FILE")
+    if fault_file is None:
+        click.echo(message, err=True)
+    else:
+        Path(fault_file).write_text(message, encoding="utf-8")
