@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from command_line import add_pairs, add_threads, add_trl, benchmark_parser
 from dpo_cache.pipeline.data.dataset_source import DatasetSpec, open_dataset
-from dpo_cache.pipeline.data.pair_tokenizer import TokenizationSettings
 from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
 from dpo_cache.pipeline.data.tokenized_rows import tokenize_rows
 from dpo_cache.pipeline.data.unusable_row import UnusableRow
 from dpo_cache.pipeline.scoring.batching import CPU_FILL_TOKENS, plan_batches

@@ -22,9 +22,10 @@ from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.cache.mixture import MixtureRows
 from ..pipeline.cache.pair_spool import PairSpoolWriter
 from ..pipeline.data.dataset_source import DatasetSource
-from ..pipeline.data.pair_tokenizer import PairTokenizer, TokenizationSettings
+from ..pipeline.data.pair_tokenizer import PairTokenizer
 from ..pipeline.data.preference_format import unused_columns
 from ..pipeline.data.token_pair import TokenPair
+from ..pipeline.data.tokenization_settings import TokenizationSettings
 from ..pipeline.data.tokenized_rows import TokenizedChunk, source_format, tokenize_rows
 from ..pipeline.data.unusable_row import UnusableRow
 from .progress import Progress

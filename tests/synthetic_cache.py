@@ -15,8 +15,8 @@ from dpo_cache.pipeline.cache.key_index import KeyIndex
 from dpo_cache.pipeline.cache.pair_spool import PairSpool
 from dpo_cache.pipeline.cache.shard_file import ScoredPair
 from dpo_cache.pipeline.data.dataset_source import DatasetSpec, open_dataset
-from dpo_cache.pipeline.data.pair_tokenizer import TokenizationSettings
 from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
 from dpo_cache.stages.build_plan import cut_units
 from dpo_cache.stages.pair_collection import CollectedPairs, collect_pairs
 from tiny_model import WORDS, tiny_tokenizer

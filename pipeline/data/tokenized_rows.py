@@ -23,10 +23,11 @@ import numpy.typing as npt
 
 from ...errors import DpoCacheError
 from .dataset_source import DatasetSource
-from .pair_tokenizer import PairTokenizer, TokenizationSettings
+from .pair_tokenizer import PairTokenizer
 from .preference import Preference, read_preference
 from .preference_format import PreferenceFormat, detect_format, unused_columns
 from .token_pair import TokenPair
+from .tokenization_settings import TokenizationSettings
 from .unusable_row import UnusableRow
 
 _ROWS_TO_RECOGNISE = 100

@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from dpo_cache.cli import dpo_report
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.shard_file import ScoredPair
-from dpo_cache.pipeline.data.pair_tokenizer import vocabulary_sha256
 from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.pipeline.data.tokenizer import vocabulary_sha256
 from dpo_cache.stages import report_cache
 from dpo_cache.stages.report import report
 from run_factory import EVAL_FIELDS, NUM_PAIRS, STEP_FIELDS, write_run

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from byte_tokenizer_factory import BOS, CHATML, EOS, IM_END, TWO_NEWLINES, ids, marked, write_byte_tokenizer
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.data.pair_tokenizer import PairTokenizer, TokenizationSettings, vocabulary_sha256
+from dpo_cache.pipeline.data.pair_tokenizer import PairTokenizer
 from dpo_cache.pipeline.data.preference import Message, Preference
+from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
+from dpo_cache.pipeline.data.tokenizer import vocabulary_sha256
 from dpo_cache.pipeline.data.unusable_row import UnusableRow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
