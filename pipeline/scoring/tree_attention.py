@@ -13,10 +13,12 @@ Shapes: R rows, T tokens a row, Q queries, K keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -27,52 +29,59 @@ from .scoring_batch import ScoringBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Segment:
-    """A prompt, a response or padding, as columns of one row, and what it sees beside itself.
+    """A prompt, a response or padding: what it sees beside itself.
 
     Attributes:
-        row: The row it lies in.
-        own: Its columns.
-        trunk: The columns of its prompt; empty for a prompt itself.
-        visible_11QK: Bool; which of trunk and own columns each of its tokens sees. None where that is plain causality.
+        trunk: Place of its prompt among the segments of its row; None for a prompt itself.
+        visible_11QK: Bool; which columns of trunk and segment each of its tokens sees. None where that is plain
+            causality.
     """
 
-    row: int
-    own: slice
-    trunk: slice
+    trunk: int | None
     visible_11QK: Tensor | None
 
-    def keys_of(self, states: Tensor) -> Tensor:
-        """The keys or values, (1, heads, K, size), that the segment may see."""
-        row = states[self.row : self.row + 1]
-        if self.trunk.stop == self.own.start:  # the first response lies right behind its prompt
-            return row[:, :, self.trunk.start : self.own.stop]
-        return torch.cat([row[:, :, self.trunk], row[:, :, self.own]], dim=2)
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SegmentedRow:
+    """The segments of a row, as they lie, and how many columns each of them has."""
+
+    segments: list[Segment]
+    lengths: list[int]
 
 
 def with_segments(visible_R1QK: Tensor, batch: ScoringBatch, *, windowed: bool) -> Tensor:
     """The dense mask, carrying the segments that :func:`tree_sdpa_attention` goes by; on a GPU as it is."""
     if visible_R1QK.device.type == "cpu":
-        visible_R1QK._dpo_cache_segments = _segments(visible_R1QK, batch, windowed=windowed)  # type: ignore[attr-defined]
+        visible_R1QK._dpo_cache_segments = [  # type: ignore[attr-defined]
+            _segmented(visible_11QK, segment_T, trunk_T, windowed=windowed)
+            for visible_11QK, segment_T, trunk_T in zip(
+                visible_R1QK.split(1), batch.segment_RT.numpy(), batch.trunk_RT.numpy(), strict=True
+            )
+        ]
     return visible_R1QK
 
 
-def _segments(visible_R1QK: Tensor, batch: ScoringBatch, *, windowed: bool) -> list[Segment]:
-    segments: list[Segment] = []
-    for row, (segment_T, trunk_T) in enumerate(zip(batch.segment_RT.numpy(), batch.trunk_RT.numpy(), strict=True)):
-        starts = np.flatnonzero(np.diff(segment_T, prepend=segment_T[0] - 1))
-        stops = np.append(starts[1:], len(segment_T))
-        columns_of = {
-            int(segment_T[start]): slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)
-        }
-        for number, own in columns_of.items():
-            prompt = int(trunk_T[own.start])
-            trunk = slice(own.start, own.start) if prompt == number else columns_of[prompt]
-            seen = None
-            if windowed or prompt != number:
-                of_row = visible_R1QK[row : row + 1, :, own]
-                seen = torch.cat([of_row[..., trunk], of_row[..., own]], dim=-1)
-            segments.append(Segment(row=row, own=own, trunk=trunk, visible_11QK=seen))
-    return segments
+def _segmented(
+    visible_11QK: Tensor, segment_T: npt.NDArray[np.int64], trunk_T: npt.NDArray[np.int64], *, windowed: bool
+) -> SegmentedRow:
+    starts = np.flatnonzero(np.diff(segment_T, prepend=segment_T[0] - 1))
+    lengths: list[int] = np.diff(starts, append=len(segment_T)).tolist()
+    place_of = {int(segment_T[start]): place for place, start in enumerate(starts)}
+    segments = []
+    for place, start in enumerate(starts):
+        prompt = place_of[int(trunk_T[start])]
+        trunk = None if prompt == place else prompt
+        seen = None
+        if windowed or trunk is not None:
+            of_segment = visible_11QK[:, :, start : start + lengths[place]].split(lengths, dim=-1)
+            seen = _behind_trunk(of_segment, trunk, place, dim=-1)
+        segments.append(Segment(trunk=trunk, visible_11QK=seen))
+    return SegmentedRow(segments=segments, lengths=lengths)
+
+
+def _behind_trunk(pieces: Sequence[Tensor], trunk: int | None, place: int, *, dim: int) -> Tensor:
+    """A segment's piece, behind that of its prompt."""
+    return pieces[place] if trunk is None else torch.cat([pieces[trunk], pieces[place]], dim=dim)
 
 
 def tree_sdpa_attention(
@@ -84,22 +93,31 @@ def tree_sdpa_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' sdpa attention, called once a segment where the mask carries segments."""
-    segments: list[Segment] | None = getattr(attention_mask, "_dpo_cache_segments", None)
-    if segments is None:
+    rows: list[SegmentedRow] | None = getattr(attention_mask, "_dpo_cache_segments", None)
+    if rows is None:
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return attended, None
-    rows: list[list[Tensor]] = [[] for _ in range(len(query))]
-    for segment in segments:
-        attended, _ = sdpa_attention_forward(
+    of_rows = zip(rows, query.split(1), key.split(1), value.split(1), strict=True)
+    return torch.cat([_attend(module, *of_row, **options) for of_row in of_rows]), None
+
+
+def _attend(
+    module: torch.nn.Module, row: SegmentedRow, query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> Tensor:
+    # Split once: the backward pass of a slice fills a whole row with zeros, that of a split joins its pieces.
+    queries, keys, values = (states.split(row.lengths, dim=2) for states in (query, key, value))
+    attended = [
+        sdpa_attention_forward(
             module,
-            query[segment.row : segment.row + 1, :, segment.own],
-            segment.keys_of(key),
-            segment.keys_of(value),
+            queries[place],
+            _behind_trunk(keys, segment.trunk, place, dim=2),
+            _behind_trunk(values, segment.trunk, place, dim=2),
             segment.visible_11QK,
             **{**options, "is_causal": segment.visible_11QK is None},
-        )
-        rows[segment.row].append(attended)
-    return torch.cat([torch.cat(row, dim=1) for row in rows]), None
+        )[0]
+        for place, segment in enumerate(row.segments)
+    ]
+    return torch.cat(attended, dim=1)
 
 
 def install_tree_attention() -> None:
