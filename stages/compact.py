@@ -12,7 +12,8 @@ from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.durable_file import remove_durably
 from ..pipeline.cache.key_index import KeyIndex
-from ..pipeline.cache.shard_file import ScoredPair, iterate_shard
+from ..pipeline.cache.scored_pair import ScoredPair
+from ..pipeline.cache.shard_file import iterate_shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

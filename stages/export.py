@@ -16,7 +16,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.durable_file import write_durably
 from ..pipeline.cache.example_key import canonical_scored_mask
 from ..pipeline.cache.mixture import Mixture
-from ..pipeline.cache.shard_file import ScoredPair
+from ..pipeline.cache.scored_pair import ScoredPair
 from .progress import Progress
 
 ROWS_PER_GROUP = 1024

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DpoCacheError
-from ..pipeline.cache.shard_file import ScoredPair
+from ..pipeline.cache.scored_pair import ScoredPair
 from ..pipeline.report.histogram import Histogram, histogram
 from ..pipeline.report.page_content import CacheSection, PairGroup
 from ..pipeline.report.run_record import RunRecord

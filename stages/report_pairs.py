@@ -16,7 +16,7 @@ from ..pipeline.cache.example_key import keys_array
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.pair_stream import PairStream
 from ..pipeline.cache.parquet_file import KEY_COLUMN
-from ..pipeline.cache.shard_file import ScoredPair
+from ..pipeline.cache.scored_pair import ScoredPair
 from ..pipeline.report.page_content import PairCard, PairGroup, PairPart, TextRun
 from ..pipeline.report.run_record import RunRecord
 from ..pipeline.report.run_table import figure

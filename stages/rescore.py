@@ -16,7 +16,8 @@ from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.cache.reference_identity import identify_reference
-from ..pipeline.cache.shard_file import VALUE_COLUMNS, ScoredPair, read_shard_rows
+from ..pipeline.cache.scored_pair import VALUE_COLUMNS, ScoredPair
+from ..pipeline.cache.shard_file import read_shard_rows
 from ..pipeline.data.token_pair import TokenPair
 from ..pipeline.scoring.batching import plan_batches
 from ..pipeline.scoring.layout_choice import choose_layout

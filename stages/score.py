@@ -22,7 +22,7 @@ from torch.distributed import DistError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.example_key import example_key
 from ..pipeline.cache.pair_spool import PairSpool
-from ..pipeline.cache.shard_file import VALUE_COLUMNS, ScoredPair, unusable_values
+from ..pipeline.cache.scored_pair import VALUE_COLUMNS, ScoredPair, unusable_values
 from ..pipeline.data.token_pair import TokenPair
 from ..pipeline.scoring.batching import CPU_FILL_TOKENS, plan_batches
 from ..pipeline.scoring.flops import ModelCost

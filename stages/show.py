@@ -17,7 +17,8 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.example_key import key_at
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.pair_stream import PairStream
-from ..pipeline.cache.shard_file import ScoredPair, read_shard_rows
+from ..pipeline.cache.scored_pair import ScoredPair
+from ..pipeline.cache.shard_file import read_shard_rows
 from ..pipeline.data.printable_text import printable
 from ..pipeline.data.tokenizer import load_tokenizer, vocabulary_sha256
 from .local_copy import glance, local_copy

@@ -19,7 +19,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.example_key import Keys, example_key
 from ..pipeline.cache.mixture import MixtureRows, name_keys
 from ..pipeline.cache.pair_spool import PairSpool
-from ..pipeline.cache.shard_file import ScoredPair
+from ..pipeline.cache.scored_pair import ScoredPair
 from ..pipeline.data.token_pair import TokenPair
 from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import PairScorer

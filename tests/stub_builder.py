@@ -27,7 +27,7 @@ from dpo_cache.pipeline.cache.example_key import Keys
 from dpo_cache.pipeline.cache.mixture import training_set_digest
 from dpo_cache.pipeline.cache.mixture_check import check_mixture
 from dpo_cache.pipeline.cache.pair_stream import PairStream
-from dpo_cache.pipeline.cache.shard_file import ScoredPair
+from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 
 Claim = list[str]
 """``["cache"]``, ``["shard", digest]`` or ``["mixture", name, digest]``, the digest empty once it is retired."""

@@ -13,7 +13,7 @@ from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.example_key import example_key
 from dpo_cache.pipeline.cache.key_index import KeyIndex
 from dpo_cache.pipeline.cache.pair_spool import PairSpool
-from dpo_cache.pipeline.cache.shard_file import ScoredPair
+from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.data.dataset_source import DatasetSpec, open_dataset
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from dpo_cache.pipeline.cache.example_key import example_key
-from dpo_cache.pipeline.cache.shard_file import ScoredPair
+from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.scoring.model_loading import find_causal_lm, load_causal_lm
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer

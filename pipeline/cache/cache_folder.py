@@ -27,7 +27,9 @@ from .pair_order import epoch_order
 from .pair_stream import PairStream
 from .parquet_file import reading
 from .reference_identity import ReferenceIdentity, differences
-from .shard_file import FORMAT_VERSION, SHARD_NAME, ScoredPair, ShardReader, ShardRef, verify_shard, write_shard
+from .scored_pair import ScoredPair
+from .shard_file import FORMAT_VERSION, SHARD_NAME, ShardReader, ShardRef, verify_shard
+from .shard_writer import write_shard
 
 MAX_CACHE_JSON_BYTES = 4 << 20
 _SUBFOLDERS = ("shards", "mixtures", "tmp")
@@ -238,7 +240,7 @@ class ReferenceCache:
         return [path for path in self._shard_entries() if SHARD_NAME.fullmatch(path.name)]
 
     def write_shard(self, rows: Sequence[ScoredPair], *, recorded: Mapping[str, Any] | None = None) -> ShardRef:
-        """Write one finished unit; see :func:`~.shard_file.write_shard`."""
+        """Write one finished unit; see :func:`~.shard_writer.write_shard`."""
         return write_shard(
             self.path / "shards",
             rows,

@@ -16,7 +16,8 @@ from ...errors import DpoCacheError
 from .cache_folder import ReferenceCache
 from .example_key import Keys
 from .mixture import Mixture, name_keys
-from .shard_file import COMMON_COLUMNS, VALUE_COLUMNS, ShardReader, ShardRef, unusable_values, verify_shard
+from .scored_pair import COMMON_COLUMNS, VALUE_COLUMNS, unusable_values
+from .shard_file import ShardReader, ShardRef, verify_shard
 
 HASH_AT_ONCE_BYTES = 1 << 30
 """Up to here (a second or two) all shards are hashed at once; beyond, each before its first row is used."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .row_reader import RowReader
-from .shard_file import ScoredPair
+from .scored_pair import ScoredPair
 
 if TYPE_CHECKING:
     from .cache_folder import ReferenceCache

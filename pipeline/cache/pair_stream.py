@@ -12,7 +12,7 @@ from ...errors import DpoCacheError
 from .example_key import key_at
 from .mixture import Mixture, MixtureBlock
 from .row_reader import CACHED_BYTES, RecentlyUsed, RowReader
-from .shard_file import ScoredPair
+from .scored_pair import ScoredPair
 
 if TYPE_CHECKING:
     from .cache_folder import ReferenceCache

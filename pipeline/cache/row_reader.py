@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from .shard_file import RowGroup, ScoredPair, ShardReader, ShardRef, check_key, verify_shard
+from .row_group import RowGroup
+from .scored_pair import ScoredPair
+from .shard_file import ShardReader, ShardRef, check_key, verify_shard
 
 if TYPE_CHECKING:
     from .cache_folder import ReferenceCache

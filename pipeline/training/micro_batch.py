@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..cache.shard_file import ScoredPair
+from ..cache.scored_pair import ScoredPair
 from ..scoring.layouts import scoring_batch
 from ..scoring.scoring_batch import Layout, PairLogps, ScoringBatch
 from .pair_terms import ReferenceLogps, SortedPartners

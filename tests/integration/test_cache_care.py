@@ -21,10 +21,11 @@ from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from click.testing import CliRunner, Result
 from commands import assert_same_logps, dpo_cache, dpo_train, logps_by_key, run
 from dpo_cache.cli import dpo_cache as command
-from dpo_cache.pipeline.cache import durable_file, shard_file
+from dpo_cache.pipeline.cache import durable_file, shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import read_sealed_json, write_sealed_json
-from dpo_cache.pipeline.cache.shard_file import ScoredPair, read_shard_rows
+from dpo_cache.pipeline.cache.scored_pair import ScoredPair
+from dpo_cache.pipeline.cache.shard_file import read_shard_rows
 from tiny_model import message_pairs, rendered_pair, write_rows, write_tiny_model
 
 from .conftest import NUM_PAIRS
@@ -129,7 +130,7 @@ def forge_value(cache: Path) -> None:
     rows = rows_of(cache)
     rows[3] = replace(rows[3], ref_chosen_logps=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_file, "_refuse_unusable_values", lambda rows: None)
+        patch.setattr(shard_writer, "_refuse_unusable_values", lambda rows: None)
         rewrite(cache, rows)
 
 

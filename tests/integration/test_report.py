@@ -17,7 +17,7 @@ from cache_factory import fill_cache, make_cache, make_row
 from click.testing import CliRunner
 from dpo_cache.cli import dpo_report
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
-from dpo_cache.pipeline.cache.shard_file import ScoredPair
+from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.data.tokenizer import vocabulary_sha256
 from dpo_cache.stages import report_cache

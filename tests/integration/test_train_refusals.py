@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from dpo_cache.cli import dpo_train
-from dpo_cache.pipeline.cache import shard_file
+from dpo_cache.pipeline.cache import shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.shard_file import read_shard_rows
 from dpo_cache.stages import policy
@@ -93,7 +93,7 @@ def forge(path: Path, value: float, monkeypatch: pytest.MonkeyPatch) -> bytes:
     mixture = cache.read_mixture("train")
     first, *rest = read_shard_rows(a_shard(path))
     a_shard(path).unlink()
-    monkeypatch.setattr(shard_file, "_refuse_unusable_values", lambda rows: None)
+    monkeypatch.setattr(shard_writer, "_refuse_unusable_values", lambda rows: None)
     cache.write_shard([replace(first, ref_chosen_logps=value), *rest])
     cache.write_mixture(
         "train",

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_run import run_ranks
-from dpo_cache.pipeline.cache.shard_file import ScoredPair
+from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.scoring.flops import ModelCost
 from dpo_cache.pipeline.scoring.scoring_batch import Layout, PairLogps

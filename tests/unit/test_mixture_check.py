@@ -12,11 +12,12 @@ import pytest
 from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import mixture as mixture_module
-from dpo_cache.pipeline.cache import mixture_check, shard_file
+from dpo_cache.pipeline.cache import mixture_check, shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.mixture import Mixture
 from dpo_cache.pipeline.cache.mixture_check import check_mixture
-from dpo_cache.pipeline.cache.shard_file import ScoredPair, ShardRef
+from dpo_cache.pipeline.cache.scored_pair import ScoredPair
+from dpo_cache.pipeline.cache.shard_file import ShardRef
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def hashing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def unchecked_shard(cache: ReferenceCache, rows: list[ScoredPair], monkeypatch: pytest.MonkeyPatch) -> ShardRef:
     with monkeypatch.context() as patch:
-        patch.setattr(shard_file, "_refuse_unusable_values", lambda rows: None)
+        patch.setattr(shard_writer, "_refuse_unusable_values", lambda rows: None)
         return cache.write_shard(rows)
 
 

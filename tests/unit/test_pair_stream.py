@@ -14,20 +14,22 @@ import pytest
 from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import mixture as mixture_module
-from dpo_cache.pipeline.cache import row_reader, shard_file
+from dpo_cache.pipeline.cache import row_reader, shard_file, shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.example_key import example_key, key_at
 from dpo_cache.pipeline.cache.mixture import Mixture, MixtureRows
 from dpo_cache.pipeline.cache.pair_order import epoch_order
 from dpo_cache.pipeline.cache.pair_stream import PairStream
+from dpo_cache.pipeline.cache.row_group import RowGroup
 from dpo_cache.pipeline.cache.row_reader import RecentlyUsed
-from dpo_cache.pipeline.cache.shard_file import ScoredPair, ShardReader
+from dpo_cache.pipeline.cache.scored_pair import ScoredPair
+from dpo_cache.pipeline.cache.shard_file import ShardReader
 
 
 @pytest.fixture
 def small_grain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixture_module, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(shard_file, "MAX_ROW_GROUP_PAIRS", 8)
+    monkeypatch.setattr(shard_writer, "MAX_ROW_GROUP_PAIRS", 8)
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
     decoded: Counter[tuple[str, int]] = Counter()
     read_row_group = ShardReader.read_row_group
 
-    def counting(shard: ShardReader, group: int) -> shard_file.RowGroup:
+    def counting(shard: ShardReader, group: int) -> RowGroup:
         decoded[shard.path.name, group] += 1
         return read_row_group(shard, group)
 

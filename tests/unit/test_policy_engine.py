@@ -12,7 +12,7 @@ import pytest
 import torch
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.cache.shard_file import ScoredPair
+from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.objective import resolve_loss

@@ -13,18 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 from cache_factory import make_pair, make_row, make_rows
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.cache import shard_file
+from dpo_cache.pipeline.cache import shard_writer
 from dpo_cache.pipeline.cache.example_key import canonical_scored_mask, example_key, key_at
+from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.cache.shard_file import (
-    ScoredPair,
     ShardReader,
     ShardRef,
     iterate_shard,
-    read_shard_keys,
     read_shard_rows,
     verify_shard,
-    write_shard,
 )
+from dpo_cache.pipeline.cache.shard_writer import write_shard
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -65,14 +64,15 @@ def test_rows_come_back_as_they_were(folder: Path, seed: int, num_rows: int) -> 
     path = write(folder, rows)
     assert [fields_of(row) for row in read_shard_rows(path)] == [fields_of(row) for row in rows]
     assert [fields_of(row) for row in iterate_shard(path)] == [fields_of(row) for row in rows]
-    keys = read_shard_keys(path)
+    with ShardReader(path) as shard:
+        keys = shard.keys()
     assert [key_at(keys, index) for index in range(num_rows)] == [row.key for row in rows]
 
 
 def test_some_rows_come_back_in_the_order_asked_for_across_row_groups(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_file, "MAX_ROW_GROUP_PAIRS", 7)
+    monkeypatch.setattr(shard_writer, "MAX_ROW_GROUP_PAIRS", 7)
     rows = make_rows(40)
     path = write(folder, rows)
     assert pq.ParquetFile(path).num_row_groups == 6
@@ -83,7 +83,7 @@ def test_some_rows_come_back_in_the_order_asked_for_across_row_groups(
 
 
 def test_row_groups_are_cut_by_token_ids_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_file, "MAX_ROW_GROUP_IDS", 30)
+    monkeypatch.setattr(shard_writer, "MAX_ROW_GROUP_IDS", 30)
     rows = make_rows(20)
     path = write(folder, rows)
     file = pq.ParquetFile(path)
@@ -218,7 +218,7 @@ def ids(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 
 def test_rows_that_contradict_themselves_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_file, "_refuse_unusable_values", lambda rows: None)
+    monkeypatch.setattr(shard_writer, "_refuse_unusable_values", lambda rows: None)
     pair = TokenPair(prompt_ids=ids(1, 2), chosen_ids=ids(3, 4), rejected_ids=ids(5))
     first_token_scored = dataclasses.replace(pair, scored_mask=np.array([True, False, True, True, True]))
     wrong: dict[str, dict[str, Any]] = {
@@ -240,17 +240,17 @@ def test_what_is_not_a_shard_is_refused_by_name(folder: Path) -> None:
     with pytest.raises(DpoCacheError, match="its name is not a SHA-256"):
         verify_shard(folder / "notes.txt")
     missing = folder / ShardRef(sha256="0" * 64, num_rows=1, num_bytes=1).file_name
-    for read in (verify_shard, read_shard_keys, read_shard_rows):
+    for read in (verify_shard, ShardReader, read_shard_rows):
         with pytest.raises(DpoCacheError, match=f"{missing.name} is missing"):
             read(missing)
 
 
 def test_another_format_version_is_refused_before_anything_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_file, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(shard_writer, "FORMAT_VERSION", 2)
     path = write(folder, make_rows(1))
     monkeypatch.undo()
     with pytest.raises(DpoCacheError, match="has format version 2"):
-        read_shard_keys(path)
+        ShardReader(path)
 
 
 def test_many_pairs_of_all_lengths_share_a_shard(folder: Path) -> None:

@@ -1,0 +1,120 @@
+"""A row group of a shard, decoded and checked: what is read from the disk at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ..data.token_pair import TokenPair
+from .example_key import key_at
+from .parquet_file import KEY_COLUMN, keys_of, numbers_of, one_array
+from .scored_pair import VALUE_COLUMNS, ScoredPair, unusable_values
+
+
+class RowGroup:
+    """Decoded rows of a shard as numpy arrays; a pair is taken out as views, without a copy."""
+
+    def __init__(self, table: pa.Table, *, first_row: int) -> None:
+        self.first_row = first_row
+        self.num_bytes: int = table.nbytes
+        columns = {name: one_array(table.column(name)) for name in table.column_names}
+        self.keys = keys_of(columns[KEY_COLUMN])
+        self._prompt = _Lists(columns["prompt_ids"])
+        self._chosen = _Lists(columns["chosen_ids"])
+        self._rejected = _Lists(columns["rejected_ids"])
+        self._mask = _Lists(columns["scored_mask"])
+        self._chosen_token_logps = _Lists(columns["ref_chosen_token_logps"])
+        self._rejected_token_logps = _Lists(columns["ref_rejected_token_logps"])
+        self._values = {name: numbers_of(columns[name]) for name in VALUE_COLUMNS}
+        self._chosen_tokens = numbers_of(columns["chosen_tokens"])
+        self._rejected_tokens = numbers_of(columns["rejected_tokens"])
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def scored_pair(self, index: int) -> ScoredPair:
+        """Row ``first_row + index``; its key is as stored, not recomputed."""
+        return ScoredPair(
+            key=key_at(self.keys, index),
+            pair=TokenPair(
+                prompt_ids=self._prompt[index],
+                chosen_ids=self._chosen[index],
+                rejected_ids=self._rejected[index],
+                scored_mask=self._mask.get(index),
+            ),
+            ref_chosen_logps=float(self._values["ref_chosen_logps"][index]),
+            ref_rejected_logps=float(self._values["ref_rejected_logps"][index]),
+            ref_chosen_common_logps=float(self._values["ref_chosen_common_logps"][index]),
+            ref_rejected_common_logps=float(self._values["ref_rejected_common_logps"][index]),
+            chosen_tokens=int(self._chosen_tokens[index]),
+            rejected_tokens=int(self._rejected_tokens[index]),
+            chosen_token_logps=self._chosen_token_logps.get(index),
+            rejected_token_logps=self._rejected_token_logps.get(index),
+        )
+
+    def _check(self) -> None:
+        for ids in (self._prompt, self._chosen, self._rejected):
+            if ids.absent.any() or (ids.lengths < 1).any():
+                raise ValueError("a prompt or answer has no tokens")
+            if len(ids.values) and ids.values.min() < 0:
+                raise ValueError("a token id is negative")
+        unusable = unusable_values(self._values)
+        if unusable.any():
+            raise ValueError(
+                f"{int(unusable.sum())} pairs have reference values that are not finite or not below zero, "
+                f"the first {key_at(self.keys, int(unusable.argmax())).hex()}"
+            )
+        self._check_counts()
+        for token_logps, tokens in (
+            (self._chosen_token_logps, self._chosen_tokens),
+            (self._rejected_token_logps, self._rejected_tokens),
+        ):
+            if (~token_logps.absent & (token_logps.lengths != tokens)).any():
+                raise ValueError("there are not as many values per token as scored tokens")
+
+    def _check_counts(self) -> None:
+        """Scored counts equal what the masks say; a mask covers its pair and never the first token."""
+        plain = self._mask.absent
+        right = (self._chosen_tokens == self._chosen.lengths) & (self._rejected_tokens == self._rejected.lengths)
+        for index in np.flatnonzero(~plain).tolist():
+            mask = self._mask[index]
+            pair = self.scored_pair(index).pair
+            right[index] = (
+                len(mask) == pair.shared_prefix_tokens
+                and not mask[0]
+                and pair.chosen_tokens == self._chosen_tokens[index]
+                and pair.rejected_tokens == self._rejected_tokens[index]
+            )
+        if not right.all() or (self._chosen_tokens < 1).any() or (self._rejected_tokens < 1).any():
+            wrong = int(np.argmin(right & (self._chosen_tokens >= 1) & (self._rejected_tokens >= 1)))
+            raise ValueError(f"the scored counts of {key_at(self.keys, wrong).hex()} contradict its mask")
+
+
+class _Lists:
+    """A list column: flat values, and where each row's part lies."""
+
+    def __init__(self, column: pa.ListArray) -> None:
+        offsets = column.offsets.to_numpy(zero_copy_only=True)
+        values = column.values
+        if values.null_count:
+            raise ValueError("a list holds a missing value")
+        if (np.diff(offsets) < 0).any() or offsets[0] < 0 or offsets[-1] > len(values):
+            raise ValueError("a list column contradicts itself")
+        self.values: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False)
+        self._starts, self._stops = offsets[:-1], offsets[1:]
+        self.lengths: npt.NDArray[np.int32] = self._stops - self._starts
+        self.absent: npt.NDArray[np.bool_] = (
+            column.is_null().to_numpy(zero_copy_only=False)
+            if column.null_count
+            else np.zeros(len(column), dtype=np.bool_)
+        )
+
+    def __getitem__(self, index: int) -> npt.NDArray[Any]:
+        return self.values[self._starts[index] : self._stops[index]]
+
+    def get(self, index: int) -> npt.NDArray[Any] | None:
+        return None if self.absent[index] else self[index]
