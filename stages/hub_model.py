@@ -9,9 +9,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..errors import DpoCacheError
-
-MAIN_BRANCH = "main"
+from .hub_access import LOGGED_IN, first_line, make_writable, refusals_explained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,20 +71,15 @@ def prepare_hub_target(repo_id: str | None, *, branch: str, private: bool) -> Hu
         DpoCacheError: The Hub does not know the user, or does not let them write there.
     """
     api = HfApi()
-    try:
+    with refusals_explained(
+        f"--push-to-hub: nothing could be uploaded as {repo_id or branch}",
+        expected=LOGGED_IN,
+        next_step="run `hf auth login`, check --hub-model-id, or leave --push-to-hub out",
+    ):
         user = str(api.whoami()["name"])
         given = repo_id or branch
         target = HubTarget(repo_id=given if "/" in given else f"{user}/{given}", branch=branch, private=private)
-        api.create_repo(target.repo_id, private=private, exist_ok=True)
-        api.auth_check(target.repo_id, write=True)
-        if branch != MAIN_BRANCH:
-            api.create_branch(target.repo_id, branch=branch, exist_ok=True)
-    except Exception as error:  # the client raises a dozen kinds of errors, of its own and of its HTTP library
-        raise DpoCacheError(
-            f"--push-to-hub: nothing could be uploaded as {repo_id or branch}: {_first_line(error)}",
-            expected="to be logged in to the Hub with a token that may write there",
-            next_step="run `hf auth login`, check --hub-model-id, or leave --push-to-hub out",
-        ) from error
+        make_writable(api, target.repo_id, repo_type="model", private=private, branch=branch)
     return target
 
 
@@ -101,8 +94,8 @@ def upload_model(target: HubTarget, folder: Path, *, message: str) -> HubUpload:
             repo_id=target.repo_id, folder_path=folder, revision=target.branch, commit_message=message
         )
         url = str(commit.commit_url)
-    except Exception as error:  # as above
-        failure = _first_line(error)
+    except Exception as error:  # the client raises a dozen kinds of errors, of its own and of its HTTP library
+        failure = first_line(error)
     return HubUpload(
         repo_id=target.repo_id,
         branch=target.branch,
@@ -110,7 +103,3 @@ def upload_model(target: HubTarget, folder: Path, *, message: str) -> HubUpload:
         failure=failure,
         repeat_with=target.repeat_command(folder) if failure else None,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..errors import DpoCacheError
+from .hub_access import first_line
 
 WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 
@@ -48,12 +49,8 @@ def find_model_folder(path_or_id: str, revision: str | None) -> ModelFolder:
         snapshot = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=WANTED_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as missing:
         raise DpoCacheError(
-            f"there is no folder {path_or_id}, and the Hub has no such model for you: {_first_line(missing)}",
+            f"there is no folder {path_or_id}, and the Hub has no such model for you: {first_line(missing)}",
             expected="a folder with config.json and safetensors weights, or a Hub id",
             next_step="check the spelling; for a gated model run `hf auth login` first",
         ) from missing
     return ModelFolder(folder=snapshot, name=path_or_id, commit=snapshot.name)
-
-
-def _first_line(fault: Exception) -> str:
-    return (str(fault).strip() or type(fault).__name__).splitlines()[0]

@@ -109,7 +109,7 @@ def test_what_is_pulled_is_byte_for_byte_what_was_pushed(hub: HubServer, tmp_pat
 def test_permission_is_asked_before_anything_is_sent_and_every_commit_is_a_whole_cache(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cache.stages.push.BATCH_FILES", 2)
+    monkeypatch.setattr("dpo_cache.stages.hub_dataset.BATCH_FILES", 2)
     make_shared(tmp_path / "ours")
     push(tmp_path / "ours", "lab/cache", revision="v1")
     asked, first_upload = hub.requests, next(n for n, request in enumerate(hub.requests) if "preupload" in request)
@@ -147,7 +147,7 @@ def test_a_shard_that_has_gone_bad_is_not_shared(hub: HubServer, tmp_path: Path)
 def test_an_upload_that_broke_off_goes_on_and_leaves_no_pointer_before(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cache.stages.push.BATCH_FILES", 2)
+    monkeypatch.setattr("dpo_cache.stages.hub_dataset.BATCH_FILES", 2)
     make_shared(tmp_path / "ours")
     hub.accept_uploads = 3
     with pytest.raises(DpoCacheError, match="failed") as failure:
