@@ -14,7 +14,8 @@ import numpy as np
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.canonical_json import canonical_bytes
-from ..pipeline.cache.mixture import Mixture, MixtureRows
+from ..pipeline.cache.mixture import Mixture
+from ..pipeline.cache.mixture_rows import MixtureRows
 from .mixture_change import MixtureContent, differing_settings, in_words
 from .progress import Progress
 

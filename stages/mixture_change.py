@@ -12,7 +12,8 @@ import numpy as np
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
-from ..pipeline.cache.mixture import Mixture, MixtureRows
+from ..pipeline.cache.mixture import Mixture
+from ..pipeline.cache.mixture_rows import MixtureRows
 from .build_config import BuildConfig
 from .pair_collection import CollectedPairs
 

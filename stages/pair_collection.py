@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ..errors import DpoCacheError
 from ..pipeline.cache.example_key import Keys, example_key, keys_array, prompt_hash_prefix
 from ..pipeline.cache.key_index import KeyIndex
-from ..pipeline.cache.mixture import MixtureRows
+from ..pipeline.cache.mixture_rows import MixtureRows
 from ..pipeline.cache.pair_spool import PairSpoolWriter
 from ..pipeline.data.dataset_source import DatasetSource
 from ..pipeline.data.pair_tokenizer import PairTokenizer

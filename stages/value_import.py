@@ -16,8 +16,8 @@ import torch
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
-from ..pipeline.cache.example_key import Keys, example_key
-from ..pipeline.cache.mixture import MixtureRows, name_keys
+from ..pipeline.cache.example_key import Keys, example_key, name_keys
+from ..pipeline.cache.mixture_rows import MixtureRows
 from ..pipeline.cache.pair_spool import PairSpool
 from ..pipeline.cache.scored_pair import ScoredPair
 from ..pipeline.data.token_pair import TokenPair

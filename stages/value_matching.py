@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DpoCacheError
-from ..pipeline.cache.example_key import Keys
-from ..pipeline.cache.mixture import MixtureRows, name_keys
+from ..pipeline.cache.example_key import Keys, name_keys
+from ..pipeline.cache.mixture_rows import MixtureRows
 from ..pipeline.data.dataset_source import DatasetSource
 from .value_source import SourceValues
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.example_key import example_key, keys_array, prompt_hash_prefix
-from dpo_cache.pipeline.cache.mixture import Mixture, MixtureRows
+from dpo_cache.pipeline.cache.mixture import Mixture
+from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
 from dpo_cache.pipeline.cache.reference_identity import ReferenceIdentity
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.data.token_pair import TokenPair

@@ -24,8 +24,8 @@ from cache_factory import make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.example_key import Keys
-from dpo_cache.pipeline.cache.mixture import training_set_digest
 from dpo_cache.pipeline.cache.mixture_check import check_mixture
+from dpo_cache.pipeline.cache.mixture_table import training_set_digest
 from dpo_cache.pipeline.cache.pair_stream import PairStream
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 

@@ -21,7 +21,8 @@ from .durable_file import adopt_durably, make_folder_durably, remove_durably, se
 from .example_key import KEY_BYTES, example_key
 from .folder_lock import building_lock, creation_lock, fetching_lock, maintenance_lock, training_lock
 from .key_index import KeyIndex, build_key_index
-from .mixture import MIXTURE_NAME, Mixture, MixtureRows, check_name, read_mixture, write_mixture, write_pointer
+from .mixture import MIXTURE_NAME, Mixture, check_name, read_mixture, write_mixture, write_pointer
+from .mixture_rows import MixtureRows
 from .pair_lookup import PairLookup
 from .pair_order import epoch_order
 from .pair_stream import PairStream

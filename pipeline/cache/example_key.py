@@ -15,6 +15,7 @@ from ..data.token_pair import ScoredMask, TokenIds, TokenPair
 
 KEY_VERSION = 1
 KEY_BYTES = 32
+MAX_NAMED_KEYS = 10
 
 Keys = npt.NDArray[np.bytes_]
 """Keys as numpy ``S32``: compares and sorts as the bytes do. Taking one out drops trailing zero bytes; use
@@ -70,6 +71,12 @@ def key_at(keys: Keys, index: int) -> bytes:
 def keys_array(keys: list[bytes]) -> Keys:
     """Keys of 32 bytes each as one array."""
     return np.frombuffer(b"".join(keys), dtype=f"S{KEY_BYTES}")
+
+
+def name_keys(keys: Keys) -> str:
+    """The first few keys in hex, for a message."""
+    named = ", ".join(key_at(keys, index).hex() for index in range(min(len(keys), MAX_NAMED_KEYS)))
+    return named + (", …" if len(keys) > MAX_NAMED_KEYS else "")
 
 
 def _length(array: npt.NDArray[np.generic]) -> bytes:

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from ...errors import DpoCacheError
 from .cache_folder import ReferenceCache
-from .example_key import Keys
-from .mixture import Mixture, name_keys
+from .example_key import Keys, name_keys
+from .mixture import Mixture
 from .scored_pair import COMMON_COLUMNS, VALUE_COLUMNS, unusable_values
 from .shard_file import ShardReader, ShardRef, verify_shard
 

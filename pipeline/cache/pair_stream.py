@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from ...errors import DpoCacheError
 from .example_key import key_at
-from .mixture import Mixture, MixtureBlock
+from .mixture import Mixture
+from .mixture_table import MixtureBlock
 from .row_reader import CACHED_BYTES, RecentlyUsed, RowReader
 from .scored_pair import ScoredPair
 

@@ -185,7 +185,7 @@ def test_the_cache_is_described_and_its_pairs_are_counted(tmp_path: Path, traine
 
 def test_of_a_large_mixture_a_bounded_sample_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_cache, "SAMPLED_BLOCKS", 2)
-    monkeypatch.setattr("dpo_cache.pipeline.cache.mixture.BLOCK_ROWS", 10)
+    monkeypatch.setattr("dpo_cache.pipeline.cache.mixture_table.BLOCK_ROWS", 10)
     cache = make_cache(tmp_path / "cache")
     random = np.random.RandomState(1)
     pairs = [

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from cache_factory import make_cache, make_rows, mixture_rows
-from dpo_cache.pipeline.cache.mixture import TABLE_SCHEMA, MixtureRows
+from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
+from dpo_cache.pipeline.cache.mixture_table import TABLE_SCHEMA
 from dpo_cache.pipeline.cache.pair_order import epoch_order
 from dpo_cache.pipeline.cache.shard_file import SCHEMA
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_factory import make_cache, make_rows, mixture_rows
-from dpo_cache.pipeline.cache.mixture import MixtureRows
+from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 
 duckdb: Any = pytest.importorskip("duckdb", reason="the tool that reads is not installed")

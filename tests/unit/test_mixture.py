@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from cache_factory import fill_cache, make_cache, make_pair, make_row, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.cache import mixture as module
+from dpo_cache.pipeline.cache import mixture_table
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import read_sealed_json, write_sealed_json
 from dpo_cache.pipeline.cache.example_key import key_at, prompt_hash
-from dpo_cache.pipeline.cache.mixture import Mixture, MixtureRows, check_name
+from dpo_cache.pipeline.cache.mixture import Mixture, check_name
+from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
 
 
 def write(cache: ReferenceCache, rows: MixtureRows, name: str = "train") -> Mixture:
@@ -22,7 +23,7 @@ def write(cache: ReferenceCache, rows: MixtureRows, name: str = "train") -> Mixt
 
 
 def columns(mixture: Mixture) -> dict[str, list[Any]]:
-    return {name: mixture.table.column(name).tolist() for name in module.TABLE_SCHEMA.names}
+    return {name: mixture.table.column(name).tolist() for name in mixture_table.TABLE_SCHEMA.names}
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_a_mixture_extended_by_others_is_the_mixture_of_both(cache: ReferenceCac
 def test_a_block_is_a_row_group_and_holds_the_columns_of_its_rows(
     cache: ReferenceCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(mixture_table, "BLOCK_ROWS", 16)
     fill_cache(cache, make_rows(40), shard_rows=9)
     mixture = cache.read_mixture("train")
     assert mixture.block_rows == 16

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.cache import mixture as mixture_module
-from dpo_cache.pipeline.cache import mixture_check, shard_writer
+from dpo_cache.pipeline.cache import mixture_check, mixture_table, shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.mixture import Mixture
 from dpo_cache.pipeline.cache.mixture_check import check_mixture
@@ -165,7 +164,7 @@ def test_places_beyond_a_shard_and_lengths_below_one_are_refused(cache: Referenc
 def test_memory_for_a_check_hardly_grows_with_the_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By less than half a key a pair: the table is never held at once. (What pyarrow holds is not counted.)"""
     monkeypatch.setattr(mixture_check, "ROWS_AT_ONCE", 512)
-    monkeypatch.setattr(mixture_module, "BLOCK_ROWS", 128)
+    monkeypatch.setattr(mixture_table, "BLOCK_ROWS", 128)
 
     def peak(num_rows: int) -> int:
         cache = make_cache(tmp_path / str(num_rows))

@@ -11,7 +11,7 @@ import dpo_cache
 import pytest
 from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.cache.mixture import MixtureRows
+from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
 from dpo_cache.pipeline.cache.pair_order import epoch_order
 
 

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pytest
 from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.cache import mixture as mixture_module
-from dpo_cache.pipeline.cache import row_reader, shard_file, shard_writer
+from dpo_cache.pipeline.cache import mixture_table, row_reader, shard_file, shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.example_key import example_key, key_at
-from dpo_cache.pipeline.cache.mixture import Mixture, MixtureRows
+from dpo_cache.pipeline.cache.mixture import Mixture
+from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
 from dpo_cache.pipeline.cache.pair_order import epoch_order
 from dpo_cache.pipeline.cache.pair_stream import PairStream
 from dpo_cache.pipeline.cache.row_group import RowGroup
@@ -28,7 +28,7 @@ from dpo_cache.pipeline.cache.shard_file import ShardReader
 
 @pytest.fixture
 def small_grain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixture_module, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(mixture_table, "BLOCK_ROWS", 16)
     monkeypatch.setattr(shard_writer, "MAX_ROW_GROUP_PAIRS", 8)
 
 
