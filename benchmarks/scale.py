@@ -1,33 +1,31 @@
 """What a cache of a million pairs costs: time, memory and bytes, beside one of a tenth of it.
 
     python benchmarks/scale.py
+    python benchmarks/scale.py --folder WORK --only build     one step at a time, going on where the last one ended
 
 The pairs are short and go through all of stage one but the model, whose values are made up. Each figure is taken by
 a process of its own; memory is what that process needed at most on top of what its imports take, without the files
-it has mapped. A table is appended to ``benchmarks/results/scale.md``.
+it has mapped. A table is kept in ``benchmarks/results/scale.md`` once every figure is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
 import synthetic_cache  # noqa: E402
+from command_line import benchmark_parser  # noqa: E402
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache  # noqa: E402
 from dpo_cache.pipeline.cache.mixture import Mixture  # noqa: E402
 from dpo_cache.pipeline.cache.mixture_check import check_mixture  # noqa: E402
@@ -37,10 +35,11 @@ from dpo_cache.stages.build import damaged_shards  # noqa: E402
 from dpo_cache.stages.build_config import BuildConfig  # noqa: E402
 from dpo_cache.stages.mixture_change import mixture_content  # noqa: E402
 from peak_memory import PeakMemory  # noqa: E402
-from result_table import processor_name  # noqa: E402
+from result_table import dated_section, keep_section, machine, markdown_table  # noqa: E402
 
-RESULTS = HERE / "results" / "scale.md"
 PAIRS_AT_ONCE = 128
+FIGURES = "figures.json"
+Figures = dict[str, Any]
 
 
 def main() -> None:
@@ -48,23 +47,29 @@ def main() -> None:
     if options.step:
         print(json.dumps(measured(STEPS[options.step], options.folder)))
         return
-    columns = []
-    for num_pairs in (options.num_pairs // 10, options.num_pairs):
-        with tempfile.TemporaryDirectory(prefix="dpo-cache-scale-", dir=options.folder) as folder:
-            columns.append(measure_all(Path(folder), num_pairs))
-    text = table(columns[0], columns[1], options.num_pairs)
-    print(text)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as results:
-        results.write(text + "\n")
+    if options.folder is not None:
+        measure_in(options.folder, options)
+        return
+    with tempfile.TemporaryDirectory(prefix="dpo-cache-scale-") as folder:
+        measure_in(Path(folder), options)
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-pairs", type=int, default=1_000_000)
-    parser.add_argument("--folder", type=Path, help="where there is room for half a gigabyte [default: the usual]")
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--sizes", type=int, nargs=2, default=(100_000, 1_000_000), metavar="PAIRS")
+    parser.add_argument("--folder", type=Path, help="keep caches and figures here [default: in a temporary folder]")
+    parser.add_argument("--only", nargs="+", choices=sorted(STEPS), help="measure these alone, again if need be")
+    parser.add_argument("--only-size", type=int, help="measure this size alone", metavar="PAIRS")
     parser.add_argument("--step", choices=sorted(STEPS), help=argparse.SUPPRESS)  # one figure, for the main process
     return parser.parse_args()
+
+
+def measure_in(folder: Path, options: argparse.Namespace) -> None:
+    for num_pairs in [options.only_size] if options.only_size else options.sizes:
+        measure(work_folder(folder, num_pairs), options.only)
+    columns = [known_figures(work_folder(folder, num_pairs)) for num_pairs in options.sizes]
+    if all(set(STEPS) <= set(figures) for figures in columns):
+        keep_section("scale", section(columns, options.sizes))
 
 
 # ---- the steps, each in a process of its own -----------------------------------------------------------------------
@@ -79,7 +84,7 @@ def plan_again(folder: Path) -> None:
     """All that a build does where nothing is left to score."""
     cache, _ = opened(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        known = cache.key_index(without=damaged_shards(cache))
+        known = cache.shards.key_index(without=damaged_shards(cache))
         collected = synthetic_cache.collect(folder, known=known, spool=Path(scratch) / "pairs.arrow")
     assert len(collected.waiting) == 0
     config = BuildConfig(model="made up", dataset=("pairs.jsonl",), cache=cache.path)
@@ -98,11 +103,28 @@ def train_through(folder: Path) -> None:
     stream.close()
 
 
+def info(folder: Path) -> None:
+    """The command, as people type it."""
+    command = [sys.executable, "-m", "dpo_cache", "info", str(folder / synthetic_cache.CACHE)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def sizes(folder: Path) -> dict[str, float]:
+    """No step that takes long: what lies on the disk."""
+    cache, mixture = opened(folder)
+    return {
+        "ids": sum(mixture.num_ids.values()) / mixture.num_pairs,
+        "shards": sum(path.stat().st_size for path in cache.shards.paths()) / mixture.num_pairs,
+        "table": mixture.table.num_bytes / mixture.num_pairs,
+    }
+
+
 STEPS: dict[str, Callable[[Path], object]] = {
     "build": synthetic_cache.build,
+    "info": info,
     "open": opened,
     "check": lambda folder: check_mixture(*opened(folder)),
-    "index": lambda folder: opened(folder)[0].key_index(),
+    "index": lambda folder: opened(folder)[0].shards.key_index(),
     "plan": plan_again,
     "stream": train_through,
 }
@@ -116,72 +138,81 @@ def measured(step: Callable[[Path], object], folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "mib": memory.growth, "peak_mib": memory.peak}
 
 
-# ---- the table -----------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------------------------
 
 
-def measure_all(folder: Path, num_pairs: int) -> dict[str, Any]:
-    synthetic_cache.write_pairs(folder, num_pairs)
-    figures: dict[str, Any] = {step: in_a_process(step, folder) for step in STEPS}
-    figures["info"] = seconds_of_info(folder)
-    cache, mixture = opened(folder)
-    figures["ids"] = sum(mixture.num_ids.values()) / num_pairs
-    figures["shards"] = sum(path.stat().st_size for path in cache.shard_paths()) / num_pairs
-    figures["table"] = mixture.table.num_bytes / num_pairs
-    figures["spread"] = float(np.mean([shard.num_rows for shard in mixture.shards]))
-    return figures
+def work_folder(folder: Path, num_pairs: int) -> Path:
+    """Where the pairs and the cache of this size lie; the pairs are written if they are not there."""
+    place = folder / str(num_pairs)
+    if not (place / synthetic_cache.PAIRS).exists():
+        place.mkdir(parents=True, exist_ok=True)
+        synthetic_cache.write_pairs(place, num_pairs)
+    return place
+
+
+def measure(folder: Path, only: list[str] | None) -> None:
+    """Take the figures that are missing, or those named."""
+    figures = known_figures(folder)
+    for step in only or [step for step in STEPS if step not in figures]:
+        if step == "build":
+            shutil.rmtree(folder / synthetic_cache.CACHE, ignore_errors=True)
+        figures[step] = in_a_process(step, folder)
+        (folder / FIGURES).write_text(json.dumps(figures), encoding="utf-8")
+
+
+def known_figures(folder: Path) -> Figures:
+    path = folder / FIGURES
+    figures: Figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return figures | (sizes(folder) if "build" in figures else {})
 
 
 def in_a_process(step: str, folder: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--step", step, "--folder", str(folder)]
     figures: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    print(f"{step}: {figures['seconds']:.1f} s, {figures['mib']:.0f} MiB", file=sys.stderr)
+    print(f"{folder.name}: {step}: {figures['seconds']:.1f} s, {figures['mib']:.0f} MiB", file=sys.stderr)
     return figures
 
 
-def seconds_of_info(folder: Path) -> float:
-    started = time.perf_counter()
-    command = [sys.executable, "-m", "dpo_cache", "info", str(folder / synthetic_cache.CACHE)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
+# ---- the table -----------------------------------------------------------------------------------------------------
 
 
-def table(small: dict[str, Any], large: dict[str, Any], num_pairs: int) -> str:
-    def row(name: str, unit: str, of: Callable[[dict[str, Any]], float], digits: int = 0) -> str:
-        few, many = of(small), of(large)
-        return f"| {name} | {few:,.{digits}f} {unit} | {many:,.{digits}f} {unit} | {many / few if few else 0:.2f} |"
+def section(columns: list[Figures], num_pairs: Sequence[int]) -> str:
+    """A Markdown section."""
 
-    def both(step: str, name: str) -> list[str]:
+    def row(name: str, of: Callable[[Figures], float], unit: str = "", digits: int = 0) -> list[str]:
+        few, many = map(of, columns)
+        texts = [f"{value:,.{digits}f} {unit}".strip() for value in (few, many)]
+        return [name, *texts, f"{many / few if few else 0:.2f}"]
+
+    def both(step: str, name: str, digits: int = 2) -> list[list[str]]:
         return [
-            row(name, "s", lambda figures: figures[step]["seconds"], 2),
-            row(f"{name}: memory", "MiB", lambda figures: figures[step]["mib"]),
+            row(name, lambda figures: figures[step]["seconds"], "s", digits),
+            row(f"{name}: memory", lambda figures: figures[step]["mib"], "MiB"),
         ]
 
-    lines = [
-        f"| {datetime.now(UTC):%Y-%m-%d} | {num_pairs // 10:,} pairs | {num_pairs:,} pairs | times |",
-        "| --- | ---: | ---: | ---: |",
-        row("`dpo-cache info`, a process", "s", lambda figures: figures["info"], 2),
-        row("open cache and mixture", "s", lambda figures: figures["open"]["seconds"], 3),
+    pairs_per_second = [count / figures["stream"]["seconds"] for count, figures in zip(num_pairs, columns, strict=True)]
+    rows = [
+        row("`dpo-cache info`, a process", lambda figures: figures["info"]["seconds"], "s", 2),
+        row("open cache and mixture", lambda figures: figures["open"]["seconds"], "s", 3),
         *both("check", "check before training"),
         *both("index", "index of keys"),
         *both("plan", "build with nothing left to score"),
         *both("build", "build but for the model"),
-        row("an epoch in training's order, pairs a second", "", lambda f: 0),
-        row("an epoch: memory", "MiB", lambda figures: figures["stream"]["mib"]),
-        row("an epoch: memory, imports and all", "MiB", lambda figures: figures["stream"]["peak_mib"]),
-        row("token ids of a pair", "", lambda figures: figures["ids"], 1),
-        row("bytes of a pair in shards", "", lambda figures: figures["shards"], 1),
-        row("bytes of a pair in the table", "", lambda figures: figures["table"], 1),
+        [
+            "an epoch, pairs a second",
+            *(f"{rate:,.0f}" for rate in pairs_per_second),
+            f"{pairs_per_second[1] / pairs_per_second[0]:.2f}",
+        ],
+        row("an epoch: memory", lambda figures: figures["stream"]["mib"], "MiB"),
+        row("an epoch: memory, imports and all", lambda figures: figures["stream"]["peak_mib"], "MiB"),
+        row("token ids of a pair", lambda figures: figures["ids"], digits=1),
+        row("bytes of a pair in shards", lambda figures: figures["shards"], digits=1),
+        row("bytes of a pair in the table", lambda figures: figures["table"], digits=1),
     ]
-    rates = [count / figures["stream"]["seconds"] for count, figures in ((num_pairs // 10, small), (num_pairs, large))]
-    place = next(number for number, line in enumerate(lines) if "pairs a second" in line)
-    lines[place] = f"| an epoch, pairs a second | {rates[0]:,.0f} | {rates[1]:,.0f} | {rates[1] / rates[0]:.2f} |"
-    return "\n".join(lines) + "\n\n" + circumstances() + "\n"
-
-
-def circumstances() -> str:
-    return (
-        f"{processor_name()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}. "
-        "Repeat with `python benchmarks/scale.py`."
+    return dated_section(
+        f"{num_pairs[1]:,} pairs",
+        markdown_table(("", *(f"{count:,} pairs" for count in num_pairs), "times"), rows),
+        f"{machine('pyarrow', 'numpy')}. Repeat with `python benchmarks/scale.py`.",
     )
 
 
