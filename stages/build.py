@@ -25,6 +25,7 @@ from torch.distributed import DistError
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.cache_json import CacheDescription
 from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.data.dataset_source import DatasetSource, DatasetSpec, open_dataset
 from ..pipeline.data.pair_tokenizer import PairTokenizer
@@ -106,7 +107,7 @@ class Build:
         cache = open_cache(self._config, self._reference, recorded=recorded_environment(self._reference))
         with cache.building(self._config.mixture), scratch_folder(cache.path / "tmp") as scratch:
             damaged = damaged_shards(cache)
-            collected = self._collect(cache.key_index(without=damaged), scratch)
+            collected = self._collect(cache.shards.key_index(without=damaged), scratch)
             content = mixture_content(cache, self._config, collected, warn=say)
             outcome = self._score(cache, collected, scratch, job)
             wait_until_visible(cache, outcome.shards)
@@ -118,7 +119,7 @@ class Build:
         if (self._config.cache / "cache.json").exists():
             cache = ReferenceCache.open(self._config.cache)
             cache.require_reference(self._reference.identity)
-            known = cache.key_index(without=damaged_shards(cache))
+            known = cache.shards.key_index(without=damaged_shards(cache))
         with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
             collected = self._collect(known, Path(scratch))
         return self._report(collected, ScoringOutcome(), training_pairs=len(collected.rows))
@@ -213,7 +214,8 @@ def open_cache(config: BuildConfig, reference: BuildReference, *, recorded: dict
     """
     vocabulary = PairTokenizer(reference.tokenization).description()["vocabulary_sha256"]
     cache = ReferenceCache.create(
-        config.cache, identity=reference.identity, recorded=recorded, vocabulary_sha256=vocabulary
+        config.cache,
+        CacheDescription(identity=reference.identity, vocabulary_sha256=vocabulary, recorded=recorded),
     )
     if cache.vocabulary_sha256 != vocabulary:
         say(
@@ -257,7 +259,7 @@ def recorded_environment(reference: BuildReference) -> dict[str, Any]:
 
 def damaged_shards(cache: ReferenceCache) -> list[Path]:
     """Shards that cannot be relied on, each named; their pairs are scored again."""
-    survey = cache.usable_shards()
+    survey = cache.shards.survey()
     for shard in survey.unusable:
         say(f"warning: {shard.path.name} is not used: {shard.reason}")
     return [shard.path for shard in survey.unusable]
@@ -270,7 +272,7 @@ def wait_until_visible(cache: ReferenceCache, shards: Collection[str]) -> None:
         DpoCacheError: Some are still not there after two minutes.
     """
     deadline = time.monotonic() + VISIBLE_WITHIN_S
-    while hidden := set(shards) - {path.name for path in cache.shard_paths()}:
+    while hidden := set(shards) - {path.name for path in cache.shards.paths()}:
         if time.monotonic() > deadline:
             raise DpoCacheError(
                 f"{len(hidden)} shards that scoring processes wrote are not to be seen in {cache.path}: {min(hidden)}",

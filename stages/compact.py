@@ -59,13 +59,13 @@ def compact(path: Path) -> CompactReport:
     """
     cache = ReferenceCache.open(path)
     with cache.maintaining("compacting"):
-        survey = cache.usable_shards()
+        survey = cache.shards.survey()
         if survey.unusable:
             raise DpoCacheError(
                 f"{len(survey.unusable)} shards of {path} cannot be used, the first: {survey.unusable[0].reason}",
                 next_step=f"dpo-cache verify {path} --repair",
             )
-        index = cache.key_index()
+        index = cache.shards.key_index()
         outdated = _rewrite_shards(cache, index)
         moved = _move_mixtures(cache, outdated)
         for shard in outdated:
@@ -74,7 +74,7 @@ def compact(path: Path) -> CompactReport:
             cache=str(path),
             dropped_rows=index.num_duplicates,
             shards_before=len(index.shards),
-            shards_after=len(cache.shard_paths()),
+            shards_after=len(cache.shards.paths()),
             rewritten_mixtures=moved,
         )
 
@@ -86,13 +86,13 @@ def _rewrite_shards(cache: ReferenceCache, index: KeyIndex) -> list[Path]:
         kept_rows = index.rows[index.shard_numbers == number]
         if len(kept_rows) == shard.num_rows:
             continue
-        path = cache.path / "shards" / shard.file_name
+        path = cache.shards.path_of(shard)
         is_kept = np.zeros(shard.num_rows, dtype=np.bool_)
         is_kept[kept_rows] = True
         kept: list[ScoredPair] = [row for row, keep in zip(iterate_shard(path), is_kept, strict=True) if keep]
         if kept:
-            with cache.open_shard(path) as reader:
-                cache.write_shard(kept, recorded=reader.recorded)
+            with cache.shards.open(path) as reader:
+                cache.shards.write(kept, recorded=reader.recorded)
         outdated.append(path)
     return outdated
 
@@ -100,7 +100,7 @@ def _rewrite_shards(cache: ReferenceCache, index: KeyIndex) -> list[Path]:
 def _move_mixtures(cache: ReferenceCache, outdated: list[Path]) -> list[str]:
     """Let mixtures that name an outdated shard name the others instead."""
     gone = {path.name for path in outdated}
-    index = cache.index_of(path for path in cache.shard_paths() if path not in outdated)
+    index = cache.shards.index_of(path for path in cache.shards.paths() if path not in outdated)
     moved = []
     for name in cache.mixture_names():
         mixture = cache.read_mixture(name)

@@ -129,7 +129,7 @@ def explain(config: BuildConfig) -> ExplainReport:
     quiet_libraries()
     cache = ReferenceCache.open(config.cache)
     reference = resolve_reference(config)
-    known = cache.key_index(without=damaged_shards(cache))
+    known = cache.shards.key_index(without=damaged_shards(cache))
     with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
         collected = collect_datasets(config, reference, open_datasets(config), known=known, scratch=Path(scratch))
     is_known = known.find(collected.rows.example_keys) >= 0

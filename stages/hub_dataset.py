@@ -100,7 +100,7 @@ class HubDataset:
         done = 0
         with Progress(num_bytes(shards), unit="B", title=f"push {self._repo_id}") as progress:
             for batch in _batches(shards):
-                paths = [cache.path / "shards" / shard.file_name for shard in batch]
+                paths = [cache.shards.path_of(shard) for shard in batch]
                 for path in paths:
                     verify_shard(path)
                 files = [*self._cache_json(cache), *paths]

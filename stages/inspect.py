@@ -79,7 +79,7 @@ def inspect_cache(location: Location) -> CacheReport:
             named = distinct_shards(mixtures.values())
             shards, shard_bytes = len(named), num_bytes(named)
         else:
-            paths = cache.shard_paths()
+            paths = cache.shards.paths()
             shards, shard_bytes = len(paths), sum(path.stat().st_size for path in paths)
         return CacheReport(
             path=location,

@@ -15,7 +15,7 @@ import numpy as np
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.durable_file import make_folder_durably
 from ..pipeline.cache.mixture import Mixture
-from ..pipeline.cache.remote_cache import RemoteCache, distinct_shards, num_bytes
+from ..pipeline.cache.remote_cache import RemoteCache, distinct_shards, fetch_description, num_bytes
 from ..pipeline.cache.remote_files import RemoteFiles
 from ..pipeline.cache.shard_file import ShardRef
 from .location import Location, is_address
@@ -38,16 +38,10 @@ def local_copy(location: Location, mixture_names: Sequence[str] | None = None) -
     if not is_address(location):
         return Path(location)
     files = RemoteFiles.open(str(location))
-    with tempfile.TemporaryDirectory() as look:
-        described = RemoteCache(files, Path(look)).cache
+    description = fetch_description(files)
     home = _home()
-    folder = home / _folder_name(files.address, described.reference_id)
-    copy = ReferenceCache.create(
-        folder,
-        identity=described.identity,
-        recorded=described.recorded,
-        vocabulary_sha256=described.vocabulary_sha256,
-    )
+    folder = home / _folder_name(files.address, description.identity.digest)
+    copy = ReferenceCache.create(folder, description)
     with copy.fetching() as fetched:
         remote = RemoteCache(files, fetched)
         names = mixture_names or remote.mixture_names()
@@ -103,7 +97,7 @@ def _is_whole(copy: ReferenceCache, mixture: Mixture) -> bool:
         pointer.is_file()
         and pointer.read_bytes() == theirs.read_bytes()
         and (copy.path / "mixtures" / mixture.table.path.name).is_file()
-        and all((copy.path / "shards" / shard.file_name).is_file() for shard in mixture.shards)
+        and all(copy.shards.path_of(shard).is_file() for shard in mixture.shards)
     )
 
 

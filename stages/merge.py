@@ -75,12 +75,7 @@ def merge(source_paths: Sequence[Path], path: Path) -> MergeReport:
     sources = [ReferenceCache.open(source) for source in source_paths]
     for source in sources:
         _require_reference_of(sources[0], source)
-    cache = ReferenceCache.create(
-        path,
-        identity=sources[0].identity,
-        recorded=sources[0].recorded,
-        vocabulary_sha256=sources[0].vocabulary_sha256,
-    )
+    cache = ReferenceCache.create(path, sources[0].description)
     parts = [
         _Part(cache=source, mixture=source.read_mixture(name)) for source in sources for name in source.mixture_names()
     ]
@@ -94,7 +89,7 @@ def merge(source_paths: Sequence[Path], path: Path) -> MergeReport:
             copied, left = _copy_shards(source, cache)
             shards += copied
             warnings += left
-        index = cache.key_index(without=[shard.path for shard in cache.usable_shards().unusable])
+        index = cache.shards.key_index(without=[shard.path for shard in cache.shards.survey().unusable])
         for name, content in united.items():
             if content.is_new:
                 cache.write_mixture(
@@ -183,11 +178,11 @@ def _numbered(sources: Sequence[dict[str, Any]]) -> list[tuple[bytes, int]]:
 def _copy_shards(source: ReferenceCache, cache: ReferenceCache) -> tuple[int, list[str]]:
     """Copy what is sound; what a mixture needs has to be."""
     needed = {shard.file_name for name in source.mixture_names() for shard in source.read_mixture(name).shards}
-    paths, warnings = source.shard_paths(), []
+    paths, warnings = source.shards.paths(), []
     with Progress(len(paths), unit="shard", title=f"copy {source.path}") as progress:
         for done, path in enumerate(paths, start=1):
             try:
-                cache.import_shard(path)
+                cache.shards.import_copy(path)
             except DpoCacheError as error:
                 if path.name in needed:
                     raise

@@ -61,7 +61,7 @@ class MixtureContent:
         cache.write_mixture(
             name,
             self.rows,
-            key_index=cache.key_index(without=without),
+            key_index=cache.shards.key_index(without=without),
             tokenization=self.tokenization,
             sources=self.sources,
             dropped=self.dropped,
@@ -94,7 +94,7 @@ def mixture_content(
             raise
         warn(f"warning: mixture {config.mixture} is written anew: {error.found}")
         return content
-    is_whole = {shard.file_name for shard in existing.shards} <= {path.name for path in cache.shard_paths()}
+    is_whole = {shard.file_name for shard in existing.shards} <= {path.name for path in cache.shards.paths()}
     if config.extend:
         extended = _extended(existing, content)
         return replace(extended, is_new=extended.is_new or not is_whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import Any
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
-from ..pipeline.cache.remote_cache import RemoteCache, distinct_shards, num_bytes
+from ..pipeline.cache.remote_cache import RemoteCache, distinct_shards, fetch_description, num_bytes
 from ..pipeline.cache.remote_files import RemoteFiles
 from .location import is_address
 from .progress import Progress
@@ -77,14 +76,7 @@ def pull(
     """
     address = _address(source, revision)
     files = RemoteFiles.open(address)
-    with tempfile.TemporaryDirectory() as look:
-        described = RemoteCache(files, Path(look)).cache
-    cache = ReferenceCache.create(
-        path,
-        identity=described.identity,
-        recorded=described.recorded,
-        vocabulary_sha256=described.vocabulary_sha256,
-    )
+    cache = ReferenceCache.create(path, fetch_description(files))
     with ExitStack() as held:
         remote = RemoteCache(files, held.enter_context(cache.fetching()))
         names = list(dict.fromkeys(mixture_names)) or remote.mixture_names()

@@ -223,7 +223,7 @@ class ScoringWorker:
         shard = None
         if usable:
             recorded = {"layout": str(self._layout), "device": self._device.type}
-            shard = self._cache.write_shard(usable, recorded=recorded).file_name
+            shard = self._cache.shards.write(usable, recorded=recorded).file_name
         self._finishing.finish(number, shard)
 
 

@@ -154,7 +154,7 @@ def _find_row(cache: ReferenceCache, key: str) -> ScoredPair:
     wanted = key.lower()
     if not wanted or len(wanted) > KEY_LETTERS or set(wanted) - set("0123456789abcdef"):
         raise DpoCacheError(f"--key {key[:100]} is no key", expected="up to 64 hexadecimal digits")
-    index = cache.key_index()
+    index = cache.shards.key_index()
     first, last = (
         np.searchsorted(index.keys, np.bytes_(bytes.fromhex(wanted.ljust(KEY_LETTERS, fill)))) for fill in "0f"
     )
@@ -166,7 +166,7 @@ def _find_row(cache: ReferenceCache, key: str) -> ScoredPair:
         )
     place = int(index.find(np.array(found, dtype=index.keys.dtype))[0])
     shard = index.shards[int(index.shard_numbers[place])]
-    (row,) = read_shard_rows(cache.path / "shards" / shard.file_name, [int(index.rows[place])])
+    (row,) = read_shard_rows(cache.shards.path_of(shard), [int(index.rows[place])])
     return row
 
 

@@ -123,7 +123,7 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
     with cache.building(config.mixture), scratch_folder(cache.path / "tmp") as scratch:
         damaged = damaged_shards(cache)
         datasets = open_datasets(config)
-        known = cache.key_index(without=damaged)
+        known = cache.shards.key_index(without=damaged)
         collected = collect_datasets(config, reference, datasets, known=known, scratch=scratch)
         content = mixture_content(cache, config, collected, warn=say)
         if source.keys is None:
@@ -211,7 +211,7 @@ class _WaitingValues:
                 places = self.found[order[unit.start : unit.stop]]
                 pairs = self._spool.read(places.tolist())
                 rows = [self._row(pair, place) for pair, place in zip(pairs, places, strict=True)]
-                cache.write_shard(rows, recorded=recorded)
+                cache.shards.write(rows, recorded=recorded)
                 progress.reach(unit.stop)
 
     def refuse_missing(self, path: Path, config: ImportConfig) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import DpoCacheError
-from ..pipeline.cache.cache_folder import MAX_CACHE_JSON_BYTES, ReferenceCache
+from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.cache_json import MAX_CACHE_JSON_BYTES
 from ..pipeline.cache.canonical_json import read_sealed_json
 from ..pipeline.cache.durable_file import make_folder_durably, remove_durably
 from ..pipeline.cache.example_key import Keys, example_key, key_at

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.cache.cache_json import CacheDescription
 from dpo_cache.pipeline.cache.example_key import example_key, keys_array, prompt_hash_prefix
 from dpo_cache.pipeline.cache.mixture import Mixture
 from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
@@ -32,7 +33,8 @@ def make_identity(**changes: object) -> ReferenceIdentity:
 def make_cache(path: Path, **changes: object) -> ReferenceCache:
     """An empty cache."""
     return ReferenceCache.create(
-        path, identity=make_identity(**changes), recorded={"model": "made up"}, vocabulary_sha256="b" * 64
+        path,
+        CacheDescription(identity=make_identity(**changes), recorded={"model": "made up"}, vocabulary_sha256="b" * 64),
     )
 
 
@@ -92,11 +94,11 @@ def mixture_rows(rows: Sequence[ScoredPair], *, source: int = 0) -> MixtureRows:
 def fill_cache(cache: ReferenceCache, rows: Sequence[ScoredPair], *, shard_rows: int, name: str = "train") -> Mixture:
     """Write rows as shards of ``shard_rows`` and a mixture of all of them."""
     for start in range(0, len(rows), shard_rows):
-        cache.write_shard(rows[start : start + shard_rows])
+        cache.shards.write(rows[start : start + shard_rows])
     return cache.write_mixture(
         name,
         mixture_rows(rows),
-        key_index=cache.key_index(),
+        key_index=cache.shards.key_index(),
         tokenization={"tokenizer": "made up"},
         sources=[{"path": "made up"}],
         dropped={"empty-answer": 3},

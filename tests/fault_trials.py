@@ -93,7 +93,7 @@ def next_build_fails(cache: Path) -> list[str]:
         found = read_everything(cache)["train"]
         if set(found.tolist()) != {row.key.rstrip(b"\0") for row in ROWS} or len(found) != len(ROWS):
             return ["the next build is not complete"]
-        return [f"{built.path.name}: {reason.reason}" for reason in built.usable_shards().unusable]
+        return [f"{built.path.name}: {reason.reason}" for reason in built.shards.survey().unusable]
     except DpoCacheError as error:
         return [f"the next build fails: {error.found}"]
 
@@ -121,7 +121,7 @@ def kills(folder: Path, tries: int, *, seed: int = 0) -> Trials:
                 trials.expect_none(said + faults_of(cache, claims, later=intended))
             [end] = processes.build(order)
             claims += end.claims
-            index = ReferenceCache.open(cache).key_index()
+            index = ReferenceCache.open(cache).shards.key_index()
             twice = [f"{index.num_duplicates} rows were scored twice"] if index.num_duplicates else []
             trials.faults += (found := faults_of(cache, claims) + twice + ([end.said] if end.code else []))
             trials.lost += bool(found)
@@ -263,7 +263,7 @@ def builders_at_once(folder: Path, number: int, *, overlapping: bool) -> Trials:
         union.update(asked)
         if sorted(found[build.mixture].tolist()) != asked:
             said.append(f"mixture {build.mixture} lacks rows or has some twice")
-    index = ReferenceCache.open(cache).key_index()
+    index = ReferenceCache.open(cache).shards.key_index()
     if set(index.keys.tolist()) != union:
         said.append("rows are lost")
     trials.expect_none(said)
@@ -452,8 +452,8 @@ def read_as_a_stranger(cache: Path) -> bool:
     """Go through everything that opens a cache; False where it was refused as it must be."""
     try:
         opened = ReferenceCache.open(cache)
-        opened.usable_shards()
-        opened.key_index()
+        opened.shards.survey()
+        opened.shards.key_index()
         read_everything(cache)
     except DpoCacheError:
         return False
@@ -518,10 +518,10 @@ def stray_shards(folder: Path) -> Trials:
     whole_build(folder / "ours").run()
     other = make_cache(folder / "other", attention="eager")
     for start in range(0, len(ROWS), 4):
-        stray = other.write_shard(ROWS[start : start + 4])
+        stray = other.shards.write(ROWS[start : start + 4])
         shutil.copy(other.path / "shards" / stray.file_name, folder / "ours" / "shards")
         ours = ReferenceCache.open(folder / "ours")
-        said = [] if len(ours.usable_shards().unusable) == start // 4 + 1 else ["not noticed"]
+        said = [] if len(ours.shards.survey().unusable) == start // 4 + 1 else ["not noticed"]
         try:
             read_everything(ours.path)
         except DpoCacheError as error:

@@ -52,13 +52,13 @@ class StubBuild:
         cache = make_cache(self.cache)
         claimed(["cache"])
         with cache.building(self.mixture):
-            unusable = [shard.path for shard in cache.usable_shards().unusable]
-            known = cache.key_index(without=unusable)
+            unusable = [shard.path for shard in cache.shards.survey().unusable]
+            known = cache.shards.key_index(without=unusable)
             missing = [row for row in self.rows if row.key not in known]
             for start in range(0, len(missing), self.unit_rows):
-                shard = cache.write_shard(missing[start : start + self.unit_rows])
+                shard = cache.shards.write(missing[start : start + self.unit_rows])
                 claimed(["shard", shard.sha256])
-            if not self._is_up_to_date(cache, {shard.sha256 for shard in cache.usable_shards().usable}):
+            if not self._is_up_to_date(cache, {shard.sha256 for shard in cache.shards.survey().usable}):
                 self._point_at(cache, len(self.rows) // 2, unusable, claimed)
                 self._point_at(cache, len(self.rows), unusable, claimed)
             claimed(["mixture", self.mixture, cache.read_mixture(self.mixture).digest])
@@ -84,7 +84,7 @@ class StubBuild:
         mixture = cache.write_mixture(
             self.mixture,
             mixture_rows(self.rows[:num_rows]),
-            key_index=cache.key_index(without=unusable),
+            key_index=cache.shards.key_index(without=unusable),
             tokenization={},
             sources=[{"path": "made up"}],
             dropped={},
@@ -125,12 +125,12 @@ def faults_of(path: Path, claims: list[Claim], *, later: list[Claim] | None = No
     found: list[str] = []
     try:
         cache = ReferenceCache.open(path)
-        found += [shard.reason for shard in cache.usable_shards().unusable]
+        found += [shard.reason for shard in cache.shards.survey().unusable]
         read_everything(path)
         digests = {name: cache.read_mixture(name).digest for name in cache.mixture_names()}
     except DpoCacheError as error:
         return [*found, error.found]
-    shards = {shard.stem for shard in cache.shard_paths()}
+    shards = {shard.stem for shard in cache.shards.paths()}
     found += [f"shard {claim[1]} is lost" for claim in claims if claim[0] == "shard" and claim[1] not in shards]
     for name, digest in {claim[1]: claim[2] for claim in claims if claim[0] == "mixture"}.items():
         accepted = {digest} | {claim[2] for claim in later or [] if claim[:2] == ["mixture", name]}

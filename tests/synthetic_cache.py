@@ -51,11 +51,11 @@ def build(folder: Path) -> ReferenceCache:
     spool = PairSpool(spool_path)
     order, units = cut_units(collected.waiting, num_workers=2)
     for unit in units:
-        cache.write_shard([_made_up(pair) for pair in spool.read(order[unit.start : unit.stop])])
+        cache.shards.write([_made_up(pair) for pair in spool.read(order[unit.start : unit.stop])])
     cache.write_mixture(
         "train",
         collected.rows,
-        key_index=cache.key_index(),
+        key_index=cache.shards.key_index(),
         tokenization=collected.tokenization,
         sources=collected.sources,
         dropped=collected.dropped,

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import DpoCacheError
 from ..data.token_pair import TokenPair
-from .canonical_json import BrokenSealError, JsonObject, read_sealed_json, take, write_sealed_json
-from .durable_file import adopt_durably, make_folder_durably, remove_durably, settle_folder, write_durably
+from .cache_json import CacheDescription, is_damaged, read_description, write_description
+from .canonical_json import JsonObject
+from .durable_file import make_folder_durably, remove_durably, settle_folder, write_durably
 from .example_key import KEY_BYTES, example_key
 from .folder_lock import building_lock, creation_lock, fetching_lock, maintenance_lock, training_lock
-from .key_index import KeyIndex, build_key_index
+from .key_index import KeyIndex
 from .mixture import MIXTURE_NAME, Mixture, check_name, read_mixture, write_mixture, write_pointer
 from .mixture_rows import MixtureRows
 from .pair_lookup import PairLookup
@@ -29,29 +27,11 @@ from .pair_stream import PairStream
 from .parquet_file import reading
 from .reference_identity import ReferenceIdentity, differences
 from .scored_pair import ScoredPair
-from .shard_file import FORMAT_VERSION, SHARD_NAME, ShardReader, ShardRef, verify_shard
-from .shard_writer import write_shard
+from .shard_file import ShardReader
+from .shard_folder import ShardFolder, verified_chunks
 
-MAX_CACHE_JSON_BYTES = 4 << 20
 _SUBFOLDERS = ("shards", "mixtures", "tmp")
-_COPY_BYTES = 1 << 20
 _READ_PAIRS = 1024
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnusableShard:
-    """A file in ``shards/`` that this cache cannot use, and why."""
-
-    path: Path
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardSurvey:
-    """What a look at every byte of ``shards/`` found."""
-
-    usable: list[ShardRef]
-    unusable: list[UnusableShard]
 
 
 class ReferenceCache:
@@ -63,22 +43,22 @@ class ReferenceCache:
         reference_id: The identity's digest, which every shard and mixture repeats.
         vocabulary_sha256: The vocabulary of the first build's tokenizer.
         recorded: What stood beside the identity when the cache was made: names, revisions, versions.
+        description: All of these, as ``cache.json`` has them.
+        shards: The shards.
     """
 
-    def __init__(
-        self, path: Path, *, identity: ReferenceIdentity, vocabulary_sha256: str, recorded: JsonObject
-    ) -> None:
+    def __init__(self, path: Path, description: CacheDescription) -> None:
         self.path = path
-        self.identity = identity
-        self.reference_id = identity.digest
-        self.vocabulary_sha256 = vocabulary_sha256
-        self.recorded = recorded
+        self.description = description
+        self.identity = description.identity
+        self.reference_id = description.identity.digest
+        self.vocabulary_sha256 = description.vocabulary_sha256
+        self.recorded = description.recorded
+        self.shards = ShardFolder(path, description.identity)
         self._lookup: PairLookup | None = None
 
     @classmethod
-    def create(
-        cls, path: Path, *, identity: ReferenceIdentity, recorded: JsonObject, vocabulary_sha256: str
-    ) -> ReferenceCache:
+    def create(cls, path: Path, description: CacheDescription) -> ReferenceCache:
         """Make a cache, or open the one that stands there if it is of the same reference.
 
         Once this returns, everything visible in it survives a power cut, whoever wrote it. A damaged
@@ -94,20 +74,10 @@ class ReferenceCache:
             _refuse_link(path / name)
             make_folder_durably(path / name)
         with creation_lock(path / "tmp"):
-            if not (path / "cache.json").exists() or _is_damaged_cache_of(path, identity):
-                write_sealed_json(
-                    path / "cache.json",
-                    {
-                        "format_version": FORMAT_VERSION,
-                        "reference_id": identity.digest,
-                        "identity": identity.to_json(),
-                        "vocabulary_sha256": vocabulary_sha256,
-                        "recorded": recorded,
-                    },
-                    temporary_folder=path / "tmp",
-                )
+            if not (path / "cache.json").exists() or _is_damaged_cache_of(path, description.identity):
+                write_description(path, description)
         cache = cls.open(path)
-        cache.require_reference(identity)
+        cache.require_reference(description.identity)
         for folder in (path, path / "shards", path / "mixtures"):
             settle_folder(folder)
         return cache
@@ -120,30 +90,14 @@ class ReferenceCache:
             DpoCacheError: There is none, its ``cache.json`` is damaged, or its format version is unknown.
         """
         path = Path(path)
-        source = path / "cache.json"
-        if not source.exists():
+        if not (path / "cache.json").exists():
             raise DpoCacheError(
                 f"there is no cache in {path}: cache.json is missing",
                 next_step=f"make one with: dpo-cache build --cache {path} --model … --dataset …",
             )
         for name in _SUBFOLDERS:
             _refuse_link(path / name)
-        described = read_sealed_json(source, max_bytes=MAX_CACHE_JSON_BYTES)
-        if described.get("format_version") != FORMAT_VERSION:
-            raise DpoCacheError(
-                f"{source} has format version {str(described.get('format_version'))[:20]}",
-                expected=f"version {FORMAT_VERSION}",
-                next_step="use the dpo-cache that wrote it, or build again in another folder",
-            )
-        identity = ReferenceIdentity.from_json(take(described, "identity", dict, source=source), source=source)
-        if described.get("reference_id") != identity.digest:
-            raise DpoCacheError(f"{source}: 'reference_id' is not the digest of 'identity'")
-        return cls(
-            path,
-            identity=identity,
-            vocabulary_sha256=take(described, "vocabulary_sha256", str, source=source),
-            recorded=take(described, "recorded", dict, source=source),
-        )
+        return cls(path, read_description(path))
 
     def require_reference(self, identity: ReferenceIdentity) -> None:
         """Refuse another reference, naming each field that differs with both its values."""
@@ -234,88 +188,6 @@ class ReferenceCache:
             )
         return self.find(example_key(pair))
 
-    # ---- shards ------------------------------------------------------------------------------------------------------
-
-    def shard_paths(self) -> list[Path]:
-        """The shards by ascending digest, which is the order in which duplicate keys resolve."""
-        return [path for path in self._shard_entries() if SHARD_NAME.fullmatch(path.name)]
-
-    def write_shard(self, rows: Sequence[ScoredPair], *, recorded: Mapping[str, Any] | None = None) -> ShardRef:
-        """Write one finished unit; see :func:`~.shard_writer.write_shard`."""
-        return write_shard(
-            self.path / "shards",
-            rows,
-            reference_id=self.reference_id,
-            scoring_version=self.identity.scoring_version,
-            recorded=recorded or {},
-            temporary_folder=self.path / "tmp",
-        )
-
-    def import_shard(self, source: Path) -> ShardRef:
-        """Copy another folder's shard of the same reference, verifying its digest on the way.
-
-        Raises:
-            DpoCacheError: It is damaged, of another reference or format, or its name is no digest.
-        """
-        shard = self._shard_ref(source)
-        destination = self.path / "shards" / source.name
-        if source.resolve() != destination.resolve():
-            write_durably(destination, _verified_chunks(source), temporary_folder=self.path / "tmp")
-        return shard
-
-    def adopt_shard(self, fetched: Path) -> ShardRef:
-        """Take over a shard that was fetched into ``tmp/``: it becomes visible once it is verified and durable.
-
-        Raises:
-            DpoCacheError: It is damaged, of another reference or format, or its name is no digest.
-        """
-        verify_shard(fetched)
-        shard = self._shard_ref(fetched)
-        adopt_durably(fetched, self.path / "shards" / fetched.name)
-        return shard
-
-    def key_index(self, *, without: Collection[Path] = ()) -> KeyIndex:
-        """Where each key stands. Of the shards only footers and keys are read.
-
-        Args:
-            without: Shards that :meth:`usable_shards` found unusable. One that has been written anew since, as
-                scoring its rows again does, counts.
-
-        Raises:
-            DpoCacheError: A shard cannot be read or belongs to another reference; :meth:`usable_shards` finds
-                those that can.
-        """
-        return self.index_of(
-            path for path in self.shard_paths() if path not in without or isinstance(self._examine(path), ShardRef)
-        )
-
-    def index_of(self, paths: Iterable[Path]) -> KeyIndex:
-        """Where each key of these shards stands."""
-        indexed = []
-        for path in paths:
-            with self.open_shard(path) as shard:
-                indexed.append((_ref_of(shard), shard.keys()))
-        return build_key_index(indexed)
-
-    def open_shard(self, path: Path) -> ShardReader:
-        """Open a shard, refusing one of another reference."""
-        shard = ShardReader(path)
-        if shard.reference_id != self.reference_id:
-            shard.close()
-            raise DpoCacheError(
-                f"{path} belongs to the reference {shard.reference_id[:16]}…",
-                expected=f"{self.reference_id[:16]}…, the reference of {self.path}",
-            )
-        return shard
-
-    def usable_shards(self) -> ShardSurvey:
-        """Hash every shard and open it: which ones can be relied on, and what is wrong with the others."""
-        found = [self._examine(path) for path in self._shard_entries()]
-        return ShardSurvey(
-            usable=[shard for shard in found if isinstance(shard, ShardRef)],
-            unusable=[shard for shard in found if isinstance(shard, UnusableShard)],
-        )
-
     # ---- mixtures and locks ------------------------------------------------------------------------------------------
 
     def mixture_names(self) -> list[str]:
@@ -374,13 +246,13 @@ class ReferenceCache:
         """
         if mixture.reference_id != self.reference_id:
             raise DpoCacheError(f"mixture {mixture.name} belongs to another reference")
-        here = {path.name for path in self.shard_paths()}
+        here = {path.name for path in self.shards.paths()}
         missing = [shard.sha256 for shard in mixture.shards if shard.file_name not in here]
         if missing:
             raise DpoCacheError(f"{len(missing)} shards of mixture {mixture.name} are missing: {missing[0]}, …")
         mixture.table.verify()
         destination = self.path / "mixtures" / mixture.table.path.name
-        write_durably(destination, _verified_chunks(mixture.table.path), temporary_folder=self.path / "tmp")
+        write_durably(destination, verified_chunks(mixture.table.path), temporary_folder=self.path / "tmp")
         write_pointer(self.path, mixture)
 
     def retire_mixture(self, name: str) -> None:
@@ -420,37 +292,6 @@ class ReferenceCache:
         make_folder_durably(self.path / "tmp")  # a copy of a cache may lack a folder that was empty
         return maintenance_lock(self.path / "tmp", work)
 
-    def _examine(self, path: Path) -> ShardRef | UnusableShard:
-        try:
-            verify_shard(path)
-            return self._shard_ref(path)
-        except DpoCacheError as error:
-            return UnusableShard(path=path, reason=error.found)
-
-    def _shard_ref(self, path: Path) -> ShardRef:
-        with self.open_shard(path) as shard:
-            return _ref_of(shard)
-
-    def _shard_entries(self) -> list[Path]:
-        folder = self.path / "shards"
-        with reading(folder):
-            return sorted(folder.iterdir()) if folder.exists() else []
-
-
-def _ref_of(shard: ShardReader) -> ShardRef:
-    return ShardRef(sha256=shard.path.stem, num_rows=shard.num_rows, num_bytes=shard.num_bytes)
-
-
-def _verified_chunks(source: Path) -> Iterator[bytes]:
-    """The bytes of a file named by its digest; raises at the end if they were not those."""
-    digest = hashlib.sha256()
-    with reading(source), source.open("rb") as stream:
-        while chunk := stream.read(_COPY_BYTES):
-            digest.update(chunk)
-            yield chunk
-    if digest.hexdigest() != source.stem:
-        raise DpoCacheError(f"{source} is damaged: its bytes have the SHA-256 {digest.hexdigest()}")
-
 
 def _refuse_other_content(path: Path) -> None:
     """A folder that is neither empty nor a cache was named by mistake."""
@@ -469,11 +310,10 @@ def _refuse_other_content(path: Path) -> None:
 
 def _is_damaged_cache_of(path: Path, identity: ReferenceIdentity) -> bool:
     """Whether ``cache.json`` is damaged and every shard that can be read is of this reference."""
-    try:
-        read_sealed_json(path / "cache.json", max_bytes=MAX_CACHE_JSON_BYTES)
-    except BrokenSealError:
-        return {_reference_of(shard) for shard in (path / "shards").iterdir()} <= {identity.digest, None}
-    return False
+    if not is_damaged(path):
+        return False
+    references = {_reference_of(shard) for shard in (path / "shards").iterdir()}
+    return references <= {identity.digest, None}
 
 
 def _reference_of(shard: Path) -> str | None:

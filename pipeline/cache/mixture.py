@@ -17,11 +17,12 @@ from ...errors import DpoCacheError
 from .canonical_json import JsonObject, read_sealed_json, take, write_sealed_json
 from .durable_file import settle_folder
 from .example_key import Keys, name_keys
+from .format_version import FORMAT_VERSION, require_format_version
 from .key_index import KeyIndex
 from .mixture_rows import MixtureRows
 from .mixture_table import MixtureTable, training_set_digest, write_table
 from .parquet_file import KEY_COLUMN
-from .shard_file import FORMAT_VERSION, ShardRef
+from .shard_file import ShardRef
 
 MAX_POINTER_BYTES = 64 << 20
 MIXTURE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -164,12 +165,7 @@ def read_mixture(cache_path: Path, name: str) -> Mixture:
     check_name(name)
     path = cache_path / "mixtures" / f"{name}.json"
     pointer = read_sealed_json(path, max_bytes=MAX_POINTER_BYTES)
-    if pointer.get("format_version") != FORMAT_VERSION:
-        raise DpoCacheError(
-            f"{path} has format version {str(pointer.get('format_version'))[:20]}",
-            expected=f"version {FORMAT_VERSION}",
-            next_step="use the dpo-cache that wrote it, or build again",
-        )
+    require_format_version(pointer.get("format_version"), path)
     if pointer.get("name") != name:
         raise DpoCacheError(f"{path} holds the mixture {str(pointer.get('name'))[:128]!r}, not {name!r}")
     table = take(pointer, "table", dict, source=path)

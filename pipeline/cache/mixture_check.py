@@ -65,7 +65,7 @@ def check_common_values(cache: ReferenceCache, mixture: Mixture) -> None:
     """
     unknown = 0
     for _, path, _, rows in _by_shard(cache, mixture):
-        with cache.open_shard(path) as reader:
+        with cache.shards.open(path) as reader:
             values = np.stack([reader.numbers(name)[rows] for name in COMMON_COLUMNS])
             unknown += int(np.isnan(values).any(axis=0).sum())
     if unknown:
@@ -106,7 +106,7 @@ def _by_shard(cache: ReferenceCache, mixture: Mixture) -> Iterator[tuple[ShardRe
         numbers, starts = np.unique(shards, return_index=True)
         for number, start, stop in zip(numbers.tolist(), starts, [*starts[1:], len(shards)], strict=True):
             shard = mixture.shards[number]
-            yield shard, cache.path / "shards" / shard.file_name, keys[start:stop], rows[start:stop]
+            yield shard, cache.shards.path_of(shard), keys[start:stop], rows[start:stop]
 
 
 def _rows_of_batch(
@@ -124,7 +124,7 @@ def _rows_of_batch(
 
 
 def _open_as_stated(cache: ReferenceCache, path: Path, shard: ShardRef) -> ShardReader:
-    reader = cache.open_shard(path)
+    reader = cache.shards.open(path)
     if (reader.num_rows, reader.num_bytes) != (shard.num_rows, shard.num_bytes):
         reader.close()
         raise DpoCacheError(

@@ -17,9 +17,9 @@ import pyarrow as pa
 from ...errors import DpoCacheError
 from .durable_file import write_durably
 from .example_key import KEY_BYTES, KEY_VERSION, Keys
+from .format_version import FORMAT_VERSION
 from .mixture_rows import MixtureRows
 from .parquet_file import KEY_COLUMN, ParquetReader, file_sha256, keys_of, numbers_of, parquet_bytes, reading
-from .shard_file import FORMAT_VERSION
 
 BLOCK_ROWS = 1024
 """Training pairs of one block: a row group of the table, the grain of shuffled reading."""

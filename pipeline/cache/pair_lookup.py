@@ -21,7 +21,7 @@ class PairLookup:
     """
 
     def __init__(self, cache: ReferenceCache) -> None:
-        self._index = cache.key_index()
+        self._index = cache.shards.key_index()
         self._rows = RowReader(cache, self._index.shards)
 
     def __len__(self) -> int:

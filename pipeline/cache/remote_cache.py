@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from ...errors import DpoCacheError
 from .cache_folder import ReferenceCache
+from .cache_json import CacheDescription
 from .mixture import MIXTURE_NAME, Mixture, check_name
 from .mixture_check import check_mixture
 from .remote_files import MissingRemoteFileError, RemoteFiles, UnreachableError
@@ -36,6 +38,16 @@ def distinct_shards(mixtures: Iterable[Mixture]) -> list[ShardRef]:
 def num_bytes(shards: Iterable[ShardRef]) -> int:
     """Their sizes together."""
     return sum(shard.num_bytes for shard in shards)
+
+
+def fetch_description(files: RemoteFiles) -> CacheDescription:
+    """What the cache at an address says of itself.
+
+    Raises:
+        DpoCacheError: There is no cache, or its ``cache.json`` is not what was written.
+    """
+    with tempfile.TemporaryDirectory() as look:
+        return RemoteCache(files, Path(look)).cache.description
 
 
 class RemoteCache:
@@ -228,7 +240,7 @@ class RemoteCache:
 
 
 def _is_present(cache: ReferenceCache, shard: ShardRef, *, hash_present: bool) -> bool:
-    path = cache.path / "shards" / shard.file_name
+    path = cache.shards.path_of(shard)
     if not path.is_file() or path.stat().st_size != shard.num_bytes:
         return False
     if hash_present:
@@ -249,7 +261,7 @@ def _require_room(path: Path, needed: int) -> None:
 
 
 def _adopt(cache: ReferenceCache, shard: ShardRef, fetched: Path) -> None:
-    adopted = cache.adopt_shard(fetched)
+    adopted = cache.shards.adopt(fetched)
     if adopted != shard:
         raise DpoCacheError(
             f"{fetched} has {adopted.num_rows} rows and {adopted.num_bytes} bytes",

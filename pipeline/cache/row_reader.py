@@ -116,7 +116,7 @@ class RowReader:
     def _shard(self, number: int) -> ShardReader:
         shard = self._open_shards.get(number)
         if shard is None:
-            shard = self._cache.open_shard(self._verified_path(number))
+            shard = self._cache.shards.open(self._verified_path(number))
             self._open_shards[number] = shard
             if len(self._open_shards) > MAX_OPEN_SHARDS:
                 self._open_shards.popitem(last=False)[1].close()
@@ -125,7 +125,7 @@ class RowReader:
 
     def _verified_path(self, number: int) -> Path:
         assert 0 <= number < len(self._shards)
-        path = self._cache.path / "shards" / self._shards[number].file_name
+        path = self._cache.shards.path_of(self._shards[number])
         if number not in self._verified:
             verify_shard(path)
             self._verified.add(number)

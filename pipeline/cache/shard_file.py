@@ -15,11 +15,11 @@ import pyarrow as pa
 from ...errors import DpoCacheError
 from .canonical_json import JsonObject, parse_object
 from .example_key import KEY_BYTES, KEY_VERSION, Keys, example_key
+from .format_version import FORMAT_VERSION, require_format_version
 from .parquet_file import KEY_COLUMN, ParquetReader, file_sha256, keys_of, numbers_of, reading
 from .row_group import RowGroup
 from .scored_pair import ScoredPair
 
-FORMAT_VERSION = 1
 SHARD_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
 
 
@@ -171,13 +171,8 @@ def verify_shard(path: Path) -> None:
 
 
 def _checked_reference_id(path: Path, metadata: Mapping[str, str]) -> str:
-    version = metadata.get("dpo_cache.format_version", "none")
-    if version != str(FORMAT_VERSION):
-        raise DpoCacheError(
-            f"{path} has format version {version[:20]}",
-            expected=f"version {FORMAT_VERSION}",
-            next_step="use the dpo-cache that wrote it, or build again",
-        )
+    stated = metadata.get("dpo_cache.format_version")  # a footer holds texts
+    require_format_version(FORMAT_VERSION if stated == str(FORMAT_VERSION) else stated, path)
     if metadata.get("dpo_cache.key_version") != str(KEY_VERSION):
         raise DpoCacheError(f"{path} has keys of another version", expected=f"key version {KEY_VERSION}")
     return metadata.get("dpo_cache.reference_id", "")

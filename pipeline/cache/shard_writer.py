@@ -15,9 +15,10 @@ from ...errors import DpoCacheError
 from .canonical_json import canonical_bytes
 from .durable_file import write_durably
 from .example_key import KEY_BYTES, KEY_VERSION, canonical_scored_mask
+from .format_version import FORMAT_VERSION
 from .parquet_file import KEY_COLUMN, parquet_bytes
 from .scored_pair import VALUE_COLUMNS, ScoredPair, unusable_values
-from .shard_file import FORMAT_VERSION, SCHEMA, ShardRef, list_of
+from .shard_file import SCHEMA, ShardRef, list_of
 
 MAX_ROW_GROUP_PAIRS = 512
 MAX_ROW_GROUP_IDS = 32_768

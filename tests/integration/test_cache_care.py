@@ -53,7 +53,7 @@ def refusal(*arguments: str | Path | int) -> str:
 
 
 def rows_of(cache: Path) -> list[ScoredPair]:
-    return [row for path in ReferenceCache.open(cache).shard_paths() for row in read_shard_rows(path)]
+    return [row for path in ReferenceCache.open(cache).shards.paths() for row in read_shard_rows(path)]
 
 
 def rewrite(cache: Path, rows: Sequence[ScoredPair], *, rows_a_shard: int = ROWS_A_SHARD) -> None:
@@ -61,17 +61,17 @@ def rewrite(cache: Path, rows: Sequence[ScoredPair], *, rows_a_shard: int = ROWS
     opened = ReferenceCache.open(cache)
     mixture = opened.read_mixture("train")
     mixture_rows_before = mixture.rows()
-    for path in opened.shard_paths():
+    for path in opened.shards.paths():
         path.unlink()
     for start in range(0, len(rows), rows_a_shard):
-        opened.write_shard(rows[start : start + rows_a_shard])
+        opened.shards.write(rows[start : start + rows_a_shard])
     write_train(opened, mixture_rows_before, like=mixture)
     mixture.table.path.unlink()
 
 
 def write_train(cache: ReferenceCache, rows: Any, *, like: Any, **changes: Any) -> None:
     described = {"tokenization": like.tokenization, "sources": like.sources, "dropped": like.dropped} | changes
-    cache.write_mixture("train", rows, key_index=cache.key_index(), **described)
+    cache.write_mixture("train", rows, key_index=cache.shards.key_index(), **described)
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_damage_is_named_and_repair_leaves_a_sound_cache(
 
 def test_what_does_not_belong_there_is_named_and_goes_without_the_mixture(cache: Path, tmp_path: Path) -> None:
     other = make_cache(tmp_path / "other")
-    stray = other.write_shard(make_rows(5))
+    stray = other.shards.write(make_rows(5))
     shutil.copy(other.path / "shards" / stray.file_name, cache / "shards")
     (cache / "shards/notes.txt").write_text("mine")
     (cache / "mixtures/old.json.bak").write_text("{}")
@@ -323,7 +323,7 @@ def littered(cache: Path) -> list[Path]:
     partial.write_bytes(b"half")
     scratch.mkdir()
     (scratch / "pairs.arrow").write_bytes(b"tokens")
-    shard = opened.write_shard(make_rows(5))
+    shard = opened.shards.write(make_rows(5))
     return [cache / "shards" / shard.file_name, table, partial, scratch]
 
 
@@ -361,7 +361,7 @@ def test_compact_drops_the_rows_that_stand_twice_and_keeps_the_training_set(cach
     opened = ReferenceCache.open(cache)
     digest = opened.read_mixture("train").digest
     rows = rows_of(cache)
-    opened.write_shard(rows[5:25])
+    opened.shards.write(rows[5:25])
     assert report("verify", cache)["duplicates"] == 20
     assert report("compact", cache)["dropped_rows"] == 20
     found = report("verify", cache)
@@ -394,18 +394,13 @@ def part_of(whole: Path, path: Path, bounds: slice, *, name: str = "train", **ch
     """A cache of some rows of another, as a node would have built it from its share of the data."""
     described = ReferenceCache.open(whole)
     mixture = described.read_mixture("train")
-    part = ReferenceCache.create(
-        path,
-        identity=described.identity,
-        recorded=described.recorded,
-        vocabulary_sha256=described.vocabulary_sha256,
-    )
+    part = ReferenceCache.create(path, described.description)
     rows = sorted(rows_of(whole), key=lambda row: row.key)[bounds]
-    part.write_shard(rows)
+    part.shards.write(rows)
     part.write_mixture(
         name,
         mixture_rows(rows),
-        key_index=part.key_index(),
+        key_index=part.shards.key_index(),
         **{
             "tokenization": mixture.tokenization,
             "sources": [{"path": path.name}],

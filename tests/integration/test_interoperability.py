@@ -172,7 +172,7 @@ def test_an_export_comes_back_whatever_the_order_and_beside_rows_of_others(folde
     pq.write_table(shuffled, folder / "shuffled.parquet")
     assert report("import", folder / "shuffled.parquet", *import_options(folder))["pairs_imported"] == NUM_PAIRS
     assert_imported(folder)
-    (first, *_) = ReferenceCache.open(folder / "imported").shard_paths()
+    (first, *_) = ReferenceCache.open(folder / "imported").shards.paths()
     recorded = json.loads(pq.read_metadata(first).metadata[b"dpo_cache.recorded"])["imported"]
     assert (recorded["from"], recorded["name"], recorded["values"]) == ("trl", "shuffled.parquet", "sums")
     assert "begun with values imported from shuffled.parquet (trl)" in invoke("info", folder / "imported").stdout

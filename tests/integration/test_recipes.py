@@ -382,11 +382,16 @@ def planned(name: str, pairs: int, gpus: int, folder: Path, monkeypatch: pytest.
     """What ``dpo-train --plan`` makes of a recipe, on a mixture of one pair as many times as it had pairs."""
     cache = make_cache(folder / "cache")
     rows = make_rows(1)
-    cache.write_shard(rows)
+    cache.shards.write(rows)
     one = mixture_rows(rows)
     repeated = type(one)(**{field: np.repeat(getattr(one, field), pairs) for field in one.__slots__})
     cache.write_mixture(
-        "train", repeated, key_index=cache.key_index(), tokenization={}, sources=[{"path": "made up"}], dropped={}
+        "train",
+        repeated,
+        key_index=cache.shards.key_index(),
+        tokenization={},
+        sources=[{"path": "made up"}],
+        dropped={},
     )
     for variable, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": gpus, "LOCAL_WORLD_SIZE": min(8, gpus)}.items():
         monkeypatch.setenv(variable, str(value))

@@ -85,7 +85,7 @@ def trained_from(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         cache.write_mixture(
             name,
             mixture.rows(),
-            key_index=cache.key_index(),
+            key_index=cache.shards.key_index(),
             tokenization={"settings": settings, "vocabulary_sha256": vocabulary_sha256(tokenizer)},
             sources=[{"path": HOSTILE, "picked_rows": NUM_PAIRS}],
             dropped={HOSTILE: 3},
@@ -215,7 +215,7 @@ def test_a_cache_that_cannot_be_read_leaves_the_rest_of_the_page(
         case "other-pairs":
             resolved["mixture_digest"] = "e" * 64
         case "damaged":
-            for shard in ReferenceCache.open(tmp_path / "cache").shard_paths():
+            for shard in ReferenceCache.open(tmp_path / "cache").shards.paths():
                 shard.write_bytes(shard.read_bytes()[:-1])
     run = write_run(tmp_path / "run", settings=settings, resolved=resolved, margins=trained_from["margins"])
     page = page_of(tmp_path, run)

@@ -63,7 +63,7 @@ def make_shared(path: Path, *, rows: int = ROWS, name: str = "train", seed: int 
     """A cache with a mixture of five shards, and one shard that no mixture names."""
     cache = make_cache(path)
     mixture = fill_cache(cache, make_rows(rows, seed=seed), shard_rows=SHARD_ROWS, name=name)
-    cache.write_shard(make_rows(3, seed=99))
+    cache.shards.write(make_rows(3, seed=99))
     return mixture
 
 

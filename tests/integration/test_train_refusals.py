@@ -94,11 +94,11 @@ def forge(path: Path, value: float, monkeypatch: pytest.MonkeyPatch) -> bytes:
     first, *rest = read_shard_rows(a_shard(path))
     a_shard(path).unlink()
     monkeypatch.setattr(shard_writer, "_refuse_unusable_values", lambda rows: None)
-    cache.write_shard([replace(first, ref_chosen_logps=value), *rest])
+    cache.shards.write([replace(first, ref_chosen_logps=value), *rest])
     cache.write_mixture(
         "train",
         mixture.rows(),
-        key_index=cache.key_index(),
+        key_index=cache.shards.key_index(),
         tokenization=mixture.tokenization,
         sources=mixture.sources,
         dropped=mixture.dropped,

@@ -13,6 +13,7 @@ import pytest
 from cache_factory import fill_cache, make_cache, make_identity, make_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.cache.cache_json import CacheDescription
 from dpo_cache.pipeline.cache.canonical_json import read_sealed_json, write_sealed_json
 from dpo_cache.pipeline.cache.mixture_check import check_mixture
 
@@ -29,14 +30,14 @@ def test_a_cache_is_opened_as_it_was_made_and_holds_nothing_but_its_four_parts(t
     assert opened.mixture_names() == ["train"]
     assert sorted(os.listdir(made.path)) == ["cache.json", "mixtures", "shards", "tmp"]
     assert all(path.name.endswith(".lock") for path in (made.path / "tmp").iterdir())
-    assert len(opened.key_index()) == 10
+    assert len(opened.shards.key_index()) == 10
 
 
 def test_making_a_cache_again_opens_it_and_changes_nothing(tmp_path: Path) -> None:
     first = make_cache(tmp_path / "cache")
     before = (first.path / "cache.json").read_bytes()
     again = ReferenceCache.create(
-        first.path, identity=make_identity(), recorded={"other": 1}, vocabulary_sha256="c" * 64
+        first.path, CacheDescription(identity=make_identity(), recorded={"other": 1}, vocabulary_sha256="c" * 64)
     )
     assert (first.path / "cache.json").read_bytes() == before
     assert again.recorded == {"model": "made up"}
@@ -82,11 +83,11 @@ def test_a_damaged_cache_json_is_written_anew_by_a_build_with_the_reference_of_i
     tmp_path: Path,
 ) -> None:
     cache = make_cache(tmp_path / "cache")
-    cache.write_shard(make_rows(3))
+    cache.shards.write(make_rows(3))
     (cache.path / "cache.json").write_bytes(b"")
     with pytest.raises(DpoCacheError, match="is damaged"):
         make_cache(cache.path, attention="eager")
-    assert len(make_cache(cache.path).key_index()) == 3
+    assert len(make_cache(cache.path).shards.key_index()) == 3
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_a_cache_is_read_without_writing_a_byte_or_taking_a_lock(tmp_path: Path)
     with cache.maintaining("a test"):
         opened = ReferenceCache.open(cache.path)
         check_mixture(opened, opened.read_mixture("train"))
-        opened.usable_shards()
+        opened.shards.survey()
     after = {path: path.stat().st_mtime_ns for path in cache.path.rglob("*") if path.suffix != ".lock"}
     assert {path: time_ns for path, time_ns in before.items() if path in after and path.name != "tmp"} == {
         path: time_ns for path, time_ns in after.items() if path.name != "tmp"
@@ -138,14 +139,14 @@ def test_a_cache_is_read_without_writing_a_byte_or_taking_a_lock(tmp_path: Path)
 def test_a_survey_tells_usable_shards_from_damaged_foreign_and_stray_ones(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache")
     fill_cache(cache, make_rows(30), shard_rows=10)
-    damaged = cache.shard_paths()[1]
+    damaged = cache.shards.paths()[1]
     damaged.write_bytes(damaged.read_bytes()[:-3])
-    foreign = make_cache(tmp_path / "other", attention="eager").write_shard(make_rows(3, seed=5))
+    foreign = make_cache(tmp_path / "other", attention="eager").shards.write(make_rows(3, seed=5))
     (cache.path / "shards" / foreign.file_name).write_bytes(
         (tmp_path / "other" / "shards" / foreign.file_name).read_bytes()
     )
     (cache.path / "shards" / "notes.txt").write_text("x")
-    survey = cache.usable_shards()
+    survey = cache.shards.survey()
     assert len(survey.usable) == 2
     assert all(shard.num_rows == 10 for shard in survey.usable)
     reasons = {entry.path.name: entry.reason for entry in survey.unusable}
@@ -153,22 +154,22 @@ def test_a_survey_tells_usable_shards_from_damaged_foreign_and_stray_ones(tmp_pa
     assert "is damaged" in reasons[damaged.name]
     assert "belongs to the reference" in reasons[foreign.file_name]
     assert "not a shard" in reasons["notes.txt"]
-    assert len(cache.key_index(without=[entry.path for entry in survey.unusable])) == 20
+    assert len(cache.shards.key_index(without=[entry.path for entry in survey.unusable])) == 20
     with pytest.raises(DpoCacheError):
-        cache.key_index()
+        cache.shards.key_index()
 
 
 def test_a_damaged_shard_that_is_scored_again_is_whole_again(tmp_path: Path) -> None:
     """The same rows are the same file, so the new one takes the damaged one's place."""
     cache = make_cache(tmp_path / "cache")
     fill_cache(cache, make_rows(20), shard_rows=10)
-    damaged = cache.shard_paths()[0]
+    damaged = cache.shards.paths()[0]
     damaged.write_bytes(damaged.read_bytes()[:-3])
-    unusable = [entry.path for entry in cache.usable_shards().unusable]
-    assert len(cache.key_index(without=unusable)) == 10
+    unusable = [entry.path for entry in cache.shards.survey().unusable]
+    assert len(cache.shards.key_index(without=unusable)) == 10
     for start in (0, 10):
-        cache.write_shard(make_rows(20)[start : start + 10])
-    assert len(cache.key_index(without=unusable)) == 20
+        cache.shards.write(make_rows(20)[start : start + 10])
+    assert len(cache.shards.key_index(without=unusable)) == 20
     check_mixture(cache, cache.read_mixture("train"))
 
 
@@ -177,14 +178,14 @@ def test_another_folder_of_the_same_reference_can_be_united_with_this_one(tmp_pa
     rows = make_rows(40)
     fill_cache(ours, rows[:25], shard_rows=10)
     fill_cache(theirs, rows[15:], shard_rows=10, name="held-out")
-    for path in theirs.shard_paths():
-        ours.import_shard(path)
-        ours.import_shard(path)  # again changes nothing
+    for path in theirs.shards.paths():
+        ours.shards.import_copy(path)
+        ours.shards.import_copy(path)  # again changes nothing
     ours.import_mixture(theirs.read_mixture("held-out"))
     assert ours.mixture_names() == ["held-out", "train"]
     for name in ours.mixture_names():
         check_mixture(ours, ours.read_mixture(name))
-    index = ours.key_index()
+    index = ours.shards.key_index()
     assert (len(index), index.num_duplicates) == (40, 10)
 
 
@@ -192,20 +193,20 @@ def test_only_whole_shards_of_this_reference_are_imported(tmp_path: Path) -> Non
     ours, theirs = make_cache(tmp_path / "ours"), make_cache(tmp_path / "theirs", attention="eager")
     fill_cache(theirs, make_rows(5), shard_rows=5)
     with pytest.raises(DpoCacheError, match="belongs to the reference"):
-        ours.import_shard(theirs.shard_paths()[0])
+        ours.shards.import_copy(theirs.shards.paths()[0])
     with pytest.raises(DpoCacheError, match="belongs to another reference"):
         ours.import_mixture(theirs.read_mixture("train"))
     same = make_cache(tmp_path / "same")
     mixture = fill_cache(same, make_rows(5), shard_rows=5)
     with pytest.raises(DpoCacheError, match="1 shards of mixture train are missing"):
         ours.import_mixture(mixture)
-    path = same.shard_paths()[0]
+    path = same.shards.paths()[0]
     content = bytearray(path.read_bytes())
     content[40] ^= 1
     path.write_bytes(content)
     with pytest.raises(DpoCacheError, match="is damaged"):
-        ours.import_shard(path)
-    assert ours.shard_paths() == []
+        ours.shards.import_copy(path)
+    assert ours.shards.paths() == []
     assert not list((ours.path / "tmp").glob("*.partial"))
 
 
@@ -325,8 +326,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from cache_factory import make_cache, make_rows
 cache = make_cache(Path(sys.argv[1]))
-cache.write_shard(make_rows(20, seed=int(sys.argv[3])))
-cache.write_shard(make_rows(20, seed=99))
+cache.shards.write(make_rows(20, seed=int(sys.argv[3])))
+cache.shards.write(make_rows(20, seed=99))
 """
 
 
@@ -338,10 +339,10 @@ def test_builders_that_start_at_once_make_one_cache_and_lose_no_row(tmp_path: Pa
     ]
     assert [process.wait() for process in processes] == [0] * 4
     cache = ReferenceCache.open(tmp_path / "cache")
-    survey = cache.usable_shards()
+    survey = cache.shards.survey()
     assert survey.unusable == []
     assert len(survey.usable) == 5  # the shard all of them wrote is one file
-    index = cache.key_index()
+    index = cache.shards.key_index()
     assert (len(index), index.num_duplicates) == (100, 0)
 
 
@@ -351,13 +352,13 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> Non
     cache = make_cache(tmp_path / "cache")
     (cache.path / "shards").chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(DpoCacheError, match="Permission denied"):
-        cache.write_shard(make_rows(1))
+        cache.shards.write(make_rows(1))
 
 
 def test_what_a_cache_holds_is_told_from_pointers_alone(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache")
     fill_cache(cache, make_rows(20), shard_rows=5)
-    for path in [*cache.shard_paths(), *(cache.path / "mixtures").glob("*.parquet")]:
+    for path in [*cache.shards.paths(), *(cache.path / "mixtures").glob("*.parquet")]:
         path.unlink()
     start = time.perf_counter()
     mixture = ReferenceCache.open(cache.path).read_mixture("train")

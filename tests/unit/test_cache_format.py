@@ -50,13 +50,13 @@ def cache(tmp_path: Path) -> Path:
     """Two shards, one key in both, a mixture with repeats."""
     made = make_cache(tmp_path / "cache")
     rows = make_rows(30)
-    made.write_shard(rows[:20])
-    made.write_shard(rows[19:])
+    made.shards.write(rows[:20])
+    made.shards.write(rows[19:])
     asked = mixture_rows(rows)
     made.write_mixture(
         "train",
         MixtureRows.concatenate([asked, asked.take(np.arange(7))]),
-        key_index=made.key_index(),
+        key_index=made.shards.key_index(),
         tokenization={"chat_template": "ü"},
         sources=[{"path": "made up"}],
         dropped={},

@@ -46,13 +46,13 @@ def rows() -> list[ScoredPair]:
 def cache(tmp_path: Path, rows: list[ScoredPair]) -> Path:
     """Two shards and a mixture with repeats."""
     made = make_cache(tmp_path / "cache")
-    made.write_shard(rows[:20])
-    made.write_shard(rows[20:])
+    made.shards.write(rows[:20])
+    made.shards.write(rows[20:])
     asked = mixture_rows(rows)
     made.write_mixture(
         "train",
         MixtureRows.concatenate([asked, asked.take(np.arange(7))]),
-        key_index=made.key_index(),
+        key_index=made.shards.key_index(),
         tokenization={"chat_template": "ü"},
         sources=[{"path": "made up"}],
         dropped={},

@@ -230,8 +230,8 @@ def test_neither_the_order_of_the_data_nor_how_it_is_cut_into_batches_shards_and
     for number, (order, shard_rows) in enumerate(((np.arange(20), 20), (np.random.RandomState(0).permutation(20), 3))):
         cache = make_cache(tmp_path / str(number))
         for start in range(0, 20, shard_rows):
-            cache.write_shard([rows[place] for place in order[start : start + shard_rows]])
-        index = cache.key_index()
+            cache.shards.write([rows[place] for place in order[start : start + shard_rows]])
+        index = cache.shards.key_index()
         asked = mixture_rows([rows[place] for place in order], source=number)
         mixture = cache.write_mixture(
             "train", asked, key_index=index, tokenization={}, sources=[{}] * (number + 1), dropped={}

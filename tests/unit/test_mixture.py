@@ -19,7 +19,9 @@ from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
 
 
 def write(cache: ReferenceCache, rows: MixtureRows, name: str = "train") -> Mixture:
-    return cache.write_mixture(name, rows, key_index=cache.key_index(), tokenization={}, sources=[{}], dropped={})
+    return cache.write_mixture(
+        name, rows, key_index=cache.shards.key_index(), tokenization={}, sources=[{}], dropped={}
+    )
 
 
 def columns(mixture: Mixture) -> dict[str, list[Any]]:
@@ -43,7 +45,7 @@ def test_a_mixture_comes_back_as_it_was_written(cache: ReferenceCache) -> None:
         {"empty-answer": 3},
     )
     assert read.shards == written.shards
-    assert sorted(shard.file_name for shard in read.shards) == [path.name for path in cache.shard_paths()]
+    assert sorted(shard.file_name for shard in read.shards) == [path.name for path in cache.shards.paths()]
     assert read.num_pairs == read.num_distinct_pairs == 30
     assert read.num_ids["chosen"] == sum(len(row.pair.chosen_ids) for row in rows)
     assert sorted(read.shared_prefix_lengths()) == sorted(row.pair.shared_prefix_tokens for row in rows)
@@ -51,7 +53,7 @@ def test_a_mixture_comes_back_as_it_was_written(cache: ReferenceCache) -> None:
 
 def test_every_row_says_where_its_pair_lies(cache: ReferenceCache) -> None:
     mixture = fill_cache(cache, make_rows(30), shard_rows=8)
-    index = cache.key_index()
+    index = cache.shards.key_index()
     table = columns(mixture)
     assert len(set(table["example_key"])) == 30
     for key, shard, row in zip(table["example_key"], table["shard"], table["row"], strict=True):
@@ -66,7 +68,7 @@ def test_rows_are_ordered_by_repeat_then_prompt_then_key_and_pairs_of_a_prompt_s
     random = np.random.RandomState(0)
     prompts = [[number, number] for number in range(6)]
     rows = [make_row(make_pair(random, prompt=prompts[number % 6]), random) for number in range(24)]
-    cache.write_shard(rows)
+    cache.shards.write(rows)
     asked = mixture_rows(rows)
     asked = MixtureRows.concatenate([asked, asked, asked.take(np.arange(5))])
     mixture = write(cache, asked.take(random.permutation(len(asked))))
@@ -99,7 +101,7 @@ def test_the_order_in_which_pairs_are_listed_and_the_shards_they_lie_in_change_n
 
 def test_a_mixture_extended_by_others_is_the_mixture_of_both(cache: ReferenceCache) -> None:
     rows = make_rows(40)
-    cache.write_shard(rows)
+    cache.shards.write(rows)
     first = write(cache, mixture_rows(rows[:25]), "first")
     both = write(cache, MixtureRows.concatenate([first.rows(), mixture_rows(rows[25:])]), "both")
     assert both.digest == write(cache, mixture_rows(rows), "all").digest
@@ -122,7 +124,7 @@ def test_a_block_is_a_row_group_and_holds_the_columns_of_its_rows(
 
 def test_pairs_that_no_shard_holds_are_counted_and_named(cache: ReferenceCache) -> None:
     rows = make_rows(20)
-    cache.write_shard(rows[:5])
+    cache.shards.write(rows[:5])
     with pytest.raises(DpoCacheError, match="15 pairs of mixture train are in no shard") as caught:
         write(cache, mixture_rows(rows))
     assert caught.value.found.endswith("…")

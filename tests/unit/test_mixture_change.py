@@ -40,7 +40,7 @@ def test_a_whole_mixture_of_the_same_pairs_is_left_alone(cache: ReferenceCache, 
 
 @pytest.mark.parametrize("extend", [False, True])
 def test_one_that_names_a_shard_which_is_gone_is_written_again(cache: ReferenceCache, extend: bool) -> None:
-    cache.shard_paths()[1].unlink()
+    cache.shards.paths()[1].unlink()
     content = content_of(cache, [], extend=extend)
     assert content.is_new
     assert len(content.rows) == 12

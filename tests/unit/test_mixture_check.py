@@ -35,7 +35,7 @@ def hashing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def unchecked_shard(cache: ReferenceCache, rows: list[ScoredPair], monkeypatch: pytest.MonkeyPatch) -> ShardRef:
     with monkeypatch.context() as patch:
         patch.setattr(shard_writer, "_refuse_unusable_values", lambda rows: None)
-        return cache.write_shard(rows)
+        return cache.shards.write(rows)
 
 
 def test_a_whole_mixture_passes_with_and_without_repeats(cache: ReferenceCache, hashing: str) -> None:
@@ -52,7 +52,7 @@ def test_values_no_reference_gives_are_counted_and_named(
     for number in (7, 20):
         rows[number] = dataclasses.replace(rows[number], **changes)
     unchecked_shard(cache, rows, monkeypatch)
-    index = cache.key_index()
+    index = cache.shards.key_index()
     mixture = cache.write_mixture(
         "train", mixture_rows(rows), key_index=index, tokenization={}, sources=[{}], dropped={}
     )
@@ -68,7 +68,7 @@ def test_a_bad_row_that_the_mixture_does_not_use_is_no_matter(
     rows = make_rows(10)
     unchecked_shard(cache, [dataclasses.replace(rows[0], ref_chosen_logps=float("nan")), *rows[1:]], monkeypatch)
     asked = mixture_rows(rows).take(np.arange(1, 10))
-    index = cache.key_index()
+    index = cache.shards.key_index()
     check_mixture(
         cache,
         cache.write_mixture("train", asked, key_index=index, tokenization={}, sources=[{}], dropped={}),
@@ -79,7 +79,7 @@ def test_counts_below_one_are_refused(cache: ReferenceCache, hashing: str, monke
     rows = make_rows(10)
     rows[3] = dataclasses.replace(rows[3], chosen_tokens=0)
     unchecked_shard(cache, rows, monkeypatch)
-    index = cache.key_index()
+    index = cache.shards.key_index()
     mixture = cache.write_mixture(
         "train", mixture_rows(rows), key_index=index, tokenization={}, sources=[{}], dropped={}
     )
@@ -93,7 +93,7 @@ def rows_of_first_shard(mixture: Mixture) -> int:
 
 def test_a_missing_shard_is_named_with_the_pairs_it_held(cache: ReferenceCache, hashing: str) -> None:
     mixture = fill_cache(cache, make_rows(50), shard_rows=12)
-    cache.shard_paths()[0].unlink()
+    cache.shards.paths()[0].unlink()
     lacking = rows_of_first_shard(mixture)
     with pytest.raises(DpoCacheError, match=f"lacks {lacking} pairs .*is missing") as caught:
         check_mixture(cache, cache.read_mixture("train"))
@@ -102,7 +102,7 @@ def test_a_missing_shard_is_named_with_the_pairs_it_held(cache: ReferenceCache, 
 
 def test_a_truncated_shard_is_refused(cache: ReferenceCache, hashing: str) -> None:
     mixture = fill_cache(cache, make_rows(50), shard_rows=12)
-    path = cache.shard_paths()[0]
+    path = cache.shards.paths()[0]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DpoCacheError, match=r"lacks \d+ pairs .*(damaged|cut short)"):
         check_mixture(cache, mixture)
@@ -112,7 +112,7 @@ def test_a_flipped_bit_anywhere_is_found_before_training_where_the_cache_is_of_o
     cache: ReferenceCache,
 ) -> None:
     mixture = fill_cache(cache, make_rows(3), shard_rows=3)
-    path = cache.shard_paths()[0]
+    path = cache.shards.paths()[0]
     whole = path.read_bytes()
     for place in np.random.RandomState(0).choice(len(whole) * 8, size=100, replace=False):
         damaged = bytearray(whole)
@@ -127,7 +127,7 @@ def test_another_shard_in_the_place_of_the_right_one_is_refused(
 ) -> None:
     monkeypatch.setattr(mixture_check, "HASH_AT_ONCE_BYTES", -1)
     mixture = fill_cache(cache, make_rows(20), shard_rows=10)
-    one, other = cache.shard_paths()
+    one, other = cache.shards.paths()
     one.write_bytes(other.read_bytes())
     with pytest.raises(DpoCacheError, match=r"rows and \d+ bytes|holds other keys"):
         check_mixture(cache, mixture)
@@ -142,8 +142,8 @@ def test_a_pointer_that_does_not_fit_its_table_is_refused(cache: ReferenceCache,
 
 def test_places_beyond_a_shard_and_lengths_below_one_are_refused(cache: ReferenceCache, hashing: str) -> None:
     rows = make_rows(20)
-    cache.write_shard(rows)
-    index = cache.key_index()
+    cache.shards.write(rows)
+    index = cache.shards.key_index()
     for changed, asked, message in (
         ({"rows": index.rows + 20}, mixture_rows(rows), "is asked for"),
         ({"rows": np.roll(index.rows, 1)}, mixture_rows(rows), "holds other keys in 20"),

@@ -36,8 +36,8 @@ def test_every_pair_is_found_by_its_key_and_by_its_tokens_and_mask(tmp_path: Pat
 def test_a_pair_in_no_mixture_and_one_in_two_shards_is_found_once(tmp_path: Path) -> None:
     rows = make_rows(20)
     cache = make_cache(tmp_path / "cache")
-    cache.write_shard(rows[:15])
-    cache.write_shard(rows[5:])
+    cache.shards.write(rows[:15])
+    cache.shards.write(rows[5:])
     for row in rows:
         found = cache.find(row.key)
         assert found is not None
@@ -58,7 +58,7 @@ def test_a_mixture_is_iterated_in_its_order_or_in_that_of_an_epoch_with_repeats(
     fill_cache(cache, rows, shard_rows=20)
     twice = MixtureRows.concatenate([mixture_rows(rows), mixture_rows(rows[:10])])
     described: dict[str, Any] = {"tokenization": {}, "sources": [{}], "dropped": {}}
-    mixture = cache.write_mixture("twice", twice, key_index=cache.key_index(), **described)
+    mixture = cache.write_mixture("twice", twice, key_index=cache.shards.key_index(), **described)
     in_order = [row.key for row in cache.pairs("twice")]
     keys = mixture.table.column("example_key")
     assert in_order == [bytes(key).ljust(32, b"\0") for key in keys]

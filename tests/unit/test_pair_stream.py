@@ -51,13 +51,13 @@ def count_decoding(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
 
 def test_an_epoch_gives_each_pair_its_own_ids_and_values(cache: ReferenceCache) -> None:
     rows = make_rows(150)
-    cache.write_shard(rows[:70])
-    cache.write_shard(rows[70:])
+    cache.shards.write(rows[:70])
+    cache.shards.write(rows[70:])
     asked = mixture_rows(rows)
     mixture = cache.write_mixture(
         "train",
         MixtureRows.concatenate([asked, asked.take(np.arange(40))]),
-        key_index=cache.key_index(),
+        key_index=cache.shards.key_index(),
         tokenization={},
         sources=[{}],
         dropped={},
@@ -151,7 +151,7 @@ def test_each_shard_is_hashed_once_and_before_its_first_row(
 def test_no_flipped_bit_of_a_shard_is_ever_handed_out(cache: ReferenceCache) -> None:
     rows = make_rows(4)
     mixture = fill_cache(cache, rows, shard_rows=4)
-    path = cache.shard_paths()[0]
+    path = cache.shards.paths()[0]
     whole = path.read_bytes()
     for place in np.random.RandomState(0).choice(len(whole) * 8, size=150, replace=False):
         damaged = bytearray(whole)
@@ -167,8 +167,8 @@ def test_no_flipped_bit_of_a_shard_is_ever_handed_out(cache: ReferenceCache) -> 
 def test_a_mixture_that_points_at_other_rows_is_refused(cache: ReferenceCache) -> None:
     """As a stranger could forge it: digests are right, places are not."""
     rows = make_rows(20)
-    cache.write_shard(rows)
-    index = cache.key_index()
+    cache.shards.write(rows)
+    index = cache.shards.key_index()
     asked = mixture_rows(rows)
 
     def forged(**changes: object) -> Mixture:
@@ -201,8 +201,8 @@ def test_a_row_of_the_right_lengths_and_another_key_is_refused(cache: ReferenceC
     row = make_rows(1)[0]
     other_pair = dataclasses.replace(row.pair, prompt_ids=row.pair.prompt_ids ^ 1)
     rows = [row, dataclasses.replace(row, pair=other_pair, key=example_key(other_pair))]
-    cache.write_shard(rows)
-    index = cache.key_index()
+    cache.shards.write(rows)
+    index = cache.shards.key_index()
     swapped = dataclasses.replace(index, rows=index.rows[::-1])
     mixture = cache.write_mixture("x", mixture_rows(rows), key_index=swapped, tokenization={}, sources=[{}], dropped={})
     with pytest.raises(DpoCacheError, match="which holds another"):
@@ -212,7 +212,7 @@ def test_a_row_of_the_right_lengths_and_another_key_is_refused(cache: ReferenceC
 def test_a_shard_of_another_reference_under_its_right_digest_is_refused(cache: ReferenceCache, tmp_path: Path) -> None:
     other = make_cache(tmp_path / "other", attention="eager")
     mixture = fill_cache(other, make_rows(5), shard_rows=5)
-    shard = other.shard_paths()[0]
+    shard = other.shards.paths()[0]
     (cache.path / "shards" / shard.name).write_bytes(shard.read_bytes())
     with pytest.raises(DpoCacheError, match="belongs to the reference"):
         PairStream(cache, mixture).read(np.array([0]))

@@ -11,6 +11,7 @@ import torch
 from commands import logps_by_key
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.cache.cache_json import CacheDescription
 from dpo_cache.pipeline.cache.pair_spool import PairSpoolWriter
 from dpo_cache.pipeline.cache.reference_identity import identify_reference
 from dpo_cache.pipeline.data.token_pair import TokenPair
@@ -48,7 +49,7 @@ def plan_in(folder: Path, model_folder: Path, token_pairs: list[TokenPair], *, t
         attention="sdpa",
         scoring_version=1,
     )
-    cache = ReferenceCache.create(folder, identity=identity, recorded={}, vocabulary_sha256="0" * 64)
+    cache = ReferenceCache.create(folder, CacheDescription(identity=identity, recorded={}, vocabulary_sha256="0" * 64))
     spool = cache.path / "tmp" / "pairs.arrow"
     with PairSpoolWriter(spool) as writer:
         for pair in token_pairs:
@@ -137,7 +138,7 @@ def test_a_shard_that_cannot_be_written_stops_the_worker_and_finishes_nothing(
     def full(*_: Any, **__: Any) -> Any:
         raise DpoCacheError("the disk is full")
 
-    monkeypatch.setattr(worker._cache, "write_shard", full)
+    monkeypatch.setattr(worker._cache.shards, "write", full)
     with pytest.raises(DpoCacheError, match="the disk is full"):
         worker.run()
     assert UnitQueue(job.store, 2).num_finished == 0

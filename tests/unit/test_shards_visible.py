@@ -14,7 +14,7 @@ from dpo_cache.stages.build import wait_until_visible
 
 def test_a_shard_that_a_shared_file_system_shows_late_is_waited_for(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache")
-    shard = cache.path / "shards" / cache.write_shard(make_rows(3)).file_name
+    shard = cache.path / "shards" / cache.shards.write(make_rows(3)).file_name
     hidden = shard.rename(tmp_path / "hidden")
     threading.Timer(0.3, lambda: hidden.rename(shard)).start()
     wait_until_visible(cache, [shard.name])

@@ -10,6 +10,7 @@ import yaml
 from cache_factory import fill_cache, make_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.cache.cache_json import CacheDescription
 from dpo_cache.stages.build_config import BuildConfig
 from dpo_cache.stages.build_reference import resolve_reference
 from dpo_cache.stages.sweep_check import check_points, expected_cache
@@ -29,9 +30,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory, models: list[Path]) -> Path:
     config = BuildConfig(model=str(models[0]), dataset=("d",), cache=folder, dtype="float32")
     made = ReferenceCache.create(
         folder,
-        identity=resolve_reference(config).identity,
-        recorded={"model": str(models[0])},
-        vocabulary_sha256="b" * 64,
+        CacheDescription(
+            identity=resolve_reference(config).identity,
+            recorded={"model": str(models[0])},
+            vocabulary_sha256="b" * 64,
+        ),
     )
     fill_cache(made, make_rows(8), shard_rows=8)
     return folder

@@ -1,0 +1,181 @@
+"""The ``shards/`` of a cache: scored pairs of one reference, in files named by their digests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import DpoCacheError
+from .durable_file import adopt_durably, write_durably
+from .key_index import KeyIndex, build_key_index
+from .parquet_file import reading
+from .reference_identity import ReferenceIdentity
+from .scored_pair import ScoredPair
+from .shard_file import SHARD_NAME, ShardReader, ShardRef, verify_shard
+from .shard_writer import write_shard
+
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnusableShard:
+    """A file in ``shards/`` that this cache cannot use, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardSurvey:
+    """What a look at every byte of ``shards/`` found."""
+
+    usable: list[ShardRef]
+    unusable: list[UnusableShard]
+
+
+class ShardFolder:
+    """The shards of a cache; reading needs no lock and no write.
+
+    Args:
+        cache_path: The cache's folder.
+        identity: Its reference: shards of another are refused.
+    """
+
+    def __init__(self, cache_path: Path, identity: ReferenceIdentity) -> None:
+        self._cache_path = cache_path
+        self._folder = cache_path / "shards"
+        self._identity = identity
+        self._reference_id = identity.digest
+
+    def path_of(self, shard: ShardRef) -> Path:
+        """Where a shard stands, if it does."""
+        return self._folder / shard.file_name
+
+    def paths(self) -> list[Path]:
+        """The shards by ascending digest, which is the order in which duplicate keys resolve."""
+        return [path for path in self._entries() if SHARD_NAME.fullmatch(path.name)]
+
+    def open(self, path: Path) -> ShardReader:
+        """Open a shard.
+
+        Raises:
+            DpoCacheError: It cannot be read, or belongs to another reference.
+        """
+        shard = ShardReader(path)
+        if shard.reference_id != self._reference_id:
+            shard.close()
+            raise DpoCacheError(
+                f"{path} belongs to the reference {shard.reference_id[:16]}…",
+                expected=f"{self._reference_id[:16]}…, the reference of {self._cache_path}",
+            )
+        return shard
+
+    def survey(self) -> ShardSurvey:
+        """Hash every shard and open it: which ones can be relied on, and what is wrong with the others."""
+        found = [self._examine(path) for path in self._entries()]
+        return ShardSurvey(
+            usable=[shard for shard in found if isinstance(shard, ShardRef)],
+            unusable=[shard for shard in found if isinstance(shard, UnusableShard)],
+        )
+
+    # ---- where each key stands ----
+
+    def key_index(self, *, without: Collection[Path] = ()) -> KeyIndex:
+        """Where each key stands. Of the shards only footers and keys are read.
+
+        Args:
+            without: Shards that :meth:`survey` found unusable. One that has been written anew since, as scoring its
+                rows again does, counts.
+
+        Raises:
+            DpoCacheError: A shard cannot be read or belongs to another reference; :meth:`survey` finds those that
+                can.
+        """
+        return self.index_of(
+            path for path in self.paths() if path not in without or isinstance(self._examine(path), ShardRef)
+        )
+
+    def index_of(self, paths: Iterable[Path]) -> KeyIndex:
+        """Where each key of these shards stands.
+
+        Raises:
+            DpoCacheError: As :meth:`key_index`.
+        """
+        indexed = []
+        for path in paths:
+            with self.open(path) as shard:
+                indexed.append((_ref_of(shard), shard.keys()))
+        return build_key_index(indexed)
+
+    # ---- new shards ----
+
+    def write(self, rows: Sequence[ScoredPair], *, recorded: Mapping[str, Any] | None = None) -> ShardRef:
+        """Write one finished unit; see :func:`~.shard_writer.write_shard`."""
+        return write_shard(
+            self._folder,
+            rows,
+            reference_id=self._reference_id,
+            scoring_version=self._identity.scoring_version,
+            recorded=recorded or {},
+            temporary_folder=self._cache_path / "tmp",
+        )
+
+    def import_copy(self, source: Path) -> ShardRef:
+        """Copy another folder's shard of the same reference, verifying its digest on the way.
+
+        Raises:
+            DpoCacheError: It is damaged, of another reference or format, or its name is no digest.
+        """
+        shard = self._ref(source)
+        destination = self._folder / source.name
+        if source.resolve() != destination.resolve():
+            write_durably(destination, verified_chunks(source), temporary_folder=self._cache_path / "tmp")
+        return shard
+
+    def adopt(self, fetched: Path) -> ShardRef:
+        """Take over a shard that was fetched into ``tmp/``: it becomes visible once it is verified and durable.
+
+        Raises:
+            DpoCacheError: It is damaged, of another reference or format, or its name is no digest.
+        """
+        verify_shard(fetched)
+        shard = self._ref(fetched)
+        adopt_durably(fetched, self._folder / fetched.name)
+        return shard
+
+    def _examine(self, path: Path) -> ShardRef | UnusableShard:
+        try:
+            verify_shard(path)
+            return self._ref(path)
+        except DpoCacheError as error:
+            return UnusableShard(path=path, reason=error.found)
+
+    def _ref(self, path: Path) -> ShardRef:
+        with self.open(path) as shard:
+            return _ref_of(shard)
+
+    def _entries(self) -> list[Path]:
+        with reading(self._folder):
+            return sorted(self._folder.iterdir()) if self._folder.exists() else []
+
+
+def _ref_of(shard: ShardReader) -> ShardRef:
+    return ShardRef(sha256=shard.path.stem, num_rows=shard.num_rows, num_bytes=shard.num_bytes)
+
+
+def verified_chunks(source: Path) -> Iterator[bytes]:
+    """The bytes of a file named by its digest, in chunks.
+
+    Raises:
+        DpoCacheError: At the end, where they were not those.
+    """
+    digest = hashlib.sha256()
+    with reading(source), source.open("rb") as stream:
+        while chunk := stream.read(_COPY_BYTES):
+            digest.update(chunk)
+            yield chunk
+    if digest.hexdigest() != source.stem:
+        raise DpoCacheError(f"{source} is damaged: its bytes have the SHA-256 {digest.hexdigest()}")
