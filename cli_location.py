@@ -14,6 +14,8 @@ class _Folder(click.Path):
     """A path. It would take the address ``s3://bucket/x`` for one in a folder named ``s3:``."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty, which would mean this very folder: name it '.' if it is meant", parameter, context)
         if is_address(value):
             self.fail(
                 f"{value} is an address, and addresses are read-only: name a folder "
@@ -24,12 +26,14 @@ class _Folder(click.Path):
         return super().convert(value, parameter, context)
 
 
+FOLDER = _Folder(path_type=Path)
+
+
 class _Location(click.Path):
     """A path, or an address, which stays text."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        return value if is_address(value) else super().convert(value, parameter, context)
+        return value if is_address(value) else FOLDER.convert(value, parameter, context)
 
 
-FOLDER = _Folder(path_type=Path)
 LOCATION = _Location(path_type=Path)

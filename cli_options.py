@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import MISSING
 from pathlib import Path
@@ -11,7 +12,8 @@ import click
 
 from .cli_completion import complete_mixture
 from .cli_location import FOLDER, LOCATION
-from .stages.setting import Setting, settings_of
+from .errors import DpoCacheError
+from .stages.setting import Setting, settings_of, values_from_file
 
 MIXTURES = ("mixture", "eval_mixture")
 
@@ -34,7 +36,7 @@ def config_options(
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             is_eager=True,
             expose_value=False,
-            callback=_read_config_file,
+            callback=functools.partial(_read_config_file, config_class, frozenset(without)),
             help="YAML file with these options as keys; flags override it.",
         )(command)
 
@@ -55,8 +57,7 @@ def _option_of(declared: Setting) -> Callable[[Command], Command]:
         declared.flag,
         declared.name,
         type=_click_type(declared),
-        default=None if required else declared.default,
-        required=required,
+        **({"required": True} if required else {"default": declared.default}),  # a default of None would count as given
         multiple=declared.repeats,
         show_default=not required and declared.default not in (None, ()),
         help=description.help,
@@ -74,7 +75,13 @@ def _click_type(declared: Setting) -> Any:
     return FOLDER if declared.value_type is Path else declared.value_type
 
 
-def _read_config_file(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
+def _read_config_file(
+    config_class: type[Any],
+    without: Collection[str],
+    context: click.Context,
+    _parameter: click.Parameter,
+    path: Path | None,
+) -> None:
     """Make the file's values the defaults of this command; a key that no option has is an error."""
     if path is None:
         return
@@ -82,13 +89,15 @@ def _read_config_file(context: click.Context, _parameter: click.Parameter, path:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as fault:
         raise click.BadParameter(f"{path} is not YAML: {fault}") from fault
     if not isinstance(values, dict):
         raise click.BadParameter(f"{path} does not hold option names with values")
-    names = {parameter.name for parameter in context.command.params if parameter.name != "as_json"}
-    given = {str(key).replace("-", "_"): value for key, value in values.items()}
-    unknown = sorted(set(given) - names)
-    if unknown:
-        raise click.BadParameter(f"{path} has keys that are no options here: {', '.join(unknown)}")
+    try:
+        given = values_from_file(config_class, values)
+    except DpoCacheError as fault:
+        raise click.BadParameter(f"{path}: {fault}") from fault
+    strange = sorted(given.keys() & without)
+    if strange:
+        raise click.BadParameter(f"{path}: {strange[0]} is no option of this command")
     context.default_map = given

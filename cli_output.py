@@ -25,14 +25,16 @@ class Report(Protocol):
 
 @contextlib.contextmanager
 def faults_explained(*, to_go_on: str = "the same command goes on from there") -> Iterator[None]:
-    """A fault the user can mend ends in its message and exit code 1, without a traceback."""
+    """A fault the user can mend ends in its message and exit code 1, without a traceback; with ``--json`` in an object
+    ``error`` on stdout too.
+    """
     try:
         yield
     except DpoCacheError as fault:
-        _tell(f"Error: {fault}")
+        _tell(f"Error: {fault}", {"found": fault.found, "expected": fault.expected, "next_step": fault.next_step})
         sys.exit(1)
     except KeyboardInterrupt:
-        _tell(f"Stopped: what is finished stays; {to_go_on}.")
+        _tell(f"Stopped: what is finished stays; {to_go_on}.", {"found": "stopped", "next_step": to_go_on})
         sys.exit(1)
 
 
@@ -53,10 +55,13 @@ def print_summary(summary: str, as_json: Mapping[str, Any] | None) -> None:
         click.echo(json.dumps(as_json, indent=2))
 
 
-def _tell(message: str) -> None:
+def _tell(message: str, error: Mapping[str, str | None]) -> None:
     """Print a fault; a process with a launcher leaves it to the launcher, which prints each message once."""
     fault_file = os.environ.get("DPO_CACHE_FAULT_FILE")
-    if fault_file is None:
-        click.echo(message, err=True)
-    else:
+    if fault_file is not None:
         Path(fault_file).write_text(message, encoding="utf-8")
+        return
+    click.echo(message, err=True)
+    context = click.get_current_context(silent=True)
+    if context is not None and context.params.get("as_json"):
+        click.echo(json.dumps({"error": error}, indent=2))

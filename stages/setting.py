@@ -7,6 +7,7 @@ processes are all derived from it, so none can drift from the others.
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DpoCacheError
-from .location import Location
+from .location import Location, location_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +140,8 @@ def values_from_file(config_class: type[Any], given: Mapping[Any, Any]) -> dict[
             raise DpoCacheError(
                 f"{key} is no option", next_step=f"did you mean {near[0].replace('_', '-')}?" if near else None
             )
+        if name in values:
+            raise DpoCacheError(f"{key} is given twice", next_step="leave one of the two spellings out")
         values[name] = _value_from_file(declared[name], value)
     return {name: values[name] for name in declared if name in values}
 
@@ -146,6 +149,8 @@ def values_from_file(config_class: type[Any], given: Mapping[Any, Any]) -> dict[
 def _value_from_file(declared: Setting, value: Any) -> Any:
     if value is None and declared.default is not MISSING:
         return declared.default
+    if value is True and declared.description.flag_value is not None:
+        return declared.description.flag_value  # `resume: true`, as the bare flag
     if not declared.repeats:
         return _element_from_file(declared, value)
     return tuple(_element_from_file(declared, element) for element in (value if isinstance(value, list) else [value]))
@@ -153,6 +158,8 @@ def _value_from_file(declared: Setting, value: Any) -> Any:
 
 def _element_from_file(declared: Setting, value: Any) -> Any:
     """YAML reads ``1e-6`` as text, so text is taken where it spells a number; a number is no text to it either."""
+    if declared.is_location and isinstance(value, str):
+        return location_of(value)
     wanted = declared.value_type
     is_plain = isinstance(value, str | int | float) and (wanted is bool) == isinstance(value, bool)
     if is_plain and not (wanted is int and isinstance(value, float)):
@@ -185,6 +192,8 @@ def _element_type(hint: Any) -> tuple[type, bool]:
 def _check_value(declared: Setting, value: Any) -> None:
     if value is None:
         return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DpoCacheError(f"{declared.flag} is {value}", expected="a finite number")
     limits = declared.description
     if limits.choices is not None and value not in limits.choices:
         raise DpoCacheError(f"{declared.flag} is {value!r}", expected=_one_of(limits.choices))

@@ -8,6 +8,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from dpo_cache.cli import dpo_cache, dpo_train
 from dpo_cache.cli_options import config_options
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.build_config import BuildConfig
@@ -110,3 +111,71 @@ def test_every_setting_has_a_line_of_help(config_class: type) -> None:
 def test_the_global_batch_is_a_number_of_pairs(settings: dict[str, Any], num_ranks: int, expected: int) -> None:
     config = TrainConfig(cache=Path("c"), output=Path("o"), **settings)
     assert config.resolved_global_batch_size(num_ranks) == expected
+
+
+@pytest.mark.parametrize("missing", ["model", "dataset", "cache"])
+def test_an_option_that_must_be_given_is_asked_for(missing: str) -> None:
+    given = [f"--{name}=x" for name in ("model", "dataset", "cache") if name != missing]
+    result = CliRunner().invoke(dpo_cache, ["build", *given, "--dry-run"])
+    assert result.exit_code == 2
+    assert f"Missing option '--{missing}'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("beta: [1, 2]", "--beta is [1, 2]"),
+        ("beta: {a: 1}", "--beta is {'a': 1}"),
+        ("beta: true", "--beta is True"),
+        ("max-steps: 1.7", "--max-steps is 1.7"),
+        ("use-lora: maybe", "--use-lora is 'maybe'"),
+        ("output: [a, b]", "--output is ['a', 'b']"),
+        ("config: other.yaml", "config is no option"),
+        ("betta: 3", "did you mean beta?"),
+        ("max_steps: 1\nmax-steps: 2", "is given twice"),
+        ("- a", "does not hold option names"),
+        ("a: [1,", "is not YAML"),
+    ],
+)
+def test_a_file_of_options_is_held_to_their_names_and_types(text: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    result = CliRunner().invoke(
+        dpo_train, ["--cache", "c", "--output", str(tmp_path / "run"), "--config", str(tmp_path / "c.yaml")]
+    )
+    assert result.exit_code == 2, result.output
+    assert complaint in result.stderr
+
+
+def test_a_file_of_options_says_what_the_command_line_would(tmp_path: Path) -> None:
+    lines = ["cache: hf://datasets/a/b", "output: o", "beta: null", "learning-rate: 1e-6", "resume: true"]
+    (tmp_path / "c.yaml").write_text("\n".join([*lines, "lora-target-modules: q_proj", "use-lora: true"]), "utf-8")
+    config = parsed(TrainConfig, ["--config", str(tmp_path / "c.yaml")])
+    assert config == TrainConfig(
+        cache="hf://datasets/a/b",
+        output=Path("o"),
+        learning_rate=1e-6,
+        resume="latest",
+        use_lora=True,
+        lora_target_modules=("q_proj",),
+    )
+
+
+def test_one_dataset_in_a_file_needs_no_list(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("dataset: pairs.jsonl", "utf-8")
+    config = parsed(BuildConfig, ["--model", "m", "--cache", "c", "--config", str(tmp_path / "c.yaml")])
+    assert config == BuildConfig(model="m", cache=Path("c"), dataset=("pairs.jsonl",))
+
+
+@pytest.mark.parametrize("option", ["--num-train-epochs", "--learning-rate", "--weight-decay"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_number_has_to_be_finite(option: str, value: str) -> None:
+    with pytest.raises(DpoCacheError, match=f"{option} is {value}"):
+        parsed(TrainConfig, ["--cache", "c", "--output", "o", option, value])
+
+
+@pytest.mark.parametrize("option", ["--cache", "--output"])
+def test_an_empty_folder_name_is_not_taken_for_this_folder(option: str) -> None:
+    given = {"--cache": "c", "--output": "o", option: ""}
+    result = CliRunner().invoke(dpo_train, [word for pair in given.items() for word in pair])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.stderr
