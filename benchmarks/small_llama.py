@@ -19,8 +19,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_random_llama(folder: Path, pairs_file: str) -> Path:
-    """A Llama of 34M random parameters and a tokenizer trained on the answers."""
+def write_tokenizer(folder: Path, pairs_file: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the answers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,6 +35,12 @@ def write_random_llama(folder: Path, pairs_file: str) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
+    return fast
+
+
+def write_random_llama(folder: Path, pairs_file: str) -> Path:
+    """A Llama of 34M random parameters and a tokenizer trained on the answers."""
+    fast = write_tokenizer(folder, pairs_file)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
