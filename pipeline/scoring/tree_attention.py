@@ -55,7 +55,7 @@ def with_segments(visible_R1QK: Tensor, batch: ScoringBatch, *, windowed: bool) 
         visible_R1QK._dpo_cache_segments = [  # type: ignore[attr-defined]
             _segmented(visible_11QK, segment_T, trunk_T, windowed=windowed)
             for visible_11QK, segment_T, trunk_T in zip(
-                visible_R1QK.split(1), batch.segment_RT.numpy(), batch.trunk_RT.numpy(), strict=True
+                torch.split(visible_R1QK, 1), batch.segment_RT.numpy(), batch.trunk_RT.numpy(), strict=True
             )
         ]
     return visible_R1QK
@@ -73,7 +73,7 @@ def _segmented(
         trunk = None if prompt == place else prompt
         seen = None
         if windowed or trunk is not None:
-            of_segment = visible_11QK[:, :, start : start + lengths[place]].split(lengths, dim=-1)
+            of_segment = torch.split(visible_11QK[:, :, start : start + lengths[place]], lengths, dim=-1)
             seen = _behind_trunk(of_segment, trunk, place, dim=-1)
         segments.append(Segment(trunk=trunk, visible_11QK=seen))
     return SegmentedRow(segments=segments, lengths=lengths)
@@ -97,7 +97,7 @@ def tree_sdpa_attention(
     if rows is None:
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return attended, None
-    of_rows = zip(rows, query.split(1), key.split(1), value.split(1), strict=True)
+    of_rows = zip(rows, *(torch.split(states, 1) for states in (query, key, value)), strict=True)
     return torch.cat([_attend(module, *of_row, **options) for of_row in of_rows]), None
 
 
@@ -105,7 +105,7 @@ def _attend(
     module: torch.nn.Module, row: SegmentedRow, query: Tensor, key: Tensor, value: Tensor, **options: Any
 ) -> Tensor:
     # Split once: the backward pass of a slice fills a whole row with zeros, that of a split joins its pieces.
-    queries, keys, values = (states.split(row.lengths, dim=2) for states in (query, key, value))
+    queries, keys, values = (torch.split(states, row.lengths, dim=2) for states in (query, key, value))
     attended = [
         sdpa_attention_forward(
             module,
