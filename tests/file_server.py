@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+
+from local_server import local_server
 
 
 @dataclass
@@ -43,18 +45,12 @@ def file_server(folder: Path) -> Iterator[FileServer]:
     """Serve a folder in a thread."""
     state = FileServer(folder)
     handler = type("Handler", (_Handler,), {"state": state})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield state
-    finally:
-        state.hold.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with local_server(handler) as address:
+        state.url = address
+        try:
+            yield state
+        finally:
+            state.hold.set()
 
 
 class _Handler(SimpleHTTPRequestHandler):

@@ -18,8 +18,8 @@ import dpo_cache as dpo_cache_package
 import numpy as np
 import pytest
 from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
-from click.testing import CliRunner, Result
 from commands import assert_same_logps, dpo_cache, dpo_train, logps_by_key, run
+from commands_in_process import invoke, refusal, report
 from dpo_cache.cli import dpo_cache as command
 from dpo_cache.pipeline.cache import durable_file, shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
@@ -31,25 +31,6 @@ from tiny_model import message_pairs, rendered_pair, write_rows, write_tiny_mode
 from .conftest import NUM_PAIRS
 
 ROWS_A_SHARD = 10
-
-
-def invoke(*arguments: str | Path | int, answer: str | None = None, color: bool = False) -> Result:
-    result = CliRunner().invoke(command, [str(argument) for argument in arguments], input=answer, color=color)
-    assert isinstance(result.exception, SystemExit | None), result.exc_info
-    return result
-
-
-def report(*arguments: str | Path | int, exit_code: int = 0) -> dict[str, Any]:
-    result = invoke(*arguments, "--json")
-    assert result.exit_code == exit_code, result.output
-    parsed: dict[str, Any] = json.loads(result.stdout)
-    return parsed
-
-
-def refusal(*arguments: str | Path | int) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 1, result.output
-    return result.stderr[result.stderr.rindex("Error: ") :]
 
 
 def rows_of(cache: Path) -> list[ScoredPair]:

@@ -17,37 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from commands import dpo_train, fails, logps_by_key, run
+from commands_in_process import invoke, refusal, report
 from datasets import Dataset
 from documentation_blocks import ROOT, blocks_of
 from dpo_cache import ReferenceCache
-from dpo_cache.cli import dpo_cache
 from tiny_model import message_pairs, plain_logps, rendered_pair, write_rows, write_tiny_model
 
 from .conftest import NUM_PAIRS
 
 TRL_SIDE = ROOT / "tests" / "trl_training.py"
 TRL_BLOCKS = [block.text for block in blocks_of(ROOT / "docs" / "interoperability.md") if block.mark == "trl"]
-
-
-def invoke(*arguments: str | Path | int) -> Result:
-    result = CliRunner().invoke(dpo_cache, [str(argument) for argument in arguments])
-    assert isinstance(result.exception, SystemExit | None), result.exc_info
-    return result
-
-
-def report(*arguments: str | Path | int) -> dict[str, Any]:
-    result = invoke(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    parsed: dict[str, Any] = json.loads(result.stdout)
-    return parsed
-
-
-def refusal(*arguments: str | Path | int) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 1, result.output
-    return result.stderr[result.stderr.rindex("Error: ") :]
 
 
 def in_trl(code: str, folder: Path) -> dict[str, Any]:
