@@ -38,8 +38,7 @@ def model_card(
         last_line: The last logged step.
         evaluation: The last evaluation.
     """
-    is_adapter = config.use_lora and not config.merge
-    header = [f"library_name: {'peft' if is_adapter else 'transformers'}"]
+    header = [f"library_name: {'peft' if config.saves_adapter else 'transformers'}"]
     if base.commit is not None:
         header.append(f"base_model: {base.name}")
     header += ["tags:", "- dpo", "- dpo-cache"]

@@ -53,8 +53,9 @@ class ModelWriter:
             last_line=line,
             evaluation=evaluation,
         )
-        if not self._config.use_lora or self._config.merge:
-            export_model(self._engine, folder, base_folder=base.folder, card=card)
+        if not self._config.saves_adapter:
+            remote_code = self._config.trust_remote_code
+            export_model(self._engine, folder, base_folder=base.folder, trust_remote_code=remote_code, card=card)
             return
         name = base.name if base.commit else str(base.folder)
         export_adapter(self._engine, folder, base_folder=base.folder, base=name, revision=base.commit, card=card)

@@ -13,6 +13,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.reference_identity import ReferenceIdentity, differences, identify_reference
 from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import SCORING_VERSION
+from ..pipeline.scoring.quantization import quantized_layers
 from ..pipeline.training.deepspeed_config import partitioned_loading
 from ..pipeline.training.expert_blocks import gather_expert_blocks_whole, refuse_load_balancing
 from ..pipeline.training.liger_layers import use_liger_layers
@@ -47,11 +48,17 @@ def find_policy(config: TrainConfig, cache: ReferenceCache) -> ModelFolder:
     model = _recorded_folder(cache, "model", "commit", "name it: --model PATH_OR_ID")
     if cache.identity.adapter_sha256 is None:
         return model
-    if config.use_lora and not config.merge:
+    if config.saves_adapter:
         raise DpoCacheError(
             "--use-lora would save an adapter that belongs on neither the base nor the adapter of this reference",
             expected="a whole model, or a reference without an adapter",
             next_step="add --merge, or build a cache with the reference's adapter merged into its base",
+        )
+    if config.quantization:
+        raise DpoCacheError(
+            "--use-qlora cannot start at a reference with an adapter, which cannot be added to quantized weights",
+            expected="a reference that is a whole model",
+            next_step="merge it into its base (peft's merge_and_unload) and build a cache with that",
         )
     remedy = "put it back, or merge it into its base (peft's merge_and_unload) and build a cache with that"
     return replace(model, adapter=_recorded_folder(cache, "adapter", "adapter_commit", remedy))
@@ -89,6 +96,7 @@ def check_policy(config: TrainConfig, reference: ReferenceIdentity, model: Model
         compute_dtype=reference.compute_dtype,
         attention=reference.attention,
         scoring_version=SCORING_VERSION,
+        quantization=reference.quantization,
     )
     found = differences(reference, identity)
     if found and not config.allow_other_policy:
@@ -112,6 +120,9 @@ def load_policy(
         model: The files.
         device: This rank's device.
         engine_config: DeepSpeed's.
+
+    Raises:
+        DpoCacheError: The model cannot be loaded, or cannot be trained in this way.
     """
     with partitioned_loading(engine_config):
         policy: Any = load_causal_lm(
@@ -120,7 +131,14 @@ def load_policy(
             attention=recipe.attention,
             device=device,
             adapter=model.adapter.folder if model.adapter else None,
+            quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,
+        )
+    if quantized_layers(policy) and not config.quantization:
+        raise DpoCacheError(
+            f"the weights of {model.name} are quantized in the checkpoint itself, and cannot be trained",
+            expected="full weights",
+            next_step="take the model that it was made from; --use-qlora quantizes it as it is loaded",
         )
     if model.adapter:
         policy = merge_adapter(policy)

@@ -164,7 +164,7 @@ def warnings_of(recipe: Recipe) -> list[str]:
 
 
 def refuse_other_numerics(config: TrainConfig, identity: ReferenceIdentity) -> None:
-    """Refuse a dtype or an attention kernel other than the reference was scored with.
+    """Refuse a dtype, an attention kernel or a quantization other than the reference was scored with.
 
     Raises:
         DpoCacheError: They differ and ``--allow-numerics-mismatch`` was not given.
@@ -182,3 +182,17 @@ def refuse_other_numerics(config: TrainConfig, identity: ReferenceIdentity) -> N
                 expected=f"{flag} {cached}",
                 next_step=f"leave {flag} out, build a cache with {ours}, or add --allow-numerics-mismatch",
             )
+    if config.quantization == identity.quantization:
+        return
+    if config.quantization:
+        found = f"--use-qlora quantizes the policy to {config.quantization}, and the cache was scored with full weights"
+        remedy = f"leave --use-qlora out, build a cache with --quantization {config.quantization}"
+    else:
+        found = f"the cache was scored with weights quantized to {identity.quantization}, and the policy's are full"
+        remedy = "add --use-qlora, build a cache without --quantization"
+    raise DpoCacheError(
+        f"{found} (quantization: cache {identity.quantization}, policy {config.quantization}): policy and reference "
+        "would differ by the quantization before any update",
+        expected="a reference that is quantized as the policy is",
+        next_step=f"{remedy}, or add --allow-numerics-mismatch",
+    )

@@ -7,18 +7,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..pipeline.training.checkpoints import (
+from ..pipeline.training.checkpoint_folder import (
     Checkpoint,
     TrainerState,
-    check_free_space,
     check_same_run,
-    convert_checkpoint,
-    load_checkpoint,
-    needs_conversion,
     newest_checkpoint,
     open_checkpoint,
-    save_checkpoint,
 )
+from ..pipeline.training.checkpoints import convert_checkpoint, load_checkpoint, needs_conversion, save_checkpoint
+from ..pipeline.training.disk_space import check_free_space
 from ..pipeline.training.policy_engine import PolicyEngine
 from .process_group import all_or_none, decided_by_first, say_once
 from .ranks import Ranks
@@ -96,7 +93,7 @@ class RunCheckpoints:
                 parameters=engine.parameters(),
                 weight_bytes=4 if self._recipe.dtype == "float32" else 2,
                 keep_last=self._keep_last,
-                only_adapter=self._config.use_lora and not self._config.merge,
+                only_adapter=self._config.saves_adapter,
             )
 
         all_or_none(check, on=self._ranks.rank == 0)

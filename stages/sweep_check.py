@@ -71,7 +71,7 @@ def check_points(points: Sequence[SweepPoint], prospect: CacheProspect) -> None:
         (("mixture",), lambda config: _require_mixture(config.mixture, prospect)),
         (("eval_mixture",), lambda config: _require_mixture(config.eval_mixture, prospect)),
         (
-            ("dtype", "attn_implementation", "allow_numerics_mismatch"),
+            ("dtype", "attn_implementation", "use_qlora", "allow_numerics_mismatch"),
             lambda config: refuse_other_numerics(config, prospect.identity),
         ),
         (("model", "model_revision", "allow_other_policy"), lambda config: _require_reference(config, prospect)),

@@ -57,7 +57,9 @@ class TrainConfig:
         help="Layers that get an adapter, by name; repeatable [default: all linear ones but the head].",
         metavar="NAME",
     )
-    use_qlora: bool = setting(False, help="Not supported: adapters on quantized weights; refused with the reason.")
+    use_qlora: bool = setting(
+        False, help="The same on weights quantized to nf4; for a cache built with --quantization nf4."
+    )
     merge: bool = setting(False, help="Add the adapter to the weights and save a whole model at the end.")
     load_balancing_loss: bool = setting(False, help="Keep a mixture of experts balanced: adds its auxiliary loss.")
     load_balancing_weight: float | None = setting(None, help="Weight of the auxiliary loss [default: 0.001].", above=0)
@@ -165,15 +167,15 @@ class TrainConfig:
             )
         if self.eval_steps is not None and self.eval_mixture is None:
             raise DpoCacheError("--eval-steps without --eval-mixture has nothing to evaluate on")
-        if self.use_qlora:
+        if self.use_qlora and self.zero_stage == 3:
             raise DpoCacheError(
-                "--use-qlora is not supported: quantized weights do not give the cached values back, so nothing "
-                "would prove that policy and cache belong together, and ZeRO-3 cannot partition them",
-                expected="--use-lora, which keeps the reference's weights as they are",
-                next_step="add --zero-stage 3, --gradient-checkpointing or --offload-parameters if memory is short",
+                "--use-qlora is given with --zero-stage 3 (its default), which cannot partition quantized weights: "
+                "their blocks and scales belong together",
+                expected="stage 0, 1 or 2: the quantized weights, a quarter of their size, stay whole on every GPU",
+                next_step="add --zero-stage 2",
             )
         self._refuse_without(
-            "use_lora",
+            "use_lora" if not self.use_qlora else "use_qlora",
             lora_rank=self.lora_rank is not None,
             lora_alpha=self.lora_alpha is not None,
             lora_target_modules=bool(self.lora_target_modules),
@@ -207,14 +209,25 @@ class TrainConfig:
         """The run's name in trackers and on the Hub."""
         return self.run_name or self.output.resolve().name
 
+    @property
+    def quantization(self) -> str | None:
+        """What the policy's own weights are quantized to; None where they are left as they are."""
+        return "nf4" if self.use_qlora else None
+
+    @property
+    def saves_adapter(self) -> bool:
+        """Whether what comes out is an adapter, and not a whole model."""
+        return self.resolved_lora() is not None and not self.merge
+
     def resolved_lora(self) -> dict[str, Any] | None:
         """The adapter's numbers; None where the policy itself is trained."""
-        if not self.use_lora:
+        if not (self.use_lora or self.use_qlora):
             return None
         return {
             "rank": self.lora_rank or 64,
             "alpha": self.lora_alpha or 16.0,
             "target_modules": list(self.lora_target_modules or ("all-linear",)),
+            **({"quantization": self.quantization} if self.quantization else {}),
         }
 
     def resolved_loss(self) -> Objective:

@@ -21,7 +21,7 @@ from ..pipeline.scoring.layout_choice import choose_layout
 from ..pipeline.scoring.model_loading import load_config
 from ..pipeline.scoring.pair_scorer import PairScorer
 from ..pipeline.scoring.scoring_batch import Layout
-from ..pipeline.training.checkpoints import Checkpoint
+from ..pipeline.training.checkpoint_folder import Checkpoint
 from ..pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
 from ..pipeline.training.eval_margins import FILE as EVAL_MARGINS
 from ..pipeline.training.eval_margins import write_eval_margins
@@ -137,7 +137,7 @@ class TrainingRun:
     def _prepare_hub(self, origin: PolicyOrigin) -> HubTarget | None:
         if not self._config.push_to_hub:
             return None
-        if self._config.use_lora and not self._config.merge and origin.model.commit is None:
+        if self._config.saves_adapter and origin.model.commit is None:
             raise DpoCacheError(
                 f"--push-to-hub: an adapter names the model it belongs on, and {origin.model.name} is a folder here",
                 expected="a model of the Hub under the adapter",
@@ -232,6 +232,8 @@ class TrainingRun:
             write_step_zero(self._config.output / "step0.json", figures)
         if origin.is_reference and not self._config.allow_numerics_mismatch:
             check_step_zero(figures)
+        elif not figures.within_bound:
+            say_once(f"warning: {figures.summary()}; the run goes on, as it was asked to")
         return figures
 
     def _open_log(self, checkpoint: Checkpoint | None, first_step: int) -> RunLog:

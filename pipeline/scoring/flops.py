@@ -17,6 +17,7 @@ from torch import nn
 
 from .attention_masks import FULL, SLIDING
 from .model_loading import find_backbone, find_causal_lm, find_head
+from .quantization import num_elements
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,7 @@ class ModelCost:
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             backbone_weights=sum(_passed_elements(find_backbone(model), config)),
-            head_weights=_elements(find_head(model).weight),
+            head_weights=num_elements(find_head(model).weight),
             attention_width=config.num_attention_heads * head_size * _attention_layers(config),
             backward_forwards=2 if find_head(model).weight.requires_grad else 1,
         )
@@ -71,13 +72,9 @@ def _passed_elements(backbone: nn.Module, config: Any) -> Iterator[int]:
         for parameter in module.parameters(recurse=False):
             shape = getattr(parameter, "ds_shape", parameter.shape)
             if len(shape) == 3 and shape[0] == num_experts:
-                yield _elements(parameter) * config.num_experts_per_tok // num_experts
+                yield num_elements(parameter) * config.num_experts_per_tok // num_experts
             elif len(shape) >= 2:
-                yield _elements(parameter)
-
-
-def _elements(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+                yield num_elements(parameter)
 
 
 def _attention_layers(config: Any) -> int:

@@ -12,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...errors import DpoCacheError
-from .quantization import compute_alike, loading_options
+from .quantization import loading_options, prepare_quantized_layers
 
 ATTENTION_KERNELS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 
@@ -120,7 +120,7 @@ def load_causal_lm(
             expected=attention,
             next_step=f"--attn-implementation {loaded_with}",
         )
-    compute_alike(base)
+    prepare_quantized_layers(base)
     base.config.use_cache = False
     model: nn.Module = base if adapter is None else _with_adapter(base, adapter)
     set_module_dropout_to_zero(model)

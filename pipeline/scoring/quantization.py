@@ -79,14 +79,21 @@ def require_bitsandbytes() -> None:
         ) from error
 
 
-def compute_alike(model: nn.Module) -> None:
-    """Let quantized layers give the same values without gradients as with them.
+def prepare_quantized_layers(model: nn.Module) -> None:
+    """Let quantized layers give the same values without gradients as with them, and keep them out of checkpoints.
 
     On a CPU that has the instructions, bitsandbytes packs a layer's weight anew in its first pass without gradients
     and computes in bfloat16 from then on, whatever dtype it was told, and without a backward pass.
     """
     for layer in quantized_layers(model):
         layer.support_avx512bf16_for_cpu = False
+        layer.register_state_dict_post_hook(_leave_scales_out)
+
+
+def _leave_scales_out(_layer: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+    """Scales are no parameters, so nobody takes them for frozen; without their weight they are of no use."""
+    for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
+        del state[name]
 
 
 def quantized_layers(model: nn.Module) -> list[Any]:

@@ -65,7 +65,8 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=_devices_of(model)):
             torch.manual_seed(settings.seed)
-            # Not cast to float32: the engine keeps float32 masters of whatever is trained.
+            # Nothing is cast to float32: the engine keeps float32 masters of whatever is trained. Nor is a quantized
+            # model prepared by peft, whose norms and embeddings would then be other ones than the reference's.
             adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise DpoCacheError(
@@ -91,6 +92,24 @@ def adapter_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
         return {}
     named: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     return named
+
+
+def same_adapter(model: nn.Module, state: dict[str, Tensor], base: nn.Module) -> nn.Module:
+    """Put the adapter of one model on another of the same layers, such as the one that the first was quantized from.
+
+    Args:
+        model: From :func:`add_lora`.
+        state: From :func:`adapter_state`.
+        base: The other model; becomes part of the one returned.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    peft_model: Any = model
+    # In float32 whatever the base is in: nothing of what was trained is rounded away before it is added.
+    adapted: nn.Module = get_peft_model(base, copy.deepcopy(peft_model.active_peft_config), autocast_adapter_dtype=True)
+    unknown = set_peft_model_state_dict(adapted, state).unexpected_keys
+    assert not unknown, unknown
+    return adapted
 
 
 def write_adapter(model: nn.Module, state: dict[str, Tensor], folder: Path, *, base: str, revision: str | None) -> None:

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from ...errors import DpoCacheError
-from ..scoring.model_loading import find_causal_lm
-from .checkpoints import sync_tree
-from .lora_adapter import adapter_state, gathered, lora_change, merged_parameters, write_adapter
+from ..cache.durable_file import settle_folder, settle_tree
+from ..scoring.model_loading import find_causal_lm, load_causal_lm
+from ..scoring.quantization import quantized_layers
+from .lora_adapter import adapter_state, gathered, lora_change, merged_parameters, same_adapter, write_adapter
 from .policy_engine import PolicyEngine
 
 TOKENIZER_FILES = (
@@ -48,23 +49,47 @@ class TensorHeader(NamedTuple):
     shape: tuple[int, ...]
 
 
-def export_model(engine: PolicyEngine, folder: Path, *, base_folder: Path, card: str = "") -> None:
+def export_model(
+    engine: PolicyEngine, folder: Path, *, base_folder: Path, trust_remote_code: bool = False, card: str = ""
+) -> None:
     """Write the policy, an adapter on it added to its weights; collective, and only rank 0 writes.
+
+    Where the policy's weights are quantized, the adapter is added to the full ones, which rank 0 reads again.
 
     Args:
         engine: The trained policy, partitioned or not.
         folder: The model's folder. One already there is replaced once the new one is whole.
         base_folder: The checkpoint that training started from. Weights are written in its dtype, and its tokenizer
             is copied.
+        trust_remote_code: Run Python code that comes with the model.
         card: Text of a README.md.
 
     Raises:
         DpoCacheError: It could not be written, or a header is not what it should be.
     """
-    model: Any = find_causal_lm(engine.scorer.model)
+    model = engine.scorer.model
     dtype = checkpoint_dtype(base_folder)
-    state = _gathered_state(engine.scorer.model, dtype, keep=engine.rank == 0)
-    _write_on_main(engine, folder, lambda temporary: _write(model, state, temporary, dtype, base_folder), card)
+    if quantized_layers(model):
+        adapter = adapter_state(model, keep=engine.rank == 0)
+
+        def write(temporary: Path) -> None:
+            base = load_causal_lm(
+                base_folder,
+                dtype=dtype,
+                attention=engine.scorer.attention,
+                device="cpu",
+                trust_remote_code=trust_remote_code,
+            )
+            whole = same_adapter(model, adapter, base)
+            _write(whole, _gathered_state(whole, dtype, keep=True), temporary, dtype, base_folder)
+
+    else:
+        state = _gathered_state(model, dtype, keep=engine.rank == 0)
+
+        def write(temporary: Path) -> None:
+            _write(model, state, temporary, dtype, base_folder)
+
+    _write_on_main(engine, folder, write, card)
 
 
 def export_adapter(
@@ -155,9 +180,10 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
     return next(dtype for dtype, known in _SAFETENSORS_DTYPES.items() if known == name)
 
 
-def _write(model: Any, state: dict[str, Tensor], folder: Path, dtype: torch.dtype, base_folder: Path) -> None:
-    expected = _expected_headers(model, state)
-    model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+def _write(model: nn.Module, state: dict[str, Tensor], folder: Path, dtype: torch.dtype, base_folder: Path) -> None:
+    causal_lm = find_causal_lm(model)
+    expected = _expected_headers(causal_lm, state)
+    causal_lm.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
     _restore_config(folder / "config.json", base_folder / "config.json", dtype)
     _copy_tokenizer(base_folder, folder)
     check_headers(folder, expected)
@@ -245,11 +271,11 @@ def check_headers(folder: Path, expected: Mapping[str, TensorHeader]) -> None:
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
-    sync_tree(temporary)  # a power cut must not leave the new name with old nothing behind it
+    settle_tree(temporary)  # a power cut must not leave the new name with old nothing behind it
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
-    sync_tree(folder.parent, deep=False)
+    settle_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -53,6 +53,13 @@ class StepZeroFigures:
     expected_loss: float | None
     within_bound: bool
 
+    def summary(self) -> str:
+        """How far they were apart, for people."""
+        return (
+            f"before any update, policy and cached reference differ by {self.max_per_token:.3g} nats per token "
+            f"(mean {self.mean_per_token:.3g}) on the {self.pairs} pairs of the first batch"
+        )
+
 
 class StepZeroProof:
     """Collects the first global batch, then judges it.
@@ -110,8 +117,7 @@ def check_step_zero(figures: StepZeroFigures) -> None:
     if figures.within_bound:
         return
     raise DpoCacheError(
-        f"before any update, policy and cached reference differ by {figures.max_per_token:.3g} nats per token "
-        f"(mean {figures.mean_per_token:.3g}) on the {figures.pairs} pairs of the first batch",
+        figures.summary(),
         expected=f"at most {figures.bound_per_token:g} in {figures.dtype}: a policy that starts from the reference "
         "gives the cached values back",
         next_step="what usually differs is the policy's weights (--model is not the reference, or was overwritten "

@@ -24,7 +24,7 @@ def config(**options: Any) -> TrainConfig:
         ({"load_balancing_weight": 0.1}, "--load-balancing-weight has no effect without --load-balancing-loss"),
         ({"hub_model_id": "lab/model"}, "--hub-model-id has no effect without --push-to-hub"),
         ({"hub_private": False}, "--no-hub-private has no effect without --push-to-hub"),
-        ({"use_qlora": True}, "--use-qlora is not supported"),
+        ({"use_qlora": True}, "which cannot partition quantized weights"),
         ({"keep_best": "margin"}, "--keep-best without --eval-mixture has nothing to judge by"),
     ],
 )
@@ -38,3 +38,8 @@ def test_an_adapter_has_numbers_and_a_full_policy_has_none() -> None:
     assert config(use_lora=True).resolved_lora() == {"rank": 64, "alpha": 16.0, "target_modules": ["all-linear"]}
     given = config(use_lora=True, lora_rank=8, lora_alpha=32.0, lora_target_modules=("q_proj", "v_proj"))
     assert given.resolved_lora() == {"rank": 8, "alpha": 32.0, "target_modules": ["q_proj", "v_proj"]}
+    quantized = config(use_qlora=True, zero_stage=2, lora_rank=8)
+    numbers = {"rank": 8, "alpha": 16.0, "target_modules": ["all-linear"], "quantization": "nf4"}
+    assert quantized.resolved_lora() == numbers
+    assert quantized.saves_adapter
+    assert not config(use_qlora=True, zero_stage=2, merge=True).saves_adapter
