@@ -3,8 +3,8 @@
     python benchmarks/packing.py --pairs hh_harmless.jsonl.gz alpaca_eval_pairs.jsonl.gz
 
 Fill is the tokens in a batch over its budget. A global batch is a number of pairs, so its tokens rarely come to a
-whole number of micro-batches on every rank: "possible" is the fill that any dealing could reach at best. Balance is
-the mean load of the ranks over the largest, micro-step by micro-step, as ZeRO-3 makes them wait. Unused budget costs no
+whole number of micro-batches on every rank: "possible" is what no dealing could surpass. Balance is the mean load of
+the ranks over the largest, micro-step by micro-step, as ZeRO-3 makes them wait; one long pair can set the largest. Unused budget costs no
 time, for micro-batches hold no padding; imbalance does. A section a file is kept in ``benchmarks/results/packing.md``.
 """
 
@@ -33,6 +33,10 @@ from small_llama import VOCABULARY, write_tokenizer
 BUDGETS = (4096, 8192, 16_384)
 RANKS = (1, 2, 8, 32)
 GLOBAL_BATCHES = (128, 1024)
+TRAINING_TITLES = (
+    *("training: pairs an update", "ranks", "tokens a micro-batch", "micro-steps"),
+    *("fill", "possible", "balance", "possible"),
+)
 
 
 def main() -> None:
@@ -56,22 +60,14 @@ def section(file: Path, pairs: Sequence[TokenPair]) -> str:
     shortest, median, longest = np.percentile(lengths, [5, 50, 95])
     return dated_section(
         file.name,
-        f"{len(pairs):,} pairs of {lengths.mean():.0f} tokens on average, prompt once (median {median:.0f}, nine tenths "
-        f"from {shortest:.0f} to {longest:.0f}, at most {lengths.max():,}), in a vocabulary of {VOCABULARY:,}.",
+        f"{len(pairs):,} pairs of {lengths.mean():.0f} tokens on average, prompt once (median {median:.0f}, nine "
+        f"tenths from {shortest:.0f} to {longest:.0f}, at most {lengths.max():,}); a vocabulary of {VOCABULARY:,}.",
         markdown_table(
             ("scoring: tokens a batch", "batches", "fill", "fill but for the last"),
             [scoring_row(pairs, budget) for budget in BUDGETS],
         ),
         markdown_table(
-            (
-                "training: pairs an update",
-                "ranks",
-                "tokens a micro-batch",
-                "micro-steps",
-                "fill",
-                "possible",
-                "balance",
-            ),
+            TRAINING_TITLES,
             list(training_rows(lengths)),
             num_texts=0,
         ),
@@ -102,7 +98,7 @@ def training_rows(lengths: npt.NDArray[np.int64]) -> Iterator[list[str]]:
 def training_row(
     lengths: npt.NDArray[np.int64], batches: Sequence[npt.NDArray[np.int64]], num_ranks: int, budget: int
 ) -> list[str]:
-    tokens = micro_steps = fewest = waited = 0
+    tokens = micro_steps = fewest = waited = least_wait = 0
     for rows in batches:
         dealt = deal(rows, lengths[rows], num_ranks=num_ranks, tokens_per_microbatch=budget)
         loads = np.array([[int(lengths[micro_batch].sum()) for micro_batch in rank] for rank in dealt])
@@ -110,6 +106,7 @@ def training_row(
         micro_steps += loads.shape[1]
         fewest += math.ceil(loads.sum() / (num_ranks * budget))
         waited += num_ranks * int(loads.max(axis=0).sum())
+        least_wait += max(int(loads.sum()), num_ranks * int(lengths[rows].max()))
     return [
         f"{len(batches[0]):,}",
         f"{num_ranks}",
@@ -118,6 +115,7 @@ def training_row(
         f"{tokens / (micro_steps * num_ranks * budget):.1%}",
         f"{tokens / (fewest * num_ranks * budget):.1%}",
         f"{tokens / waited:.1%}",
+        f"{tokens / least_wait:.1%}",
     ]
 
 
