@@ -97,11 +97,7 @@ def adopt_durably(temporary: Path, path: Path) -> None:
         DpoCacheError: The operating system refused; the file stays where it was.
     """
     try:
-        file = operations.open_existing(temporary)
-        try:
-            operations.sync(file)
-        finally:
-            operations.close(file)
+        _sync_file(temporary)
         operations.rename(temporary, path)
         operations.sync_folder(path.parent)
     except OSError as error:
@@ -148,6 +144,35 @@ def settle_folder(path: Path) -> None:
         operations.sync_folder(path)
     except OSError as error:
         raise _refused("sync", path, error) from error
+
+
+def settle_tree(path: Path) -> list[Path]:
+    """Bring a folder that others have written, and all within it, to the disk.
+
+    Returns:
+        Its files, in order of their names.
+
+    Raises:
+        DpoCacheError: The operating system refused.
+    """
+    entries = sorted(path.rglob("*"))
+    try:
+        for entry in (*entries, path):
+            if entry.is_dir():
+                operations.sync_folder(entry)
+            else:
+                _sync_file(entry)
+    except OSError as error:
+        raise _refused("sync", path, error) from error
+    return [entry for entry in entries if entry.is_file()]
+
+
+def _sync_file(path: Path) -> None:
+    file = operations.open_existing(path)
+    try:
+        operations.sync(file)
+    finally:
+        operations.close(file)
 
 
 def _refused(what: str, path: Path, error: OSError) -> DpoCacheError:

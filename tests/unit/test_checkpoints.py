@@ -16,19 +16,21 @@ import torch
 import torch.distributed as dist
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.training.checkpoints import (
+from dpo_cache.pipeline.training.checkpoint_folder import (
     MARKER,
     Checkpoint,
     TrainerState,
-    check_free_space,
     check_same_run,
+    newest_checkpoint,
+    open_checkpoint,
+)
+from dpo_cache.pipeline.training.checkpoints import (
     convert_checkpoint,
     load_checkpoint,
     needs_conversion,
-    newest_checkpoint,
-    open_checkpoint,
     save_checkpoint,
 )
+from dpo_cache.pipeline.training.disk_space import check_free_space
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from torch import nn
 from training_factory import make_engine, random_pairs, train_steps

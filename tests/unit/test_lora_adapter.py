@@ -14,13 +14,8 @@ import torch
 import torch.distributed as dist
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.training.checkpoints import (
-    TrainerState,
-    convert_checkpoint,
-    load_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-)
+from dpo_cache.pipeline.training.checkpoint_folder import TrainerState, open_checkpoint
+from dpo_cache.pipeline.training.checkpoints import convert_checkpoint, load_checkpoint, save_checkpoint
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.model_export import export_adapter, export_model, read_headers

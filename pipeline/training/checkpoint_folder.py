@@ -1,0 +1,177 @@
+"""Checkpoints on the disk: a folder a step, complete only once its marker is there, which is written last.
+
+    checkpoints/step_120/
+      engine/               DeepSpeed's state: weights, master weights, optimizer, one or more files a rank
+      trainer_state.json    what else a run needs to go on, and what it must not have changed meanwhile
+      COMPLETE              every file with its size
+
+A run killed while it saves leaves a folder without marker. It is never gone on from, and never in the way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import DpoCacheError
+from ..cache.durable_file import settle_folder, settle_tree, write_durably
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+MARKER = "COMPLETE"
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerState:
+    """What a run needs besides weights and optimizer.
+
+    There is no generator to restore: order and learning rate are functions of the step, and dropout is off.
+
+    Attributes:
+        step: Updates done.
+        num_ranks: Processes that saved it.
+        zero_stage: Their ZeRO stage.
+        run: What must be the same to go on exactly: the mixture's digest, seed, global batch and the like, by the
+            names people know them by.
+        tracking_run_id: Of Weights & Biases, so that the curve goes on.
+    """
+
+    step: int
+    num_ranks: int
+    zero_stage: int
+    run: Mapping[str, Any]
+    tracking_run_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    path: Path
+    state: TrainerState
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint, or None; warns by name about newer ones that are not complete."""
+    for path in _newest_first(folder):
+        reason = _why_incomplete(path)
+        if reason is None:
+            return Checkpoint(path=path, state=_read_state(path))
+        logger.warning("skipped checkpoint %s: %s", path, reason)
+    return None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in one folder.
+
+    Raises:
+        DpoCacheError: It is not complete.
+    """
+    reason = _why_incomplete(path)
+    if reason is not None:
+        raise DpoCacheError(
+            f"{path} cannot be resumed from: {reason}",
+            expected=f"a folder step_N with a file {MARKER}",
+            next_step="--resume without a value takes the newest complete checkpoint",
+        )
+    return Checkpoint(path=path, state=_read_state(path))
+
+
+def check_same_run(checkpoint: Checkpoint, *, run: Mapping[str, Any], zero_stage: int) -> None:
+    """Refuse to go on with something else than what was begun.
+
+    Raises:
+        DpoCacheError: Naming each field that differs, with both values.
+    """
+    before = {**checkpoint.state.run, "zero_stage": checkpoint.state.zero_stage}
+    now = {**run, "zero_stage": zero_stage}
+    different = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if different:
+        raise DpoCacheError(
+            f"{checkpoint.path} belongs to another run: " + "; ".join(different),
+            expected="the settings the run began with; only the number of ranks may change",
+            next_step="give the old values, or start afresh in another --output",
+        )
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands, if it does; ``folder`` is ``OUTPUT/checkpoints``."""
+    return folder / f"step_{step}"
+
+
+def is_complete(path: Path) -> bool:
+    """Whether there is a whole checkpoint in this folder."""
+    return _why_incomplete(path) is None
+
+
+def complete_checkpoint(path: Path, state: TrainerState) -> None:
+    """Bring a checkpoint whose engine has been saved to the disk, then mark it complete."""
+    write_durably(path / STATE_FILE, _json_bytes(asdict(state)), temporary_folder=path)
+    files = {str(file.relative_to(path)): file.stat().st_size for file in settle_tree(path)}
+    write_durably(path / MARKER, _json_bytes({"files": files}), temporary_folder=path)
+    settle_folder(path.parent)
+
+
+def prune_checkpoints(folder: Path, *, keep_last: int | None) -> None:
+    """Remove all but the last ``keep_last`` complete checkpoints, and what is older than those and incomplete."""
+    if keep_last is None:
+        return
+    newest_first = [path for path in _newest_first(folder) if is_complete(path)]
+    kept = newest_first[:keep_last]
+    for path in _newest_first(folder):
+        if kept and path not in kept and _step(path) < _step(kept[0]):
+            (path / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look like a whole one
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step_*") if _STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    match = _STEP_FOLDER.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _why_incomplete(path: Path) -> str | None:
+    """What a checkpoint lacks, or None."""
+    try:
+        sizes = json.loads((path / MARKER).read_bytes())["files"]
+    except FileNotFoundError:
+        return f"it has no {MARKER}, so saving it was cut short"
+    except (OSError, ValueError, KeyError) as error:
+        return f"its {MARKER} cannot be read ({error})"
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def _read_state(path: Path) -> TrainerState:
+    try:
+        return TrainerState(**json.loads((path / STATE_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DpoCacheError(
+            f"{path / STATE_FILE} cannot be read: {error}", next_step="resume from another checkpoint"
+        ) from error
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
