@@ -23,7 +23,7 @@ class _Folder(click.Path):
                 parameter,
                 context,
             )
-        return super().convert(value, parameter, context)
+        return super().convert(Path(value).expanduser(), parameter, context)  # YAML, and `--cache=~/x`, leave the tilde
 
 
 FOLDER = _Folder(path_type=Path)

@@ -18,4 +18,4 @@ def is_address(location: Location) -> bool:
 
 def location_of(text: str) -> Location:
     """What a person meant: an address as it was written, anything else as a path."""
-    return text if is_address(text) else Path(text)
+    return text if is_address(text) else Path(text).expanduser()

@@ -38,13 +38,18 @@ def find_model_folder(path_or_id: str, revision: str | None) -> ModelFolder:
         DpoCacheError: No such folder, and no such model on the Hub or in its local copy.
     """
     folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    if path_or_id and folder.is_dir():
         if revision is not None:
             raise DpoCacheError(
                 f"the revision {revision} has no meaning for the folder {folder}",
                 expected="a Hub id with a revision, or a folder without one",
             )
         return ModelFolder(folder=folder.resolve(), name=path_or_id, commit=None)
+    if not path_or_id or folder.exists() or path_or_id.startswith(("/", "./", "../", "~")):
+        raise DpoCacheError(
+            f"{folder} is a file" if folder.is_file() else f"there is no folder {path_or_id!r}",
+            expected="a folder with config.json and safetensors weights, or a Hub id",
+        )
     try:
         snapshot = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=WANTED_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as missing:

@@ -6,6 +6,7 @@ their tokens.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -228,11 +229,11 @@ class _Collector:
 def _refuse_many_unusable(collected: CollectedPairs, max_share: float) -> None:
     count = sum(collected.dropped.values())
     if count > max_share * collected.num_source_rows:
+        share = math.ceil(1000 * count / collected.num_source_rows) / 1000  # rounded down it would refuse again
         raise DpoCacheError(
             f"{count} of {collected.num_source_rows} rows make no pair: {_listed(collected.dropped)}",
             expected=f"at most a share of {max_share}",
-            next_step=f"look at them with --verbose, or accept them with "
-            f"--max-unusable-share {count / collected.num_source_rows:.3f}",
+            next_step=f"look at them with --verbose, or accept them with --max-unusable-share {share:g}",
         )
 
 

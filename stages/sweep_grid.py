@@ -81,7 +81,7 @@ def read_grid(path: Path) -> SweepGrid:
             that is out of bounds, or two points that are the same run.
     """
     file = _read_yaml(path)
-    cache, output = location_of(_text(file, "cache", path)), Path(_text(file, "output", path))
+    cache, output = location_of(_text(file, "cache", path)), Path(_text(file, "output", path)).expanduser()
     fixed = _options(TrainConfig, file.get("train") or {}, where=f"{path}: train")
     return SweepGrid(
         cache=cache,

@@ -66,7 +66,14 @@ class DatasetSpec:
         for part in parts:
             key, _, value = part.partition("=")
             if key not in _OPTIONS or key in options or not value:
-                raise DpoCacheError(f"--dataset {text}: {part!r} is not understood", expected=_SPEC)
+                has_comma = Path(f"{path},{part}").exists()
+                raise DpoCacheError(
+                    f"--dataset {text}: {part!r} is not understood",
+                    expected=_SPEC,
+                    next_step="a path with a comma cannot be given: rename it, or make a link to it"
+                    if has_comma
+                    else None,
+                )
             options[key] = value
         return cls(path=path, **options)
 
@@ -119,11 +126,20 @@ class DatasetSource:
         Args:
             row_numbers: Row numbers, shape (rows wanted,).
             columns: Read only these; None for all. Names that the dataset lacks are left out.
+
+        Raises:
+            DpoCacheError: A text is not UTF-8.
         """
         names = [name for name in self.column_names if columns is None or name in columns]
         dataset = self._dataset.select_columns(names)
         for start in range(0, len(row_numbers), _READ_ROWS):
-            batch = dataset[row_numbers[start : start + _READ_ROWS].tolist()]
+            try:
+                batch = dataset[row_numbers[start : start + _READ_ROWS].tolist()]
+            except UnicodeDecodeError as error:
+                raise DpoCacheError(
+                    f"--dataset {self.spec} holds text that is not UTF-8: {error}",
+                    next_step="find its encoding and convert it: iconv -f latin1 -t utf8 FILE > NEW_FILE",
+                ) from error
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
 
@@ -138,7 +154,7 @@ def open_dataset(spec: DatasetSpec) -> DatasetSource:
     Raises:
         DpoCacheError: It does not exist, cannot be read, has no such split, or has no rows.
     """
-    path = Path(spec.path)
+    path = Path(spec.path).expanduser()
     if path.exists():
         return _open_local(spec, path)
     if any(suffix in _FILE_TYPES for suffix in path.suffixes):

@@ -58,7 +58,7 @@ def detect_format(column_names: Sequence[str], first_rows: Iterable[Row]) -> Pre
 
     if _mostly(_is_messages, answers):
         # A `prompt` column beside whole conversations (UltraFeedback) only repeats their first message.
-        answers_alone = _mostly(lambda answer: answer[0]["role"] == "assistant", answers)
+        answers_alone = _mostly(lambda answer: _is_messages(answer) and answer[0]["role"] == "assistant", answers)
         explicit = has_prompt and answers_alone
         return PreferenceFormat.EXPLICIT_MESSAGES if explicit else PreferenceFormat.IMPLICIT_MESSAGES
     if _mostly(_is_text, answers):
@@ -69,11 +69,12 @@ def detect_format(column_names: Sequence[str], first_rows: Iterable[Row]) -> Pre
         if _mostly(_is_text, prompts):
             return PreferenceFormat.EXPLICIT_TEXT
         # Without words in common there is no prompt in these texts; it stands in a column of another name.
-        if not has_prompt and _mostly(lambda row: bool(common_words(row["chosen"], row["rejected"])), rows):
+        texts = [row for row in rows if _is_text(row["chosen"]) and _is_text(row["rejected"])]
+        if not has_prompt and _mostly(lambda row: bool(common_words(row["chosen"], row["rejected"])), texts):
             return PreferenceFormat.PLAIN_TEXT
     raise DpoCacheError(
         f"no preference format fits these columns: {', '.join(column_names) or 'none'}",
-        expected="; or ".join(f"{name}: {name.description}" for name in PreferenceFormat),
+        expected="\n    ".join(["one of these", *(f"{name}: {name.description}" for name in PreferenceFormat)]),
         next_step="rename or build the columns, then run the same command again",
     )
 

@@ -240,6 +240,19 @@ def test_options_that_a_file_does_not_have_are_refused(tmp_path: Path, options: 
         opened(write(tmp_path / "data.jsonl"), **options)
 
 
+def test_text_that_is_not_utf8_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes('{"chosen": "caf\u00e9"}'.encode("latin-1"))
+    with pytest.raises(DpoCacheError, match="holds text that is not UTF-8"):
+        all_rows(opened(tmp_path / "data.jsonl"))
+
+
+def test_a_path_with_a_comma_is_told_from_an_option(tmp_path: Path) -> None:
+    write(tmp_path / "a,b.jsonl")
+    with pytest.raises(DpoCacheError, match="is not understood") as error:
+        DatasetSpec.parse(f"{tmp_path}/a,b.jsonl")
+    assert "a path with a comma" in str(error.value.next_step)
+
+
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(DpoCacheError, match="no such file"):
         opened(tmp_path / "missing.jsonl.gz")

@@ -68,6 +68,9 @@ def test_one_odd_row_does_not_decide_the_format() -> None:
     plain = row("Hi: yes", "Hi: no")
     assert detect_format(["chosen", "rejected"], [plain, TURNS, TURNS, empty]) is TRANSCRIPT
     assert detect_format(["chosen", "rejected"], [odd, plain, plain, empty]) is PLAIN_TEXT
+    messages = row([{"role": "user", "content": "Hi"}] * 2, [{"role": "user", "content": "Hi"}])
+    assert detect_format(["chosen", "rejected"], [plain, messages, messages]) is IMPLICIT
+    assert detect_format(["chosen", "rejected"], [plain, messages, plain]) is PLAIN_TEXT
 
 
 @pytest.mark.parametrize(

@@ -179,3 +179,13 @@ def test_an_empty_folder_name_is_not_taken_for_this_folder(option: str) -> None:
     result = CliRunner().invoke(dpo_train, [word for pair in given.items() for word in pair])
     assert result.exit_code == 2
     assert f"Invalid value for '{option}'" in result.stderr
+
+
+def test_a_home_folder_is_found_where_no_shell_has_looked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    (tmp_path / "c.yaml").write_text("cache: ~/cache\noutput: ~/run", "utf-8")
+    config = parsed(TrainConfig, ["--config", str(tmp_path / "c.yaml")])
+    assert isinstance(config, TrainConfig)
+    assert (config.cache, config.output) == (Path("/home/somebody/cache"), Path("/home/somebody/run"))
