@@ -21,7 +21,7 @@ from .pair_terms import PairTerms
 def exo_pair(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``q·(log q − log(1−ε)) + (1−q)·(log(1−q) − log ε)`` with ``q = σ(βΔ)``: the reverse KL to a smoothed label.
 
-    EXO-pref of Ji et al. 2024 (arXiv 2402.00856), equation 16, where ε = 1e-3; without ε it is infinite.
+    EXO-pref of Ji et al. 2024 (arXiv 2402.00856), where ε = 1e-3; without ε it is infinite.
     """
     epsilon = settings.label_smoothing
     logits_B = settings.beta * terms.margin()
@@ -50,8 +50,8 @@ def bco_pair(terms: PairTerms, settings: LossSettings) -> Tensor:
 def sppo_hard(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``(rc − 1/(2β))² + (rr + 1/(2β))²``.
 
-    Self-play preference optimisation, Wu et al. 2024 (arXiv 2405.00675), equation 4.7 with η = 1/β = 1000 and the
-    probability of winning taken as 1 for the chosen answer and 0 for the rejected.
+    Self-play preference optimisation, Wu et al. 2024 (arXiv 2405.00675): its squared loss with η = 1/β = 1000 and
+    the probability of winning taken as 1 for the chosen answer and 0 for the rejected.
     """
     target = 1 / (2 * settings.beta)
     return (terms.chosen_B - target) ** 2 + (terms.rejected_B + target) ** 2
@@ -88,7 +88,7 @@ def aot_unpaired(terms: PairTerms, settings: LossSettings) -> Tensor:
 def apo_zero(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``1 − σ(β·rc) + σ(β·rr)``: chosen up, rejected down; for chosen answers better than the policy's own.
 
-    Anchored preference optimisation, D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7.
+    APO-zero of anchored preference optimisation, D'Oosterlinck et al. 2024 (arXiv 2408.06266).
     """
     return torch.sigmoid(-settings.beta * terms.chosen_B) + torch.sigmoid(settings.beta * terms.rejected_B)
 
@@ -96,7 +96,7 @@ def apo_zero(terms: PairTerms, settings: LossSettings) -> Tensor:
 def apo_down(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``σ(β·rc) + 1 − σ(βΔ)``: both down, rejected further; for chosen answers worse than the policy's own.
 
-    D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 8.
+    APO-down, D'Oosterlinck et al. 2024 (arXiv 2408.06266).
     """
     margin_B = terms.chosen_B - terms.rejected_B
     return torch.sigmoid(settings.beta * terms.chosen_B) + torch.sigmoid(-settings.beta * margin_B)
@@ -108,7 +108,7 @@ _DISCOPOP_TEMPERATURE = 0.05
 def discopop(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``−(1−m)·log σ(x) + m·exp(−x)`` with ``x = βΔ`` and ``m = σ(x/τ)``, τ = 0.05.
 
-    Log-ratio modulated loss, Lu et al. 2024 (arXiv 2406.08414), equation 5, where β = 0.05. The product ``m·exp(−x)``
+    Log-ratio modulated loss, Lu et al. 2024 (arXiv 2406.08414), where β = 0.05. The product ``m·exp(−x)``
     is taken in one exponent: for a wrong pair its factors are 0 and infinity.
     """
     logits_B = settings.beta * terms.margin()

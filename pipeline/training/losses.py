@@ -34,7 +34,7 @@ def dpo(terms: PairTerms, settings: LossSettings) -> Tensor:
 def dpo_norm(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``−(1−ε)·log σ(β·avgΔ) − ε·log σ(−β·avgΔ)``: DPO on averages per token.
 
-    Length-normalised DPO of Tülu 3 (Lambert et al. 2024, arXiv 2411.15124, equation 6), where β = 5.
+    Length-normalised DPO of Tülu 3 (Lambert et al. 2024, arXiv 2411.15124), where β = 5.
     """
     return smoothed_log_sigmoid_loss(settings.beta * terms.average_margin(), settings.label_smoothing)
 
@@ -55,14 +55,14 @@ def ipo_sum(terms: PairTerms, settings: LossSettings) -> Tensor:
 
 def hinge(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``max(0, 1 − βΔ)``: SLiC's ranking term (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin, as in RSO
-    (Liu et al. 2023, arXiv 2309.06657, equation 9)."""
+    (Liu et al. 2023, arXiv 2309.06657)."""
     return torch.relu(1 - settings.beta * terms.margin())
 
 
 def robust(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``[−(1−ε)·log σ(βΔ) + ε·log σ(−βΔ)] / (1 − 2ε)``, unbiased when a share ε of the labels is flipped.
 
-    Chowdhury et al. 2024 (arXiv 2403.00409), equation 9. Single terms can be negative.
+    Chowdhury et al. 2024 (arXiv 2403.00409). Single terms can be negative.
     """
     epsilon = settings.label_smoothing
     logits_B = settings.beta * terms.margin()
@@ -72,7 +72,7 @@ def robust(terms: PairTerms, settings: LossSettings) -> Tensor:
 def simpo(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``−(1−ε)·log σ(x) − ε·log σ(−x)`` with ``x = β·(πc/nc − πr/nr − γ/β)``; needs no reference.
 
-    Meng et al. 2024 (arXiv 2405.14734), equation 6, where β = 2 and γ/β about 0.25 to 0.5.
+    Meng et al. 2024 (arXiv 2405.14734), where β = 2 and γ/β about 0.25 to 0.5.
     """
     margin_B = terms.policy_chosen_average_B - terms.policy_rejected_average_B - settings.gamma_beta_ratio
     return smoothed_log_sigmoid_loss(settings.beta * margin_B, settings.label_smoothing)
@@ -81,7 +81,7 @@ def simpo(terms: PairTerms, settings: LossSettings) -> Tensor:
 def wpo(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``w · dpo`` with ``w = min(1, exp(πc/nc + πr/nr))``, a weight that passes no gradient.
 
-    Zhou et al. 2024 (arXiv 2406.11827), equation 2, with the average per token as the length-normalised
+    Zhou et al. 2024 (arXiv 2406.11827), with the average per token as the length-normalised
     probability of an answer: pairs that the policy itself would hardly write count less.
     """
     weight_B = torch.exp(terms.policy_chosen_average_B + terms.policy_rejected_average_B).clamp(max=1.0).detach()

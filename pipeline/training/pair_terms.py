@@ -140,7 +140,7 @@ _LARGEST_EXPONENT = 40.0
 def divergence_score(log_ratio_B: Tensor, f_divergence: str, f_alpha: float) -> Tensor:
     """``f′(u)`` at ``u = π/π_ref = exp(r)``, up to a constant that makes it 0 at u = 1 and cancels in Δ.
 
-    Wang et al. 2023 (arXiv 2309.16240), table 1: ``log u`` for the reverse KL, ``1 − 1/u`` for the forward KL,
+    Wang et al. 2023 (arXiv 2309.16240): ``log u`` for the reverse KL, ``1 − 1/u`` for the forward KL,
     ``log(2u/(1 + u))`` for Jensen-Shannon, ``(1 − u^−α)/α`` for the α-divergence with 0 < α < 1.
     """
     match f_divergence:

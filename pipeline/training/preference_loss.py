@@ -107,7 +107,7 @@ def _pair_losses(objective: Objective, terms: PairTerms) -> Tensor:
     """The weighted sum of the losses, plus ``nll_coef·(−πc/nc)``.
 
     The likelihood term is an average over the tokens of the chosen answer, so a long answer weighs as much as a short
-    one, as in iterative RPO (Pang et al. 2024, arXiv 2404.19733, equation 1).
+    one, as in iterative RPO (Pang et al. 2024, arXiv 2404.19733).
     """
     losses_B = torch.zeros_like(terms.chosen_B)
     for loss in objective.losses:
