@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .next_command import training_commands
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildReport:
@@ -71,5 +73,5 @@ class BuildReport:
         else:
             lines.append(f"nothing to score: all {self.pairs_reused} pairs are in the cache; no weights were loaded")
         lines.append(f"mixture {self.mixture}: {self.training_pairs} training pairs ({self.seconds:.0f} s)")
-        lines.append(f"next: dpo-train --cache {self.cache} --mixture {self.mixture} --output runs/first")
+        lines.append(training_commands(self.cache, [self.mixture]))
         return "\n".join(lines)

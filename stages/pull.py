@@ -14,6 +14,7 @@ from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.remote_cache import RemoteCache, distinct_shards, fetch_description, num_bytes
 from ..pipeline.cache.remote_files import RemoteFiles
 from .location import is_address
+from .next_command import training_commands
 from .progress import Progress
 
 
@@ -52,7 +53,7 @@ class PullReport:
                 f"{self.cache}: fetched {self.fetched} of {self.shards} shards, {self.fetched_bytes / 2**20:,.1f} MiB; "
                 "every digest holds",
                 *(f"mixture {name}: {pairs:,} training pairs" for name, pairs in self.mixtures.items()),
-                f"next: dpo-train --cache {self.cache} --mixture {next(iter(self.mixtures))} --output runs/first",
+                training_commands(self.cache, self.mixtures),
             ]
         )
 

@@ -30,6 +30,7 @@ from .build_plan import cut_units
 from .build_reference import BuildReference, resolve_reference
 from .import_config import ImportConfig
 from .mixture_change import mixture_content
+from .next_command import training_commands
 from .pair_collection import SpooledPairs
 from .progress import Progress, quiet_libraries
 from .rescore import score_pairs
@@ -100,7 +101,7 @@ class ImportReport:
         elif self.pairs_imported:
             lines.append("warning: no pair was scored again; these values are taken on trust")
         lines.append(f"mixture {self.mixture}: {self.training_pairs:,} training pairs")
-        lines.append(f"next: dpo-train --cache {self.cache} --mixture {self.mixture} --output runs/first")
+        lines.append(training_commands(self.cache, [self.mixture]))
         return "\n".join(lines)
 
 
