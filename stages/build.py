@@ -24,9 +24,10 @@ import torch
 from torch.distributed import DistError
 
 from ..errors import DpoCacheError
-from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.cache_folder import ReferenceCache, refuse_other_content
 from ..pipeline.cache.cache_json import CacheDescription
 from ..pipeline.cache.key_index import KeyIndex
+from ..pipeline.cache.mixture import check_name
 from ..pipeline.data.dataset_source import DatasetSource, DatasetSpec, open_dataset
 from ..pipeline.data.pair_tokenizer import PairTokenizer
 from ..pipeline.scoring.quantization import require_bitsandbytes
@@ -115,14 +116,19 @@ class Build:
             return self._report(collected, outcome, training_pairs=len(mixture.rows))
 
     def _dry_run(self) -> BuildReport:
-        known = None
+        """Refuses what the build would refuse, and writes nothing."""
+        check_name(self._config.mixture)
+        refuse_other_content(self._config.cache)
+        cache: ReferenceCache | None = None
+        known: KeyIndex | None = None
         if (self._config.cache / "cache.json").exists():
             cache = ReferenceCache.open(self._config.cache)
             cache.require_reference(self._reference.identity)
             known = cache.shards.key_index(without=damaged_shards(cache))
         with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
             collected = self._collect(known, Path(scratch))
-        return self._report(collected, ScoringOutcome(), training_pairs=len(collected.rows))
+        rows = mixture_content(cache, self._config, collected, warn=say).rows if cache else collected.rows
+        return self._report(collected, ScoringOutcome(), training_pairs=len(rows))
 
     def _collect(self, known: KeyIndex | None, scratch: Path) -> CollectedPairs:
         datasets = open_datasets(self._config)

@@ -68,7 +68,7 @@ class ReferenceCache:
             DpoCacheError: The folder holds something else, or a cache of another reference (naming every field
                 that differs), or cannot be written.
         """
-        _refuse_other_content(path)
+        refuse_other_content(path)
         make_folder_durably(path)
         for name in _SUBFOLDERS:
             _refuse_link(path / name)
@@ -293,8 +293,12 @@ class ReferenceCache:
         return maintenance_lock(self.path / "tmp", work)
 
 
-def _refuse_other_content(path: Path) -> None:
-    """A folder that is neither empty nor a cache was named by mistake."""
+def refuse_other_content(path: Path) -> None:
+    """Refuse a folder that is neither empty nor a cache: it was named by mistake.
+
+    Raises:
+        DpoCacheError: It holds something else, or is a file.
+    """
     if not path.exists() or (path / "cache.json").exists():
         return
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import assert_same_logps, dpo_cache, fails, logps_by_key, run, shard_rows
+from commands_in_process import refusal
 from tiny_model import message_pairs, plain_logps, rendered_pair, write_rows, write_tiny_model
 
 from .conftest import NUM_PAIRS, real_rows
@@ -105,6 +106,24 @@ def test_a_dry_run_counts_and_writes_nothing(reference: Path, pairs_file: Path, 
     report = run(build(reference, pairs_file, tmp_path / "none", "--dry-run"))
     assert (report["pairs_scored"], report["pairs_reused"], report["reference_forwards"]) == (NUM_PAIRS, 0, 0)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mixture", "a/b"], "'a/b' cannot name a mixture"),
+        (["--cache", "{reference}"], "is not a cache and not empty"),
+        (["--cache", "{pairs}"], "cannot be a cache"),
+        (["--dataset", "{pairs},amount=10"], "has 40 training pairs, this build makes 10"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_build_would_refuse(
+    reference: Path, pairs_file: Path, shared_cache: Path, options: list[str], message: str
+) -> None:
+    given = {"--model": str(reference), "--dataset": str(pairs_file), "--cache": str(shared_cache)}
+    option, value = options
+    given[option] = value.format(reference=reference, pairs=pairs_file)
+    assert message in refusal("build", *[word for pair in given.items() for word in pair], "--dry-run")
 
 
 def test_upsampled_rows_are_scored_once_and_stand_as_often_as_asked(
