@@ -4,8 +4,9 @@
 
 Fill is the tokens in a batch over its budget. A global batch is a number of pairs, so its tokens rarely come to a
 whole number of micro-batches on every rank: "possible" is what no dealing could surpass. Balance is the mean load of
-the ranks over the largest, micro-step by micro-step, as ZeRO-3 makes them wait; one long pair can set the largest. Unused budget costs no
-time, for micro-batches hold no padding; imbalance does. A section a file is kept in ``benchmarks/results/packing.md``.
+the ranks over the largest, micro-step by micro-step, as ZeRO-3 makes them wait; one long pair can set the largest.
+Unused budget costs no time, for micro-batches hold no padding; imbalance does. A section a file is kept in
+``benchmarks/results/packing.md``.
 """
 
 from __future__ import annotations
