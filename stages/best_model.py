@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..errors import DpoCacheError
 from .output_folder import write_json
 
 FILE = "best.json"
@@ -31,16 +30,8 @@ class BestModel:
                 self._best = float(record["value"])
 
     def is_beaten_by(self, line: dict[str, float]) -> bool:
-        """Whether an evaluation after at least one update is better than all before; the first of equals stays.
-
-        Raises:
-            DpoCacheError: The loss has no rewards to judge by.
-        """
-        if self._field is None:
-            return False
-        if self._field not in line:
-            raise DpoCacheError("--keep-best means nothing to a loss without a reference: it has no rewards")
-        if line["training_step"] == 0:
+        """Whether an evaluation after at least one update is better than all before; the first of equals stays."""
+        if self._field is None or line["training_step"] == 0:
             return False
         return self._best is None or line[self._field] > self._best
 

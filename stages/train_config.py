@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DpoCacheError
+from ..pipeline.training.deepspeed_config import refuse_idle_partitions
 from ..pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, Objective, resolve_loss
 from .location import Location
 from .setting import check_settings, setting
@@ -188,8 +189,24 @@ class TrainConfig:
             hub_revision=self.hub_revision is not None,
             no_hub_private=not self.hub_private,
         )
+        self._refuse_without(
+            "with_tracking",
+            wandb_project=self.wandb_project != "dpo-cache",
+            wandb_entity=self.wandb_entity is not None,
+        )
+        self._refuse_without("model", model_revision=self.model_revision is not None)
         if self.keep_best is not None and self.eval_mixture is None:
             raise DpoCacheError("--keep-best without --eval-mixture has nothing to judge by")
+        if self.keep_best is not None and not self.resolved_loss().uses_reference:
+            raise DpoCacheError("--keep-best means nothing to a loss without a reference: it has no rewards")
+        refuse_idle_partitions(
+            zero_stage=self.zero_stage,
+            offload_optimizer=self.offload_optimizer,
+            offload_parameters=self.offload_parameters,
+            hierarchical_partition_size=self.zero_hpz_partition_size,
+        )
+        if self.plan and self.dry_run:
+            raise DpoCacheError("--plan and --dry-run are given together", expected="one of them")
         if self.keep_last_n_checkpoints == 0:
             raise DpoCacheError("--keep-last-n-checkpoints is 0", expected="1 or more, or -1 to keep all")
 

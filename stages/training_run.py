@@ -213,7 +213,6 @@ class TrainingRun:
         self._best = BestModel(self._config.output, by=self._config.keep_best, last_step=first_step)
         dist.barrier()  # all ranks have read what rank 0 is about to write
         eval_before = self._evaluate(0) if checkpoint is None else None
-        self._keep_best({}, eval_before)  # nothing is kept yet, but a loss without rewards is refused
         with stop_requests() as stop_requested:
             line = self._update_until_done(range(first_step, last_step), stop_requested)
         updates_done = max(first_step, last_step)

@@ -52,21 +52,33 @@ class EngineSettings:
             raise DpoCacheError(f"--dtype {self.dtype} is unknown", expected="float32 or bfloat16")
         if self.max_grad_norm < 0:
             raise DpoCacheError(f"--max-grad-norm is {self.max_grad_norm}", expected="0 (off) or above")
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise DpoCacheError("--offload-optimizer has no effect at --zero-stage 0", expected="stage 1, 2 or 3")
-        if self.offload_parameters and self.zero_stage != 3:
-            raise DpoCacheError(
-                f"--offload-parameters has no effect at --zero-stage {self.zero_stage}", expected="stage 3"
-            )
-        if self.hierarchical_partition_size != 1 and self.zero_stage != 3:
-            raise DpoCacheError(
-                f"--zero-hpz-partition-size has no effect at --zero-stage {self.zero_stage}", expected="stage 3"
-            )
+        refuse_idle_partitions(
+            zero_stage=self.zero_stage,
+            offload_optimizer=self.offload_optimizer,
+            offload_parameters=self.offload_parameters,
+            hierarchical_partition_size=self.hierarchical_partition_size,
+        )
         if self.num_ranks % self.hierarchical_partition_size:
             raise DpoCacheError(
                 f"--zero-hpz-partition-size is {self.hierarchical_partition_size} on {self.num_ranks} ranks",
                 expected=f"a number that divides {self.num_ranks}",
             )
+
+
+def refuse_idle_partitions(
+    *, zero_stage: int, offload_optimizer: bool, offload_parameters: bool, hierarchical_partition_size: int
+) -> None:
+    """Refuse settings that would do nothing at this stage.
+
+    Raises:
+        DpoCacheError: Naming the option and the stages at which it means something.
+    """
+    if offload_optimizer and zero_stage == 0:
+        raise DpoCacheError("--offload-optimizer has no effect at --zero-stage 0", expected="stage 1, 2 or 3")
+    if offload_parameters and zero_stage != 3:
+        raise DpoCacheError(f"--offload-parameters has no effect at --zero-stage {zero_stage}", expected="stage 3")
+    if hierarchical_partition_size != 1 and zero_stage != 3:
+        raise DpoCacheError(f"--zero-hpz-partition-size has no effect at --zero-stage {zero_stage}", expected="stage 3")
 
 
 def deepspeed_config(settings: EngineSettings) -> Json:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.best_model import BestModel
 
 
@@ -31,11 +29,6 @@ def test_the_first_of_the_best_is_kept_and_the_untrained_policy_never(tmp_path: 
 def test_the_field_is_the_one_asked_for(tmp_path: Path) -> None:
     lines = [line(2, 0.9, margin=0.1), line(4, 0.8, margin=0.2)]
     assert best_steps(BestModel(tmp_path, by="margin", last_step=0), lines) == [2, 4]
-
-
-def test_a_loss_without_rewards_is_refused_at_the_first_evaluation(tmp_path: Path) -> None:
-    with pytest.raises(DpoCacheError, match="--keep-best means nothing to a loss without a reference"):
-        BestModel(tmp_path, by="margin", last_step=0).is_beaten_by({"training_step": 0, "eval/loss": 0.7})
 
 
 def test_a_resumed_run_knows_the_best_before_and_forgets_what_comes_again(tmp_path: Path) -> None:

@@ -26,6 +26,13 @@ def config(**options: Any) -> TrainConfig:
         ({"hub_private": False}, "--no-hub-private has no effect without --push-to-hub"),
         ({"use_qlora": True}, "which cannot partition quantized weights"),
         ({"keep_best": "margin"}, "--keep-best without --eval-mixture has nothing to judge by"),
+        ({"keep_best": "margin", "eval_mixture": "held-out", "loss": "simpo"}, "a loss without a reference"),
+        ({"wandb_project": "mine"}, "--wandb-project has no effect without --with-tracking"),
+        ({"wandb_entity": "lab"}, "--wandb-entity has no effect without --with-tracking"),
+        ({"model_revision": "v1"}, "--model-revision has no effect without --model"),
+        ({"zero_stage": 0, "offload_optimizer": True}, "--offload-optimizer has no effect at --zero-stage 0"),
+        ({"zero_stage": 2, "offload_parameters": True}, "--offload-parameters has no effect at --zero-stage 2"),
+        ({"plan": True, "dry_run": True}, "--plan and --dry-run are given together"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(options: dict[str, Any], message: str) -> None:
