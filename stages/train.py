@@ -58,13 +58,18 @@ def train(config: TrainConfig) -> TrainReport | DryRunReport | Recipe | None:
 
 
 def _plan(config: TrainConfig, num_ranks: int) -> Recipe:
-    with glance(config.cache, [config.mixture], first_rows=0) as folder:
+    with glance(config.cache, _mixture_names(config), first_rows=0) as folder:
         cache = ReferenceCache.open(folder)
-        return resolve_recipe(config, cache, cache.read_mixture(config.mixture), num_ranks=num_ranks)
+        mixture, *_ = [cache.read_mixture(name) for name in _mixture_names(config)]
+        return resolve_recipe(config, cache, mixture, num_ranks=num_ranks)
 
 
 def _cache_folder(config: TrainConfig) -> Path:
-    return local_copy(config.cache, [config.mixture, *([config.eval_mixture] if config.eval_mixture else [])])
+    return local_copy(config.cache, _mixture_names(config))
+
+
+def _mixture_names(config: TrainConfig) -> list[str]:
+    return [config.mixture, *([config.eval_mixture] if config.eval_mixture else [])]
 
 
 def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport | DryRunReport:

@@ -57,6 +57,11 @@ def test_no_such_mixture(cache: Path, tmp_path: Path) -> None:
     assert f"Error: {cache} has no mixture 'tarin'\n  expected: one of: train\n" in message
 
 
+def test_a_plan_looks_for_the_held_out_pairs_too(cache: Path, tmp_path: Path) -> None:
+    message = refusal(cache, tmp_path / "run", "--eval-mixture", "held-out", "--plan")
+    assert f"Error: {cache} has no mixture 'held-out'" in message
+
+
 def test_a_missing_shard_names_how_many_pairs_and_the_first(cache: Path, tmp_path: Path) -> None:
     a_shard(cache).unlink()
     message = refusal(cache, tmp_path / "run")
