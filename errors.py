@@ -7,6 +7,14 @@ programmer can cause.
 
 from __future__ import annotations
 
+MAX_QUOTED_CHARACTERS = 300
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, fit for a message of ours: one line, without its full stop."""
+    said = str(error).strip() or type(error).__name__
+    return said.splitlines()[0].rstrip(".")[:MAX_QUOTED_CHARACTERS]
+
 
 class DpoCacheError(Exception):
     """A fault with an explanation: what was found, what was expected, and the next command to type.

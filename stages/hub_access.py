@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from huggingface_hub import HfApi
 
-from ..errors import DpoCacheError
+from ..errors import DpoCacheError, first_line
 
 MAIN_BRANCH = "main"
 LOGGED_IN = "to be logged in to the Hub with a token that may write there"
@@ -45,8 +45,3 @@ def refusals_explained(
         yield
     except Exception as error:  # the client raises a dozen kinds of errors, of its own and of its HTTP library
         raise DpoCacheError(f"{what_failed}: {first_line(error)}", expected=expected, next_step=next_step) from error
-
-
-def first_line(error: Exception) -> str:
-    """What a library says, without its advice for programmers."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

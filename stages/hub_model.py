@@ -9,7 +9,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from .hub_access import LOGGED_IN, first_line, make_writable, refusals_explained
+from ..errors import first_line
+from .hub_access import LOGGED_IN, make_writable, refusals_explained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

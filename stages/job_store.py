@@ -13,7 +13,7 @@ from pathlib import Path
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import DistError
 
-from ..errors import DpoCacheError
+from ..errors import DpoCacheError, first_line
 from .heartbeat import Heartbeat, HeartMonitor
 from .ranks import Ranks, rendezvous_environment
 
@@ -206,7 +206,7 @@ def _host_store(host: str, port: int) -> TCPStore:
         return TCPStore(host, port, is_master=True, wait_for_workers=False)
     except DistError as refused:
         raise DpoCacheError(
-            f"the store of this build cannot listen on {host}:{port}: {str(refused).splitlines()[0]}",
+            f"the store of this build cannot listen on {host}:{port}: {first_line(refused)}",
             expected="a free port of the machine of rank 0",
             next_step="name one: MASTER_PORT=…",
         ) from refused

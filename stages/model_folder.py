@@ -8,8 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..errors import DpoCacheError
-from .hub_access import first_line
+from ..errors import DpoCacheError, first_line
 
 WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, load_from_disk
 
-from ..errors import DpoCacheError
+from ..errors import DpoCacheError, first_line
 from ..pipeline.cache.example_key import Keys, example_key, keys_array
 from ..pipeline.data.token_pair import TokenPair
 from .export import REFERENCE_ID_KEY, TRL_SCHEMA
@@ -71,7 +71,7 @@ def read_source(path: Path) -> SourceValues:
             dataset = load_from_disk(str(path)) if path.is_dir() else Dataset.from_file(str(path))
             return _from_columns(path, _dataset_batches(dataset), None)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise DpoCacheError(f"{path} cannot be read: {str(error).splitlines()[0][:300]}", expected=_KINDS) from error
+        raise DpoCacheError(f"{path} cannot be read: {first_line(error)}", expected=_KINDS) from error
     raise DpoCacheError(f"{path} is no source of reference values", expected=_KINDS)
 
 
@@ -83,7 +83,7 @@ def _read_open_instruct(path: Path) -> SourceValues:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each have their own
         raise DpoCacheError(
-            f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0][:300]}",
+            f"{path} cannot be read: {first_line(error)}",
             expected="a file that torch.save wrote, of tensors alone",
         ) from error
     expected = "a dictionary of two equally long lists of numbers, chosen_logps and rejected_logps"

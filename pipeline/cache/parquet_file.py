@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, first_line
 from .example_key import KEY_BYTES, Keys
 from .parquet_footer import check_pages, leaves_of, read_footer
 
@@ -119,9 +118,7 @@ class ParquetReader:
     def __enter__(self) -> ParquetReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -136,7 +133,7 @@ def reading(path: Path) -> Iterator[None]:
         raise DpoCacheError(f"{path} is missing", next_step="restore it from a copy, or build again") from error
     except (OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError, pa.ArrowException) as error:
         raise DpoCacheError(
-            f"{path} cannot be read: {_first_line(error)}",
+            f"{path} cannot be read: {first_line(error)}",
             next_step=f"find all damage with: dpo-cache verify {path.parent.parent}",
         ) from error
 
@@ -177,7 +174,3 @@ def _open_regular(path: Path) -> BufferedReader:
 
 def _column_paths(schema: pa.Schema) -> list[str]:
     return [b".".join(leaf.path).decode() for leaf in leaves_of(schema)]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]

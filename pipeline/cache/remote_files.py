@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import fsspec
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, first_line
 
 PAUSES_S = (1.0, 4.0, 16.0)
 """How long to wait before each new attempt after a failure of the network or the server."""
@@ -134,12 +134,12 @@ class RemoteFiles:
             except Exception as error:  # each protocol's library raises its own kinds
                 if not _may_pass(error):
                     raise RefusedError(
-                        f"{where} cannot be read: {_first_line(error)}",
+                        f"{where} cannot be read: {first_line(error)}",
                         next_step="check that you are logged in, and allowed to read it",
                     ) from error
                 if pause_s is None:
                     raise UnreachableError(
-                        f"{where} cannot be read: {_first_line(error)}",
+                        f"{where} cannot be read: {first_line(error)}",
                         next_step="the same command goes on from there, once the server answers",
                     ) from error
                 time.sleep(pause_s)
@@ -188,7 +188,3 @@ def _may_pass(error: Exception) -> bool:
     response = getattr(error, "response", None)
     status = getattr(error, "status", None) or getattr(response, "status_code", None)
     return not isinstance(status, int) or status >= _SERVER_ERRORS_FROM or status == _TOO_MANY_REQUESTS
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

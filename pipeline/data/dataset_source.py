@@ -19,7 +19,7 @@ import numpy.typing as npt
 import zstandard
 from datasets import Dataset, load_dataset_builder
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, first_line
 
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _OPTIONS = ("split", "config", "revision", "amount")
@@ -243,9 +243,8 @@ def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     return DpoCacheError(
-        f"--dataset {spec} cannot be read: {first_line}",
+        f"--dataset {spec} cannot be read: {first_line(cause)}",
         expected=f"a file ({', '.join(_FILE_TYPES)}, also .gz, .zst), a folder of those, or a Hub dataset",
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, first_line
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:
@@ -21,7 +21,7 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
         return AutoTokenizer.from_pretrained(name, revision=revision or "main")
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more, with long texts
         raise DpoCacheError(
-            f"the tokenizer {name} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            f"the tokenizer {name} cannot be loaded: {first_line(error)}",
             expected="a folder with tokenizer.json, or a Hub id",
             next_step="name another with --tokenizer",
         ) from error

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, first_line
 from .quantization import loading_options, prepare_quantized_layers
 
 ATTENTION_KERNELS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
@@ -33,7 +33,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise DpoCacheError(
-            f"no model can be read at {path}: {_first_line(error)}",
+            f"no model can be read at {path}: {first_line(error)}",
             expected="a folder with config.json, or the id of a model on the Hub",
         ) from error
     if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
@@ -111,7 +111,7 @@ def load_causal_lm(
             **quantizing,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise DpoCacheError(f"the model {path} cannot be loaded: {_first_line(error)}") from error
+        raise DpoCacheError(f"the model {path} cannot be loaded: {first_line(error)}") from error
     _refuse_incomplete(path, loading)
     loaded_with = base.config._attn_implementation
     if loaded_with != attention:
@@ -187,7 +187,7 @@ def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
     try:
         adapted: nn.Module = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     except (OSError, ValueError) as error:
-        raise DpoCacheError(f"the adapter {adapter} cannot be loaded: {_first_line(error)}") from error
+        raise DpoCacheError(f"the adapter {adapter} cannot be loaded: {first_line(error)}") from error
     return adapted
 
 
@@ -199,7 +199,3 @@ def _refuse_incomplete(path: str | Path, loading: dict[str, Any]) -> None:
             f"the checkpoint {path} lacks {len(absent)} of the model's weights: {', '.join(absent[:5])}",
             expected="every weight of a causal language model, its vocabulary head included",
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
