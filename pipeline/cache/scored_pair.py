@@ -48,11 +48,6 @@ class ScoredPair:
     chosen_token_logps: npt.NDArray[np.float32] | None = None
     rejected_token_logps: npt.NDArray[np.float32] | None = None
 
-    @property
-    def is_valid(self) -> bool:
-        """Whether a reference can have given these values; see :func:`unusable_values`."""
-        return not unusable_values({name: np.array([getattr(self, name)]) for name in VALUE_COLUMNS}).any()
-
 
 def unusable_values(values: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.bool_]:
     """Which rows hold a value no reference can have given.

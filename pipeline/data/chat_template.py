@@ -13,7 +13,6 @@ from ...errors import DpoCacheError
 PINNED_TEMPLATES = ("tulu", "tulu-bos", "olmo-thinker")
 """Templates whose text is part of this package, so that a recipe's tokens do not move with a tokenizer's files."""
 
-
 # Some templates write the current date into a system turn; tokens, and with them every key, would change each day.
 # Jinja finds this macro before the clock of `transformers`. The date is the one that Llama's templates fall back to.
 _FIXED_DATE = (
@@ -45,11 +44,6 @@ class ChatTemplate:
     def sha256(self) -> str:
         """Digest of the text, in hex."""
         return hashlib.sha256(self.text.encode()).hexdigest()
-
-    @property
-    def reads_tools(self) -> bool:
-        """Whether a ``tools`` column changes anything; where not, the log should say so."""
-        return "tools" in self.text
 
 
 def resolve_chat_template(tokenizer: Any, choice: str | None) -> ChatTemplate | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from byte_tokenizer_factory import CHATML, write_byte_tokenizer
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.data.chat_template import PINNED_TEMPLATES, resolve_chat_template
+from dpo_cache.pipeline.data.chat_template import resolve_chat_template
 from transformers import AutoTokenizer
 
 CONVERSATION = [
@@ -139,9 +139,3 @@ def test_the_date_in_a_template_does_not_move_with_the_clock(tmp_path: Path) -> 
         render(tmp_path / "tokenizer", str(file), [{"role": "user", "content": "Hi"}]) for file in (dated, literal)
     ]
     assert renderings[0] == renderings[1]
-
-
-def test_a_template_says_whether_it_reads_tools(tmp_path: Path) -> None:
-    loaded = tokenizer(tmp_path, chat_template="{{ tools }}" + CHATML)
-    templates = [resolve_chat_template(loaded, name) for name in (None, *PINNED_TEMPLATES)]
-    assert [template.reads_tools for template in templates if template is not None] == [True, False, False, False]
