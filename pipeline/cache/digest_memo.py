@@ -34,7 +34,7 @@ class DigestMemo:
     def get(self, path: Path, status: os.stat_result) -> list[TensorDigest] | None:
         """What is remembered of a file in exactly this state."""
         entry = self._files.get(str(path))
-        if not isinstance(entry, dict) or entry.get("state") != _state(status):
+        if not isinstance(entry, dict) or entry.get("state") != file_state(status):
             return None
         tensors = entry.get("tensors")
         return [(name, dtype, shape, sha256) for name, dtype, shape, sha256 in tensors] if tensors else None
@@ -45,7 +45,7 @@ class DigestMemo:
         for path, (status, tensors) in digests.items():
             if time.time_ns() - max(status.st_ctime_ns, status.st_mtime_ns) > _SETTLED_NS:
                 files.pop(str(path), None)
-                files[str(path)] = {"state": _state(status), "tensors": tensors, "at": time.time_ns()}
+                files[str(path)] = {"state": file_state(status), "tensors": tensors, "at": time.time_ns()}
         newest = sorted(files.items(), key=lambda item: int(item[1].get("at", 0)))[-MAX_FILES:]
         try:
             make_folder_durably(self.path.parent)
@@ -62,5 +62,6 @@ class DigestMemo:
         return files if memo.get("version") == 1 and isinstance(files, dict) else {}
 
 
-def _state(status: os.stat_result) -> list[int]:
+def file_state(status: os.stat_result) -> list[int]:
+    """What changes with a file's bytes: size, times of its last change in nanoseconds, inode and device."""
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]

@@ -17,7 +17,7 @@ from typing import TypeGuard
 
 from ...errors import DpoCacheError
 from .canonical_json import canonical_bytes, parse_object, read_bounded
-from .digest_memo import DigestMemo, TensorDigest
+from .digest_memo import DigestMemo, TensorDigest, file_state
 
 MODEL_FILE = "model.safetensors"
 MODEL_INDEX = "model.safetensors.index.json"
@@ -104,7 +104,7 @@ def _file_digests(files: Iterable[Path]) -> dict[Path, list[TensorDigest]]:
             known[file] = remembered
     hashed = _hash_files(list(unread))
     for file, status in unread.items():
-        if _state_changed(status, file.stat()):
+        if file_state(file.stat()) != file_state(status):
             raise DpoCacheError(f"{file} changed while it was read", next_step="try again once it is complete")
     if hashed:
         memo.remember({file: (unread[file], tensors) for file, tensors in hashed.items()})
@@ -190,15 +190,6 @@ def _tensor(file: Path, name: str, entry: object, data_start: int) -> _Tensor:
 
 def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 53 for item in value)
-
-
-def _state_changed(before: os.stat_result, after: os.stat_result) -> bool:
-    return (before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino) != (
-        after.st_size,
-        after.st_mtime_ns,
-        after.st_ctime_ns,
-        after.st_ino,
-    )
 
 
 def _not_safetensors(file: Path, why: str) -> DpoCacheError:
