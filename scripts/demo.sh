@@ -16,7 +16,6 @@ run() {
     "$bin/$1" "${@:2}"
 }
 gpus=$("$bin/python" -c 'import torch; print(torch.cuda.device_count())')
-[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu # or DeepSpeed says at every start that it found no other
 processes=$([ "$gpus" -eq 1 ] && echo 1 || echo 2)
 
 say "1/5  A small preference dataset and a small reference model"

@@ -36,9 +36,9 @@ from .build_plan import ScoringPlan, cut_units
 from .build_reference import BuildReference, resolve_reference
 from .build_report import BuildReport
 from .job_store import POLL_S, RUN_AGAIN, JobStore, store_lost
+from .library_output import quiet_libraries
 from .mixture_change import MixtureContent, mixture_content
 from .pair_collection import CollectedPairs, collect_pairs
-from .progress import quiet_libraries
 from .ranks import Ranks, ranks_from_environment
 from .scoring_job import ScoringOutcome, follow_scoring, lead_scoring
 

@@ -16,9 +16,9 @@ from ..pipeline.cache.reference_identity import differences
 from .build import collect_datasets, damaged_shards, open_datasets
 from .build_config import BuildConfig
 from .build_reference import resolve_reference
+from .library_output import quiet_libraries
 from .mixture_change import differing_settings
 from .pair_collection import CollectedPairs
-from .progress import quiet_libraries
 
 Difference = tuple[str, Any, Any]
 MAX_RANGES = 8

@@ -91,12 +91,3 @@ class _LogLines:
 def _short(title: str) -> str:
     """A title that leaves room for the bar; of a long path the end tells most."""
     return title if len(title) <= MAX_TITLE else f"{title[:10]}…{title[11 - MAX_TITLE :]}"
-
-
-def quiet_libraries() -> None:
-    """Turn off the bars of transformers and datasets: ours is the one that tells how far the job is."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()

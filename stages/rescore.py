@@ -26,6 +26,7 @@ from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import SCORING_VERSION, PairScorer
 from ..pipeline.scoring.scoring_batch import Layout
 from ..pipeline.training.step_zero import BOUNDS
+from .library_output import quiet_libraries
 from .model_folder import find_model_folder
 
 TOKENS_PER_BATCH = 4096
@@ -110,6 +111,7 @@ def rescore(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -
     Raises:
         DpoCacheError: The model is not there, or is another one than scored the cache, naming what differs.
     """
+    quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = _load_reference(cache, settings, device)
     shards, rows = _sample(cache, index, settings)

@@ -35,7 +35,7 @@ from .background import ReadAhead, WriteBehind
 from .build_plan import ScoringPlan
 from .heartbeat import Heartbeat, process_name
 from .job_store import StoreAddress, store_lost
-from .progress import quiet_libraries
+from .library_output import quiet_libraries
 from .scoring_meter import ScoringMeter
 from .token_budget import TokenBudget
 from .unit_queue import UnitQueue

@@ -7,7 +7,6 @@ disk: the same command, whatever ended it, skips what is finished and goes on wi
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -16,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from .build import build
 from .child_processes import Job, python_command, run_jobs
+from .library_output import quiet_libraries
 from .local_copy import glance
 from .output_folder import output_lock
-from .progress import quiet_libraries
 from .recipe import resolve_recipe, warnings_of
 from .setting import command_line_of
 from .sweep_config import SweepConfig
@@ -81,9 +79,7 @@ def sweep(grid_file: Path, config: SweepConfig) -> SweepReport | SweepPlan:
         KeyboardInterrupt: Asked to stop; what was under way has saved.
     """
     quiet_libraries()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks once, when it is imported
-    from .sweep_check import check_points, expected_cache
+    from .sweep_check import check_points, expected_cache  # only now: it imports DeepSpeed
 
     grid = read_grid(grid_file)
     places = places_for(config, [point.config for point in grid.points], gpus=visible_gpus())

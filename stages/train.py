@@ -6,7 +6,6 @@ is one of the ranks itself.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from .child_processes import free_port, is_child, python_command, run_children, threads_for
 from .hub_model import HubTarget, upload_model
+from .library_output import quiet_libraries
 from .local_copy import glance, local_copy
-from .progress import quiet_libraries
 from .ranks import Ranks, ranks_from_environment
 from .recipe import Recipe, resolve_recipe
 from .setting import command_line_of
@@ -103,9 +102,7 @@ def _upload(target: HubTarget, report: TrainReport) -> TrainReport:
 
 
 def _train_rank(config: TrainConfig, ranks: Ranks) -> TrainReport | DryRunReport | None:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks once, when it is imported
-    from .process_group import process_group
+    from .process_group import process_group  # only now: it imports DeepSpeed
     from .training_run import TrainingRun
 
     cache_folder = _cache_folder(config)  # before the ranks meet: the wait for a long copy has no limit here

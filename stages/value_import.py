@@ -29,10 +29,11 @@ from .build import SPOOL, collect_datasets, damaged_shards, open_cache, open_dat
 from .build_plan import cut_units
 from .build_reference import BuildReference, resolve_reference
 from .import_config import ImportConfig
+from .library_output import quiet_libraries
 from .mixture_change import mixture_content
 from .next_command import training_commands
 from .pair_collection import SpooledPairs
-from .progress import Progress, quiet_libraries
+from .progress import Progress
 from .rescore import score_pairs
 from .value_matching import matched_values, with_keys
 from .value_source import SourceValues, read_source

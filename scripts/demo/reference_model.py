@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from dpo_cache.stages.library_output import quiet_libraries
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -61,6 +62,7 @@ def supervised_batches(sequences: list[list[int]], pad_id: int) -> Iterator[tupl
 
 def main(pairs_file: Path, folder: Path, steps: int) -> None:
     """Train tokenizer and model, and save both as a model folder."""
+    quiet_libraries()
     pairs = [json.loads(line) for line in pairs_file.read_text(encoding="utf-8").splitlines()]
     dialogues = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
     tokenizer = train_tokenizer([message["content"] for dialogue in dialogues for message in dialogue])

@@ -1,0 +1,21 @@
+"""What libraries print while we work: what people who score and train have no use for is turned off."""
+
+from __future__ import annotations
+
+import os
+
+
+def quiet_libraries() -> None:
+    """Call it before DeepSpeed is imported.
+
+    The bars of transformers and datasets go: ours is the one that tells how far the job is. So does DeepSpeed's warning
+    that it found no accelerator, where there is none.
+    """
+    import datasets
+    import torch
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # looked at once, on import
