@@ -17,10 +17,11 @@ from .finding import Finding, Level
 SECTION = "software"
 IMPORTED = ("torch", "transformers", "datasets", "pyarrow", "deepspeed")
 """Whatever goes wrong with a library that both stages stand on shows when it is imported."""
-REPORTED = (*IMPORTED, "liger-kernel", "peft", "bitsandbytes", "huggingface-hub", "wandb")
+REPORTED = (*IMPORTED, "liger-kernel", "peft", "bitsandbytes", "huggingface-hub", "wandb", "tensorboard")
 OPTIONAL = {
     "peft": "needed for --adapter and --use-lora: pip install peft",
     "bitsandbytes": "needed for --quantization and --use-qlora: pip install bitsandbytes",
+    "tensorboard": "needed for --with-tensorboard: pip install tensorboard",
 }
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 """Lies beside the code in a checkout; an installed package comes without."""

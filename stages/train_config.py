@@ -143,6 +143,7 @@ class TrainConfig:
     with_tracking: bool = setting(False, help="Log to Weights & Biases too.")
     wandb_project: str = setting("dpo-cache", help="Weights & Biases project.")
     wandb_entity: str | None = setting(None, help="Weights & Biases entity.")
+    with_tensorboard: bool = setting(False, help="Write TensorBoard's event files to OUTPUT/tensorboard too.")
     run_name: str | None = setting(None, help="Name of the run in trackers [default: the output folder's].")
     push_to_hub: bool = setting(False, help="Upload the trained model to the Hugging Face Hub at the end.")
     hub_model_id: str | None = setting(

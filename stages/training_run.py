@@ -28,6 +28,7 @@ from ..pipeline.training.eval_margins import write_eval_margins
 from ..pipeline.training.policy_engine import PolicyEngine
 from ..pipeline.training.run_log import RunLog, TrackingSettings
 from ..pipeline.training.step_zero import StepZeroFigures, check_step_zero, write_step_zero
+from ..pipeline.training.tensorboard_files import require_tensorboard
 from .best_model import BestModel
 from .hub_model import HubTarget, prepare_hub_target
 from .model_writer import ModelWriter
@@ -114,6 +115,7 @@ class TrainingRun:
     def _prepare(self, held: ExitStack) -> None:
         settings = asdict(self._config)
         refuse_other_settings({name: value for name, value in settings.items() if name not in WHERE_THINGS_LIE})
+        all_or_none(require_tensorboard, on=self._is_main and self._config.with_tensorboard)
         all_or_none(lambda: self._claim_output(held), on=self._is_main)
         self._pairs = held.enter_context(training_cache(self._config, self._cache_folder, self._ranks))
         self._recipe = resolve_recipe(
@@ -250,7 +252,12 @@ class TrainingRun:
                 config=self._recipe.to_json(),
             )
         return RunLog(
-            self._config.output, is_main=self._is_main, last_step=first_step, progress=progress, tracking=tracking
+            self._config.output,
+            is_main=self._is_main,
+            last_step=first_step,
+            progress=progress,
+            tracking=tracking,
+            tensorboard=self._config.with_tensorboard,
         )
 
     def _update_until_done(self, steps: range, stop_requested: Callable[[], bool]) -> dict[str, float]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from .tensorboard_files import TensorBoardFiles
+
 logger = logging.getLogger(__name__)
 
 Line = Mapping[str, float]
@@ -155,6 +157,7 @@ class RunLog:
         last_step: The step resumed from, 0 for a fresh run.
         progress: Of the updates; None where nobody watches.
         tracking: None for no tracking.
+        tensorboard: Whether event files are written to ``tensorboard/`` of the folder.
     """
 
     def __init__(
@@ -165,9 +168,12 @@ class RunLog:
         last_step: int = 0,
         progress: ProgressBar | None = None,
         tracking: TrackingSettings | None = None,
+        tensorboard: bool = False,
     ) -> None:
         self._file = MetricsFile(output / "metrics.jsonl", last_step=last_step) if is_main else None
         self._tracking = Tracking(tracking, folder=output) if is_main and tracking else None
+        events = output / "tensorboard"
+        self._events = TensorBoardFiles(events, last_step=last_step) if is_main and tensorboard else None
         self._progress = progress
         self._done = last_step
 
@@ -187,14 +193,15 @@ class RunLog:
         if self._file is None:
             return
         self._file.write(line)
-        if self._tracking is not None:
-            self._tracking.write(line)
+        for tracker in (self._tracking, self._events):
+            if tracker is not None:
+                tracker.write(line)
         if self._progress is not None and "train_loss" in line:
             self._progress.reach(self._done, **_at_a_glance(line))
 
     def close(self) -> None:
         """Close all of them."""
-        for sink in (self._file, self._tracking, self._progress):
+        for sink in (self._file, self._tracking, self._events, self._progress):
             if sink is not None:
                 sink.close()
 
