@@ -20,6 +20,9 @@ def report_bad_batch(path: Path, *, reason: str, training_step: int, keys: Seque
         reason: What was not finite: ``loss`` or ``gradient``.
         training_step: The update that was not applied, counted from 1.
         keys: Example keys of this rank's suspects, none where they lie on other ranks.
+
+    Raises:
+        DpoCacheError: Always, naming the file.
     """
     suspects: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(suspects, [key.hex() for key in keys])
@@ -31,5 +34,6 @@ def report_bad_batch(path: Path, *, reason: str, training_step: int, keys: Seque
     raise DpoCacheError(
         f"the {reason} of step {training_step} is not finite; the update was not applied",
         expected="finite numbers",
-        next_step=f"look at the {len(flat)} pairs listed in {path}; go on from the last checkpoint with --resume",
+        next_step=f"look at the {len(flat)} pairs listed in {path} (dpo-cache show CACHE --key KEY prints one); "
+        "--resume would come to the same step again: start a run without them, or with a lower --learning-rate",
     )
