@@ -6,9 +6,9 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import DpoCacheError
+from ..pipeline.report.run_record import Line, metrics_lines
 from .recipe import Recipe
 from .sweep_grid import SweepPoint
 from .train_report import FILE as SUMMARY
@@ -75,7 +75,7 @@ class SweepRun:
     def steps_done(self) -> int:
         """Updates that are known to be done."""
         report = self.report()
-        logged = [int(line["training_step"]) for line in self._lines()]
+        logged = [int(line["training_step"]) for line in self._logged()]
         return max([report.steps if report else 0, *logged])
 
     def step_zero_loss(self) -> float | None:
@@ -89,13 +89,13 @@ class SweepRun:
 
     def held_out_score(self, step: int) -> Score:
         """The first evaluation after update ``step`` or later: the same one however far the run has come since."""
-        lines = [line for line in self._lines() if "eval/loss" in line and line["training_step"] >= step]
+        lines = [line for line in self._logged() if "eval/loss" in line and line["training_step"] >= step]
         return _score(lines[0] if lines else {}, "eval/")
 
     def last_score(self, *, held_out: bool) -> Score:
         """The last evaluation; or the last logged updates, each of whose pairs was scored before it was trained on."""
         field = "eval/loss" if held_out else "train_loss"
-        lines = [line for line in self._lines() if field in line]
+        lines = [line for line in self._logged() if field in line]
         return _score(lines[-1] if lines else {}, "eval/" if held_out else "")
 
     def refuse_other_settings(self) -> None:
@@ -126,13 +126,16 @@ class SweepRun:
                 next_step="give the sweep another output, or remove that folder to train the point anew",
             )
 
-    def _lines(self) -> list[dict[str, Any]]:
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a kill may have cut the last line short
-        return [json.loads(line) for line in whole.splitlines()]
+    def _logged(self) -> list[Line]:
+        lines, _ = metrics_lines(self.folder)
+        return lines
 
 
-def _score(line: dict[str, Any], prefix: str) -> Score:
-    return Score(accuracy=line.get(f"{prefix}rewards/accuracy"), margin=line.get(f"{prefix}rewards/margin"))
+def _score(line: Line, prefix: str) -> Score:
+    return Score(
+        accuracy=_finite(line.get(f"{prefix}rewards/accuracy")), margin=_finite(line.get(f"{prefix}rewards/margin"))
+    )
+
+
+def _finite(figure: float | None) -> float | None:
+    return figure if figure is not None and math.isfinite(figure) else None

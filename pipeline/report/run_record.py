@@ -86,7 +86,7 @@ def read_run(folder: Path, *, name: str) -> RunRecord:
         DpoCacheError: The folder's files cannot be read at all.
     """
     config = _object(folder / "config.json") or {}
-    lines, unreadable = _lines(folder / METRICS)
+    lines, unreadable = metrics_lines(folder)
     margins = [line for line in _json_lines(folder / "eval_margins.jsonl") if line is not None]
     return RunRecord(
         name=name,
@@ -102,11 +102,15 @@ def read_run(folder: Path, *, name: str) -> RunRecord:
     )
 
 
-def _lines(path: Path) -> tuple[list[Line], int]:
-    """The numbers of each line, a null as not a number, and how many lines are none."""
+def metrics_lines(folder: Path) -> tuple[list[Line], int]:
+    """What a run has logged so far: the numbers of each line, a null as not a number, and how many lines are none.
+
+    Raises:
+        DpoCacheError: The file cannot be read at all.
+    """
     lines: list[Line] = []
     unreadable = 0
-    for line in _json_lines(path):
+    for line in _json_lines(folder / METRICS):
         numbers = {name: number for name, value in (line or {}).items() if (number := _number(value)) is not None}
         if math.isfinite(numbers.get("training_step", math.nan)):
             lines.append(numbers)
