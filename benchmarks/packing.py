@@ -27,7 +27,7 @@ from dpo_cache.pipeline.data.unusable_row import UnusableRow
 from dpo_cache.pipeline.scoring.batching import plan_batches
 from dpo_cache.pipeline.scoring.prompt_group import group_by_prompt
 from dpo_cache.pipeline.scoring.scoring_batch import Layout
-from dpo_cache.pipeline.training.global_batches import deal
+from dpo_cache.pipeline.training.dealing import deal
 from result_table import dated_section, keep_section, machine, markdown_table
 from small_llama import VOCABULARY, write_tokenizer
 

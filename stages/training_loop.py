@@ -15,8 +15,9 @@ from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.pair_stream import PairStream
 from ..pipeline.scoring.flops import ModelCost
 from ..pipeline.scoring.scoring_batch import Layout
+from ..pipeline.training.dealing import deal
 from ..pipeline.training.eval_margins import EvalMargins
-from ..pipeline.training.global_batches import GlobalBatch, deal
+from ..pipeline.training.global_batches import GlobalBatch
 from ..pipeline.training.metrics import PairMetrics, step_line
 from ..pipeline.training.micro_batch import MicroBatch, collate
 from ..pipeline.training.policy_engine import PolicyEngine

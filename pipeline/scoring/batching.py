@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..data.token_pair import TokenPair
-from .layouts import best_fit
+from .bin_packing import best_fit
 from .prompt_group import PromptGroup, group_by_prompt, prompt_group
 from .scoring_batch import Layout
 

@@ -3,6 +3,8 @@
 One builder serves all three. It lays out *trees*, a prompt (the trunk) and responses that branch off its end, in
 rows. The padded layout is the case of one response a tree and one tree a row, where the tree mask is plainly
 causal. What differs between layouts is only which trees there are and which of them share a row.
+
+Shapes: as in ``scoring_batch.py``: S sides, R rows, T tokens a row, N scored tokens, M references to them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from ..data.token_pair import TokenIds, TokenPair
+from .bin_packing import best_fit
 from .prompt_group import PromptGroup, group_by_prompt
 from .scoring_batch import Layout, ScoringBatch
 
@@ -66,25 +69,6 @@ def empty_batch(layout: Layout) -> ScoringBatch:
     """No pairs and one token: what a rank without work runs, so that its collectives meet the others'."""
     tree = _Tree(prompt_ids=np.zeros(1, dtype=np.int32), responses=())
     return _lay_out(layout, [], [tree], [], rows=[[0]])
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of item indices, no bin above ``capacity``: longest item first, each into the fullest bin with room.
-
-    Best-fit decreasing. An item longer than ``capacity`` gets a bin of its own.
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        fitting = [number for number, left in enumerate(room) if left >= lengths[item]]
-        if fitting:
-            fullest = min(fitting, key=room.__getitem__)
-            bins[fullest].append(item)
-            room[fullest] -= lengths[item]
-        else:
-            bins.append([item])
-            room.append(capacity - lengths[item])
-    return bins
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

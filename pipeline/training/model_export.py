@@ -7,17 +7,14 @@ name is always whole.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -27,6 +24,7 @@ from ..scoring.model_loading import find_causal_lm, load_causal_lm
 from ..scoring.quantization import quantized_layers
 from .lora_adapter import adapter_state, gathered, lora_change, merged_parameters, same_adapter, write_adapter
 from .policy_engine import PolicyEngine
+from .tensor_headers import TensorHeader, check_headers, checkpoint_dtype, header_of
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,13 +38,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 MAX_SHARD_SIZE = "5GB"
-
-
-class TensorHeader(NamedTuple):
-    """What a safetensors header says of a tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def export_model(
@@ -114,7 +105,7 @@ def export_adapter(
     def write(temporary: Path) -> None:
         write_adapter(model, state, temporary, base=base, revision=revision)
         _copy_tokenizer(base_folder, temporary)
-        check_headers(temporary, {name: _header(tensor) for name, tensor in state.items()})
+        check_headers(temporary, {name: header_of(tensor) for name, tensor in state.items()})
 
     _write_on_main(engine, folder, write, card)
 
@@ -165,21 +156,6 @@ def _saved_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
                 yield f"{module_name}.{name}".removeprefix("."), buffer
 
 
-def checkpoint_dtype(folder: Path) -> torch.dtype:
-    """The dtype most of a checkpoint's numbers are in.
-
-    Raises:
-        DpoCacheError: No safetensors file there.
-    """
-    numbers: Counter[str] = Counter()
-    for header in read_headers(folder).values():
-        numbers[header.dtype] += math.prod(header.shape)
-    if not numbers:
-        raise DpoCacheError(f"{folder} holds no safetensors file")
-    name = numbers.most_common(1)[0][0]
-    return next(dtype for dtype, known in _SAFETENSORS_DTYPES.items() if known == name)
-
-
 def _write(model: nn.Module, state: dict[str, Tensor], folder: Path, dtype: torch.dtype, base_folder: Path) -> None:
     causal_lm = find_causal_lm(model)
     expected = _expected_headers(causal_lm, state)
@@ -210,23 +186,7 @@ def _expected_headers(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tens
     """
     ignored = set(model._keys_to_ignore_on_save or ())
     shells = {name: tensor.to("meta") for name, tensor in state.items() if name not in ignored}
-    return {name: _header(tensor) for name, tensor in revert_weight_conversion(model, shells).items()}
-
-
-def _header(tensor: Tensor) -> TensorHeader:
-    return TensorHeader(dtype=_SAFETENSORS_DTYPES[tensor.dtype], shape=tuple(tensor.shape))
-
-
-_SAFETENSORS_DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+    return {name: header_of(tensor) for name, tensor in revert_weight_conversion(model, shells).items()}
 
 
 def _restore_config(written: Path, base: Path, dtype: torch.dtype) -> None:
@@ -237,37 +197,6 @@ def _restore_config(written: Path, base: Path, dtype: torch.dtype) -> None:
         if name == "use_cache" or name.endswith(("dropout", "pdrop")):
             config[name] = value
     written.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Name, dtype and shape of every tensor in a folder's safetensors files; no data is read."""
-    headers: dict[str, TensorHeader] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                part = tensors.get_slice(name)
-                headers[name] = TensorHeader(dtype=part.get_dtype(), shape=tuple(part.get_shape()))
-    return headers
-
-
-def check_headers(folder: Path, expected: Mapping[str, TensorHeader]) -> None:
-    """Read back what was written: every name, shape and dtype.
-
-    Raises:
-        DpoCacheError: Naming the first tensors that are missing, unexpected or different.
-    """
-    found = read_headers(folder)
-    wrong = [
-        f"{name}: {found.get(name)} instead of {expected.get(name)}"
-        for name in sorted(expected.keys() | found.keys())
-        if found.get(name) != expected.get(name)
-    ]
-    if wrong:
-        raise DpoCacheError(
-            f"the model written to {folder} is not the one trained; {len(wrong)} tensors differ: "
-            + "; ".join(wrong[:5]),
-            next_step="run again with --resume: the last checkpoint is complete",
-        )
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

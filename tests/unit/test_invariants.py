@@ -33,8 +33,8 @@ INVARIANTS = {
         "unit/test_metrics.py::test_numbers_do_not_depend_on_the_split_into_ranks_and_micro_steps",
     ],
     "every rank does the same number of micro-steps, every pair once, within the token budget": [
-        "unit/test_global_batches.py::test_dealing_gives_every_pair_once_the_same_micro_steps_to_all_and_keeps_the_budget",
-        "unit/test_global_batches.py::test_ranks_are_balanced_within_one_percent_of_the_best_on_real_lengths",
+        "unit/test_dealing.py::test_dealing_gives_every_pair_once_the_same_micro_steps_to_all_and_keeps_the_budget",
+        "unit/test_dealing.py::test_ranks_are_balanced_within_one_percent_of_the_best_on_real_lengths",
     ],
     "an epoch holds every pair once, and a batch depends on nothing but mixture, seed and step": [
         "unit/test_global_batches.py::test_an_epoch_holds_every_pair_once_and_only_its_last_batch_is_short",

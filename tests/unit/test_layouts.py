@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.scoring.attention_masks import dense_mask
-from dpo_cache.pipeline.scoring.layouts import best_fit, empty_batch, packed_batch, padded_batch, scoring_batch
+from dpo_cache.pipeline.scoring.layouts import empty_batch, packed_batch, padded_batch, scoring_batch
 from dpo_cache.pipeline.scoring.scoring_batch import Layout, ScoringBatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,10 +124,3 @@ def test_a_scored_first_token_is_a_programming_error() -> None:
     )
     with pytest.raises(AssertionError, match="first token of a prompt"):
         padded_batch([pair])
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(10, 60))
-def test_best_fit_packs_every_item_once_within_the_capacity(lengths: Sequence[int], capacity: int) -> None:
-    bins = best_fit(lengths, capacity)
-    assert sorted(item for members in bins for item in members) == list(range(len(lengths)))
-    assert all(len(members) == 1 or sum(lengths[item] for item in members) <= capacity for members in bins)

@@ -18,8 +18,9 @@ from dpo_cache.pipeline.training.checkpoint_folder import TrainerState, open_che
 from dpo_cache.pipeline.training.checkpoints import convert_checkpoint, load_checkpoint, save_checkpoint
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from dpo_cache.pipeline.training.micro_batch import collate
-from dpo_cache.pipeline.training.model_export import export_adapter, export_model, read_headers
+from dpo_cache.pipeline.training.model_export import export_adapter, export_model
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
+from dpo_cache.pipeline.training.tensor_headers import read_headers
 from peft import PeftModel
 from training_factory import LAYOUT, make_engine, plain_dpo_norm, random_pairs, tiny_policy, train_steps
 from transformers import AutoModelForCausalLM

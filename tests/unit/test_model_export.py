@@ -10,14 +10,8 @@ import pytest
 import torch
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.training.model_export import (
-    TensorHeader,
-    _expected_headers,
-    check_headers,
-    checkpoint_dtype,
-    export_model,
-    read_headers,
-)
+from dpo_cache.pipeline.training.model_export import _expected_headers, export_model
+from dpo_cache.pipeline.training.tensor_headers import TensorHeader, check_headers, checkpoint_dtype, read_headers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from training_factory import make_engine, random_pairs, tiny_policy, train_steps
