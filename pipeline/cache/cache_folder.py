@@ -100,7 +100,11 @@ class ReferenceCache:
         return cls(path, read_description(path))
 
     def require_reference(self, identity: ReferenceIdentity) -> None:
-        """Refuse another reference, naming each field that differs with both its values."""
+        """Refuse another reference.
+
+        Raises:
+            DpoCacheError: Naming each field that differs, with both its values.
+        """
         found = differences(self.identity, identity)
         if found:
             fields = "; ".join(f"{name}: cached {ours!r}, asked for {theirs!r}" for name, ours, theirs in found)

@@ -109,7 +109,11 @@ def take(value: JsonObject, name: str, kind: type[T], *, source: Path) -> T:
 
 
 def read_bounded(path: Path, *, max_bytes: int) -> bytes:
-    """The whole of a regular file, or a :class:`DpoCacheError` where it is missing, special or too large."""
+    """The whole of a regular file.
+
+    Raises:
+        DpoCacheError: It is missing, special or too large.
+    """
     try:
         # Not blocking: a pipe in the place of a file must not hang the reader.
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

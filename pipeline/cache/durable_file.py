@@ -105,7 +105,11 @@ def adopt_durably(temporary: Path, path: Path) -> None:
 
 
 def remove_durably(path: Path) -> None:
-    """Remove one file; once this returns, a power cut does not bring it back."""
+    """Remove one file; once this returns, a power cut does not bring it back.
+
+    Raises:
+        DpoCacheError: There is none, or the operating system refused.
+    """
     try:
         operations.remove(path)
         operations.sync_folder(path.parent)
@@ -118,6 +122,9 @@ def make_folder_durably(path: Path) -> None:
 
     One that is there already is synced into its parent all the same: whoever made it may have died, or be
     about to, before coming to that.
+
+    Raises:
+        DpoCacheError: Something else has its name, or the operating system refused.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
@@ -139,7 +146,11 @@ def make_folder_durably(path: Path) -> None:
 
 
 def settle_folder(path: Path) -> None:
-    """Make names durable that others gave in this folder and may not have synced yet."""
+    """Make names durable that others gave in this folder and may not have synced yet.
+
+    Raises:
+        DpoCacheError: The operating system refused.
+    """
     try:
         operations.sync_folder(path)
     except OSError as error:

@@ -196,7 +196,11 @@ def read_mixture(cache_path: Path, name: str) -> Mixture:
 
 
 def check_name(name: str) -> None:
-    """Refuse a mixture name that could name anything but one file of the folder."""
+    """Refuse a mixture name that could name anything but one file of the folder.
+
+    Raises:
+        DpoCacheError: It could.
+    """
     if not MIXTURE_NAME.fullmatch(name):
         raise DpoCacheError(
             f"{name[:128]!r} cannot name a mixture",

@@ -52,6 +52,7 @@ class MixtureBlock:
 
     @property
     def num_bytes(self) -> int:
+        """What it takes in memory."""
         return self.keys.nbytes + self.shards.nbytes + self.rows.nbytes + self.lengths.nbytes
 
 
@@ -77,7 +78,11 @@ class MixtureTable:
             return keys_of(column) if name == KEY_COLUMN else numbers_of(column)
 
     def block(self, number: int) -> MixtureBlock:
-        """Rows ``number * block_rows`` and following, without the rest of the table in memory."""
+        """Rows ``number * block_rows`` and following, without the rest of the table in memory.
+
+        Raises:
+            DpoCacheError: As :meth:`column`.
+        """
         names = (KEY_COLUMN, "shard", "row", "prompt_length", "chosen_length", "rejected_length")
         with reading(self.path):
             table = self._open().read([number], names)
@@ -101,7 +106,11 @@ class MixtureTable:
         return digest.hexdigest()
 
     def verify(self) -> None:
-        """Check size, digest, schema and blocks now instead of at the first read."""
+        """Check digest, schema and blocks now instead of at the first read.
+
+        Raises:
+            DpoCacheError: As :meth:`column`.
+        """
         self._open()
 
     def _open(self) -> ParquetReader:

@@ -157,7 +157,11 @@ def keys_of(column: pa.Array) -> Keys:
 
 
 def numbers_of(column: pa.Array) -> npt.NDArray[Any]:
-    """A numeric column without nulls as numpy, without a copy."""
+    """A numeric column as numpy, without a copy.
+
+    Raises:
+        ValueError: A value is missing.
+    """
     if column.null_count:
         raise ValueError("a value is missing")
     return np.asarray(column.to_numpy(zero_copy_only=True))

@@ -49,6 +49,7 @@ class RecentlyUsed(Generic[K, V]):
         self._last_use: dict[K, int] = {}
 
     def get(self, key: K) -> V | None:
+        """The value, from now on the one used last; None where it is not there."""
         self._lookups += 1
         if key in self._values:
             self._values.move_to_end(key)
@@ -56,6 +57,7 @@ class RecentlyUsed(Generic[K, V]):
         return self._values.get(key)
 
     def put(self, key: K, value: V) -> None:
+        """Keep a value that is not there yet, and drop what has to make room."""
         self._values[key] = value
         self._last_use[key] = self._lookups
         self._bytes += value.num_bytes

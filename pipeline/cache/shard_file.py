@@ -57,6 +57,7 @@ class ShardRef:
 
     @property
     def file_name(self) -> str:
+        """Its name in ``shards/``."""
         return f"{self.sha256}.parquet"
 
 
@@ -118,7 +119,11 @@ class ShardReader:
 
 
 def read_shard_rows(path: Path, rows: Sequence[int] | None = None) -> list[ScoredPair]:
-    """Rows of a shard by number in the order asked for, all of them by default; keys are as stored."""
+    """Rows of a shard by number in the order asked for, all of them by default; keys are as stored.
+
+    Raises:
+        DpoCacheError: The shard cannot be read, or has no such row.
+    """
     with ShardReader(path) as shard:
         wanted = np.arange(shard.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < shard.num_rows:
@@ -147,7 +152,11 @@ def iterate_shard(path: Path) -> Iterator[ScoredPair]:
 
 
 def check_key(row: ScoredPair, path: Path) -> None:
-    """Recompute a row's key from its ids; a difference is a :class:`DpoCacheError`."""
+    """Recompute a row's key from its ids.
+
+    Raises:
+        DpoCacheError: It is another one.
+    """
     if example_key(row.pair) != row.key:
         raise DpoCacheError(
             f"{path}: the key {row.key.hex()} is not that of its token ids",

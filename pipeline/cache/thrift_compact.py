@@ -55,7 +55,11 @@ def read_field_head(data: bytes, position: int, number: int) -> tuple[int, int, 
 
 
 def read_list_head(data: bytes, position: int) -> tuple[int, int, int]:
-    """Element type, number of elements, and the position of the first."""
+    """Element type, number of elements, and the position of the first.
+
+    Raises:
+        ValueError: There are not as many bytes as elements.
+    """
     head = data[position]
     position += 1
     count = head >> 4
@@ -73,7 +77,11 @@ def read_integer(data: bytes, position: int) -> tuple[int, int]:
 
 
 def read_value(data: bytes, position: int, kind: int, nesting: int = MAX_NESTING) -> tuple[Any, int]:
-    """A value of the given type, and the position after it."""
+    """A value of the given type, and the position after it.
+
+    Raises:
+        ValueError: As :func:`read_struct`.
+    """
     if INT16 <= kind <= INT64:
         return read_integer(data, position)
     if kind in (TRUE, FALSE):

@@ -84,7 +84,11 @@ def weight_files(model_folder: Path) -> list[Path]:
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """The digest of all tensors of these safetensors files together."""
+    """The digest of all tensors of these safetensors files together.
+
+    Raises:
+        DpoCacheError: A file is damaged, changes meanwhile or cannot be read, or a tensor has other bytes in two files.
+    """
     try:
         return _combined(_file_digests(files))
     except OSError as error:

@@ -35,6 +35,7 @@ class Rendering:
     earlier_turns: Sequence[Turn] = ()
 
     def texts(self) -> list[str]:
+        """All that is to be tokenized: prompt, chosen and rejected first."""
         turns = [text for turn in self.earlier_turns for text in (turn.until_answer, turn.through_answer)]
         return [self.prompt, self.chosen, self.rejected, *turns]
 

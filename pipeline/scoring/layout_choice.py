@@ -1,4 +1,7 @@
-"""Which layout a model is scored in: read off its config, then proved on a probe before it is relied upon."""
+"""Which layout a model is scored in: read off its config, then proved on a probe before it is relied upon.
+
+Shape suffix: N scored tokens.
+"""
 
 from __future__ import annotations
 

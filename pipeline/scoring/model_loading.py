@@ -137,7 +137,11 @@ def find_causal_lm(model: nn.Module) -> Any:
 
 
 def find_backbone(model: nn.Module) -> Any:
-    """All of a causal language model but its vocabulary head; code from the Hub may not keep them apart."""
+    """All of a causal language model but its vocabulary head.
+
+    Raises:
+        DpoCacheError: The model does not keep them apart, as code from the Hub may not.
+    """
     causal_lm = find_causal_lm(model)
     backbone = causal_lm.base_model
     if backbone is causal_lm:

@@ -2,6 +2,8 @@
 
 Stage one calls it without gradients; in stage two it is the module that DeepSpeed wraps. Backbone and head are
 called as modules inside its forward, so ZeRO-3 gathers their weights where DeepSpeed expects it.
+
+Shapes: R rows, T tokens a row, N scored tokens, V vocabulary, H hidden.
 """
 
 from __future__ import annotations

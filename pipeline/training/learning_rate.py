@@ -10,7 +10,11 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 
 def warmup_steps(warmup_ratio: float, total_steps: int) -> int:
-    """Number of warm-up steps, rounded down as open-instruct rounds it."""
+    """Number of warm-up steps, rounded down as open-instruct rounds it.
+
+    Raises:
+        DpoCacheError: The ratio is no share.
+    """
     if not 0 <= warmup_ratio <= 1:
         raise DpoCacheError(f"--warmup-ratio is {warmup_ratio}", expected="a number from 0 to 1")
     return int(total_steps * warmup_ratio)

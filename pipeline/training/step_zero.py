@@ -3,6 +3,8 @@
 A policy that starts from the reference must give the cached numbers back. What differs then is rounding alone: other
 batch shapes, another order of sums. A wrong template, mask, position, kernel or weight shows as a difference per
 token far above it.
+
+Shape suffixes: B pairs, S = 2B sides.
 """
 
 from __future__ import annotations
