@@ -50,7 +50,6 @@ class ExplainReport:
         cache: The cache.
         distinct_pairs: Distinct pairs of the datasets.
         known_pairs: Those whose very tokens the cache has scored.
-        reused_pairs: Those a build would take: none with another reference, however many are known.
         reference: Fields of the reference that differ: cached value, this one.
         tokens: For each mixture of the cache whose tokens were made otherwise, the settings that differ.
         sources: The datasets' rows.
@@ -67,6 +66,7 @@ class ExplainReport:
 
     @property
     def reused_pairs(self) -> int:
+        """Those a build would take: none with another reference, however many are known."""
         return 0 if self.reference else self.known_pairs
 
     def to_json(self) -> dict[str, Any]:

@@ -1,18 +1,15 @@
 """Take over reference values that another trainer computed, as rows of a cache; nothing is scored but a sample.
 
-Shapes: S pairs of the sample, W pairs that wait for values.
+Shapes: S pairs of a sample, W pairs that wait for values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
@@ -21,89 +18,18 @@ from ..pipeline.cache.mixture_rows import MixtureRows
 from ..pipeline.cache.pair_spool import PairSpool
 from ..pipeline.cache.scored_pair import ScoredPair
 from ..pipeline.data.token_pair import TokenPair
-from ..pipeline.scoring.model_loading import load_causal_lm
-from ..pipeline.scoring.pair_scorer import PairScorer
-from ..pipeline.scoring.scoring_batch import Layout
-from ..pipeline.training.step_zero import BOUNDS
 from .build import SPOOL, collect_datasets, damaged_shards, open_cache, open_datasets, say, scratch_folder
 from .build_plan import cut_units
 from .build_reference import BuildReference, resolve_reference
 from .import_config import ImportConfig
+from .import_proof import prove_values
+from .import_report import ImportReport
 from .library_output import quiet_libraries
 from .mixture_change import mixture_content
-from .next_command import training_commands
 from .pair_collection import SpooledPairs
 from .progress import Progress
-from .rescore import score_pairs
 from .value_matching import matched_values, with_keys
 from .value_source import SourceValues, read_source
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampleSpread:
-    """How far imported values are from the reference's own: ``|theirs − ours| / scored tokens`` of a side, in nats.
-
-    Attributes:
-        pairs: Size of the sample.
-        mean_per_token: Over all sides.
-        max_per_token: Of the worst side.
-        bound_per_token: The largest allowed, as in training's step-0 proof.
-    """
-
-    pairs: int
-    mean_per_token: float
-    max_per_token: float
-    bound_per_token: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImportReport:
-    """What an import brought.
-
-    Attributes:
-        cache: The cache folder.
-        mixture: The mixture's name.
-        source: Where the values came from: trainer, file name, digest.
-        training_pairs: Pairs of the mixture, repeats included.
-        pairs_imported: Distinct pairs whose values were taken over.
-        pairs_reused: Distinct pairs the cache held already.
-        dropped: Rows that make no pair, by reason.
-        rescored: The comparison with the reference; None where it was turned off or nothing was imported.
-    """
-
-    cache: str
-    mixture: str
-    source: dict[str, Any]
-    training_pairs: int
-    pairs_imported: int
-    pairs_reused: int
-    dropped: dict[str, int]
-    rescored: SampleSpread | None
-
-    def to_json(self) -> dict[str, Any]:
-        """One object for ``--json``."""
-        return asdict(self)
-
-    def text(self) -> str:
-        """For an 80-column terminal."""
-        lines = []
-        if self.dropped:
-            dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-            lines.append(f"rows that make no pair: {dropped}")
-        lines.append(
-            f"imported {self.pairs_imported:,} pairs from {self.source['name']} ({self.source['from']}); "
-            f"{self.pairs_reused:,} were in the cache"
-        )
-        if self.rescored is not None:
-            lines.append(
-                f"scored {self.rescored.pairs} of them again: {self.rescored.max_per_token:.2g} nats a token apart at "
-                f"most (bound {self.rescored.bound_per_token:g})"
-            )
-        elif self.pairs_imported:
-            lines.append("warning: no pair was scored again; these values are taken on trust")
-        lines.append(f"mixture {self.mixture}: {self.training_pairs:,} training pairs")
-        lines.append(training_commands(self.cache, [self.mixture]))
-        return "\n".join(lines)
 
 
 def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
@@ -137,7 +63,9 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
             _longest_sequences(collected.rows, collected.waiting.keys),
             are_averages=config.values == "averages",
         )
-        spread = _prove(source_path, waiting, reference, config)
+        spread = None
+        if config.rescore and len(waiting.found):
+            spread = prove_values(source_path, *waiting.sample(config.rescore), config, reference)
         waiting.write(cache, recorded={"imported": {**source.recorded, "values": config.values}})
         waiting.refuse_missing(source_path, config)
         content.write(cache, config.mixture, without=damaged)
@@ -256,53 +184,3 @@ def _longest_sequences(rows: MixtureRows, keys: Keys) -> npt.NDArray[np.int32]:
     answers = np.maximum(rows.chosen_lengths[places], rows.rejected_lengths[places])
     longest: npt.NDArray[np.int32] = rows.prompt_lengths[places] + answers
     return longest
-
-
-def _prove(path: Path, waiting: _WaitingValues, reference: BuildReference, config: ImportConfig) -> SampleSpread | None:
-    """Score a sample with the reference, and refuse values that are not what it gives."""
-    if not config.rescore or not len(waiting.found):
-        return None
-    pairs, values_S2 = waiting.sample(config.rescore)
-    ours_S2 = _score(pairs, reference, config)
-    tokens_S2 = np.array([(pair.chosen_tokens, pair.rejected_tokens) for pair in pairs])
-    apart_S2 = {
-        "sums": np.abs(values_S2 - ours_S2) / tokens_S2,
-        "averages": np.abs(values_S2 - ours_S2 / tokens_S2),
-    }
-    bound = BOUNDS.get(reference.dtype, BOUNDS["bfloat16"])
-    stated = apart_S2.pop(config.values)
-    spread = SampleSpread(
-        pairs=len(pairs),
-        mean_per_token=float(stated.mean()),
-        max_per_token=float(stated.max()),
-        bound_per_token=bound,
-    )
-    if spread.max_per_token <= bound:
-        return spread
-    ((other, apart),) = apart_S2.items()
-    if apart.max() <= bound:
-        raise DpoCacheError(f"{path} holds {other}, not {config.values}", next_step=f"add --values {other}")
-    raise DpoCacheError(
-        f"{path} is not what the reference gives: on a sample of {len(pairs)} pairs they differ by "
-        f"{spread.max_per_token:.3g} nats per token at most, {spread.mean_per_token:.3g} in the mean",
-        expected=f"at most {bound:g} in {reference.dtype}",
-        next_step="what usually differs is the model, the order of the rows, the template, mask or length that made "
-        "the tokens, or --dtype; to score instead: dpo-cache build",
-    )
-
-
-@torch.inference_mode()
-def _score(pairs: Sequence[TokenPair], reference: BuildReference, config: ImportConfig) -> npt.NDArray[np.float64]:
-    """Chosen and rejected sums of each pair, one pair at a time, shape (S, 2)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_causal_lm(
-        reference.model.folder,
-        dtype=getattr(torch, reference.dtype),
-        attention=reference.attention,
-        device=device,
-        adapter=reference.adapter.folder if reference.adapter else None,
-        quantization=reference.identity.quantization,
-        trust_remote_code=config.trust_remote_code,
-    )
-    scorer = PairScorer(model).eval()
-    return np.concatenate([score_pairs(scorer, [pair], Layout.PADDED, device)[:, :2] for pair in pairs])
