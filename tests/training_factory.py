@@ -87,6 +87,7 @@ def make_engine(
     load_universal: bool = False,
     load_from: Path | None = None,
     lora: LoraSettings | None = None,
+    quantization: str | None = None,
     gradient_checkpointing: bool = False,
     load_balancing_weight: float | None = None,
     **partitioning: Any,
@@ -110,7 +111,9 @@ def make_engine(
             parameter.data = parameter.data.to(getattr(torch, dtype))
     else:
         with partitioned_loading(config):
-            policy = load_causal_lm(load_from, dtype=getattr(torch, dtype), attention="sdpa", device="cpu")
+            policy = load_causal_lm(
+                load_from, dtype=getattr(torch, dtype), attention="sdpa", device="cpu", quantization=quantization
+            )
     if lora is not None:
         policy = add_lora(policy, lora)
     if gradient_checkpointing:
