@@ -111,7 +111,7 @@ def check_pages(file: int, chunk: npt.NDArray[np.int64]) -> None:
     position, compressed_bytes, bytes_left, values_left = chunk.tolist()
     end = position + compressed_bytes
     while position < end:
-        header, header_bytes = read_struct(os.pread(file, min(_MAX_PAGE_HEADER_BYTES, end - position), position), 0)
+        header, header_bytes = read_struct(os.pread(file, min(_MAX_PAGE_HEADER_BYTES, end - position), position))
         uncompressed, compressed, values = _page_sizes(header)
         bytes_left -= header_bytes + uncompressed
         values_left -= values
@@ -159,7 +159,7 @@ def _footer(data: bytes, *, data_end: int, schema: pa.Schema) -> ParquetFooter:
         if element != STRUCT:
             raise TypeError
         for _ in range(count):
-            entry, entry_bytes = read_struct(data[position : position + _MAX_ROW_GROUP_ENTRY_BYTES], 0)
+            entry, entry_bytes = read_struct(data[position : position + _MAX_ROW_GROUP_ENTRY_BYTES])
             position += entry_bytes
             group_rows.append(_row_group_rows(entry))
             chunks.append(np.array(_row_group_chunks(entry, leaves, group_rows[-1], data_end), dtype=np.int64))

@@ -15,13 +15,11 @@ Struct = dict[int, Any]
 """Field values by number: bool, int, bytes, list or another struct."""
 
 
-def read_struct(data: bytes, position: int, nesting: int = MAX_NESTING) -> tuple[Struct, int]:
-    """Read one struct.
+def read_struct(data: bytes) -> tuple[Struct, int]:
+    """Read the struct that the data begins with.
 
     Args:
         data: No value reaches beyond its end, and no count beyond its length.
-        position: Where the struct begins.
-        nesting: Levels of structs and lists allowed within.
 
     Returns:
         The struct, and the position after it.
@@ -30,7 +28,7 @@ def read_struct(data: bytes, position: int, nesting: int = MAX_NESTING) -> tuple
         ValueError: It ends too early, nests too deep, or holds a type that is not read here.
     """
     try:
-        return _struct(data, position, nesting)
+        return _struct(data, 0, MAX_NESTING)
     except IndexError as error:
         raise ValueError("a Thrift structure ends too early") from error
 

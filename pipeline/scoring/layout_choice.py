@@ -29,42 +29,22 @@ MEAN_TOLERANCE_NATS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 
 """Mean absolute difference a token that rounding explains. A wrong mask or head costs a real model 0.1 to 50 nats."""
 
 
-def choose_layout(
-    scorer: nn.Module,
-    *,
-    device: torch.device | str,
-    requested: Layout | None = None,
-    pairs: Sequence[TokenPair] = (),
-) -> Layout:
-    """The layout to score with, proved against one-by-one scoring, the head against ``model(...).logits``.
+def choose_layout(scorer: nn.Module, *, device: torch.device | str, pairs: Sequence[TokenPair] = ()) -> Layout:
+    """The quickest layout that is right, proved against one-by-one scoring, the head against ``model(...).logits``.
 
     Under ZeRO-3 every rank has to call this alike, with the engine (its hooks gather the weights).
 
     Args:
         scorer: A :class:`PairScorer`, or the DeepSpeed engine around one.
         device: Where batches go.
-        requested: A layout the user insists on; None for the quickest that is right.
         pairs: Real pairs to prove the layout on, besides a built-in probe of a few tokens.
 
     Raises:
-        DpoCacheError: ``requested`` is wrong for this model, or the model's vocabulary head does something to its
-            logits that we do not know.
+        DpoCacheError: The model's vocabulary head does something to its logits that we do not know, or the model has
+            no finite value for any token.
     """
     pair_scorer = scorer if isinstance(scorer, PairScorer) else scorer.module
     assert isinstance(pair_scorer, PairScorer)
-    obstacle = tree_obstacle(pair_scorer)
-    if requested is not None:
-        candidates = [requested]
-    elif obstacle is None:
-        candidates = [_quickest_layout(pair_scorer), Layout.PADDED]
-    else:
-        log.info("padded layout: %s", obstacle)
-        candidates = [Layout.PADDED]
-    if obstacle is not None and candidates[0] is not Layout.PADDED:
-        raise DpoCacheError(
-            f"the {requested} layout would be wrong here: {obstacle}", next_step="use the padded layout"
-        )
-
     tolerance = MEAN_TOLERANCE_NATS[pair_scorer.dtype]
     self_test = _SelfTest(
         scorer=scorer,
@@ -74,13 +54,15 @@ def choose_layout(
         # flex_attention would be compiled anew for every other length.
         plain_row_multiple=FLEX_BLOCK_TOKENS if pair_scorer.attention == "flex_attention" else 1,
     )
-    for layout in candidates:
+    for layout in _candidates(pair_scorer):
         difference = self_test.mean_difference(layout)
         if difference <= tolerance:
             return layout
         log.warning(
             "the %s layout and the model's own logits differ by %.2g nats a token (%.0e allowed)",
-            *(layout, difference, tolerance),
+            layout,
+            difference,
+            tolerance,
         )
     raise DpoCacheError(
         f"{pair_scorer.config.model_type} models cannot be scored here: in the {layout} layout their values are "
@@ -90,8 +72,14 @@ def choose_layout(
     )
 
 
-def _quickest_layout(scorer: PairScorer) -> Layout:
-    return Layout.PACKED if scorer.attention == "flex_attention" else Layout.PREFIX_SHARED
+def _candidates(scorer: PairScorer) -> list[Layout]:
+    """The quickest first; the last is right for every causal architecture."""
+    obstacle = tree_obstacle(scorer)
+    if obstacle is not None:
+        log.info("padded layout: %s", obstacle)
+        return [Layout.PADDED]
+    quickest = Layout.PACKED if scorer.attention == "flex_attention" else Layout.PREFIX_SHARED
+    return [quickest, Layout.PADDED]
 
 
 def tree_obstacle(scorer: PairScorer) -> str | None:

@@ -82,16 +82,6 @@ def test_a_head_that_does_more_to_its_logits_than_we_know_is_refused(name: str) 
         choose_layout(scorer, device="cpu")
 
 
-def test_a_requested_layout_is_used_or_refused_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_layout(PairScorer(tiny_model("llama")), device="cpu", requested=Layout.PADDED) is Layout.PADDED
-    assert choose_layout(PairScorer(tiny_model("llama")), device="cpu", requested=Layout.PACKED) is Layout.PACKED
-    with pytest.raises(DpoCacheError, match="prefix-shared layout would be wrong here: mamba2 models take no"):
-        choose_layout(PairScorer(tiny_model("mamba2")), device="cpu", requested=Layout.PREFIX_SHARED)
-    monkeypatch.setattr(pair_scorer, "attention_mask", causal_only)
-    with pytest.raises(DpoCacheError, match="in the packed layout"):
-        choose_layout(PairScorer(tiny_model("llama")), device="cpu", requested=Layout.PACKED)
-
-
 def test_a_model_without_a_finite_value_is_refused() -> None:
     model = tiny_model("llama")
     with torch.no_grad():

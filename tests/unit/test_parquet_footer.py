@@ -93,7 +93,7 @@ def plain_varint(number: int) -> bytes:
 def with_footer(content: bytes, change: Callable[[dict[int, Any]], object]) -> bytes:
     """The same file with a footer changed by hand."""
     length = int.from_bytes(content[-8:-4], "little")
-    footer, _ = read_struct(content[-8 - length : -8], 0)
+    footer, _ = read_struct(content[-8 - length : -8])
     change(footer)
     changed = compact(footer)
     return content[: -8 - length] + changed + len(changed).to_bytes(4, "little") + b"PAR1"
@@ -165,9 +165,9 @@ def test_a_lying_footer_is_refused(tmp_path: Path, lie: str) -> None:
 def page_of_ids(content: bytes) -> tuple[int, dict[int, Any], int]:
     """Where the first page of ``ids`` begins, its header, and where its payload begins."""
     length = int.from_bytes(content[-8:-4], "little")
-    footer, _ = read_struct(content[-8 - length : -8], 0)
+    footer, _ = read_struct(content[-8 - length : -8])
     start = chunk(footer, 1)[9]
-    header, header_bytes = read_struct(content[start : start + 256], 0)
+    header, header_bytes = read_struct(content[start : start + 256])
     return start, header, start + header_bytes
 
 
@@ -254,7 +254,7 @@ def test_what_is_no_parquet_file_is_refused(tmp_path: Path, content: bytes) -> N
 @given(st.binary(max_size=100))
 def test_any_bytes_are_a_thrift_struct_or_a_value_error(data: bytes) -> None:
     try:
-        fields, end = read_struct(data, 0)
+        fields, end = read_struct(data)
     except ValueError:
         return
     assert 0 < end <= len(data)
