@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_run import run_ranks
-from dpo_cache.pipeline.training.checkpoint_folder import open_checkpoint
-from dpo_cache.pipeline.training.checkpoints import TrainerState, load_checkpoint, save_checkpoint
+from dpo_cache.pipeline.training.checkpoint_folder import TrainerState, open_checkpoint
+from dpo_cache.pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings
 from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.model_export import export_adapter, export_model
