@@ -145,22 +145,10 @@ def _lay_out(
         # Padding goes on counting: transformers takes a jump in the positions for the start of another sequence.
         canvas.position_ids_RT[:] = np.arange(width)
 
-    # Where the scored tokens of each side lie, chosen sides first.
-    slots_of_side: list[Int64s] = []
-    for side, (tree, response) in enumerate(side_of):
-        chosen_side = side < len(pairs)
-        pair = pairs[side if chosen_side else side - len(pairs)]
-        response_scored = pair.chosen_scored if chosen_side else pair.rejected_scored
-        prompt_slot, response_slots = slots_of_tree[tree]
-        assert not pair.prompt_scored[0], "nothing predicts the first token of a prompt"
-        slots_of_side.append(
-            np.concatenate(
-                [
-                    prompt_slot + np.flatnonzero(pair.prompt_scored),
-                    response_slots[response] + np.flatnonzero(response_scored),
-                ]
-            )
-        )
+    slots_of_side = [
+        _scored_slots(pairs[side % len(pairs)], slots_of_tree[tree], response, is_chosen=side < len(pairs))
+        for side, (tree, response) in enumerate(side_of)
+    ]
     tokens_S = np.array([len(slots) for slots in slots_of_side], dtype=np.int64)
     common_S = np.tile(np.minimum(*np.split(tokens_S, 2)), 2)
     slots_M = np.concatenate([np.zeros(0, dtype=np.int64), *slots_of_side])
@@ -186,6 +174,19 @@ def _lay_out(
         num_tokens=sum(tree.num_tokens for tree in trees),
         num_attended=sum(tree.num_attended for tree in trees),
         longest_sequence=max(len(tree.prompt_ids) + max(map(len, tree.responses), default=0) for tree in trees),
+    )
+
+
+def _scored_slots(pair: TokenPair, slots_of_tree: tuple[int, list[int]], response: int, *, is_chosen: bool) -> Int64s:
+    """Where the scored tokens of one side lie."""
+    assert not pair.prompt_scored[0], "nothing predicts the first token of a prompt"
+    prompt_slot, response_slots = slots_of_tree
+    response_scored = pair.chosen_scored if is_chosen else pair.rejected_scored
+    return np.concatenate(
+        [
+            prompt_slot + np.flatnonzero(pair.prompt_scored),
+            response_slots[response] + np.flatnonzero(response_scored),
+        ]
     )
 
 
