@@ -6,13 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from distributed_run import run_ranks
-from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.training.model_export import _expected_headers, export_model
-from dpo_cache.pipeline.training.tensor_headers import TensorHeader, check_headers, checkpoint_dtype, read_headers
-from safetensors.torch import load_file, save_file
+from dpo_cache.pipeline.training.tensor_headers import TensorHeader, read_headers
 from tokenizers import Tokenizer, models
 from training_factory import make_engine, random_pairs, tiny_policy, train_steps
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
@@ -80,20 +77,6 @@ def test_a_trained_model_loads_with_from_pretrained_and_answers_as_the_policy(tm
         assert (config["dtype"], config["use_cache"], config["attention_dropout"]) == ("bfloat16", True, 0.1)
 
 
-def test_a_file_that_lacks_a_tensor_or_has_another_shape_or_dtype_is_refused(tmp_path: Path) -> None:
-    tiny_policy().save_pretrained(tmp_path)
-    expected = read_headers(tmp_path)
-    check_headers(tmp_path, expected)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["lm_head.weight"]
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(DpoCacheError, match="2 tensors differ") as caught:
-        check_headers(tmp_path, expected)
-    assert "lm_head.weight: None instead of TensorHeader(dtype='F32', shape=(64, 16))" in str(caught.value)
-    assert "model.norm.weight: TensorHeader(dtype='F16'" in str(caught.value)
-
-
 def test_an_architecture_that_fuses_its_experts_is_checked_under_the_names_it_is_saved_with(tmp_path: Path) -> None:
     config = MixtralConfig(
         vocab_size=32,
@@ -111,11 +94,3 @@ def test_an_architecture_that_fuses_its_experts_is_checked_under_the_names_it_is
     assert expected == read_headers(tmp_path)
     assert expected["lm_head.weight"] == TensorHeader(dtype="F32", shape=(32, 16))
     assert len([name for name in expected if "experts" in name]) == 4 * 3
-
-
-def test_the_dtype_of_a_checkpoint_is_that_of_most_of_its_numbers(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(9, dtype=torch.bfloat16), "b": torch.zeros(8)}, tmp_path / "x.safetensors")
-    assert checkpoint_dtype(tmp_path) == torch.bfloat16
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DpoCacheError, match="holds no safetensors file"):
-        checkpoint_dtype(tmp_path / "empty")

@@ -15,7 +15,6 @@ from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.data.pair_tokenizer import PairTokenizer
 from dpo_cache.pipeline.data.preference import Message, Preference
 from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
-from dpo_cache.pipeline.data.tokenizer import vocabulary_sha256
 from dpo_cache.pipeline.data.unusable_row import UnusableRow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -574,31 +573,3 @@ def test_the_description_does_not_depend_on_what_was_tokenized_before(make: Make
     before = tokenizer.description()
     tokenizer.tokenizer(["a", "bcd"], padding=False, truncation=True, max_length=2)
     assert tokenizer.description() == before
-
-
-def test_the_vocabulary_digest_does_not_move() -> None:
-    class TwoTokens:
-        def get_vocab(self) -> dict[str, int]:
-            return {"a": 1, "b": 0}
-
-    # sha256 of id and length as 8 little-endian bytes each, then the token's bytes, ids in order
-    assert vocabulary_sha256(TwoTokens()) == "8bc772ec7631ffbd1d33b5ccd8d4e117871072c412b515be95d8d42ba9218539"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"truncation": "cut"}, "--truncation cut is unknown"),
-        ({"mask": "first-turn"}, "--mask first-turn is unknown"),
-        ({"max_seq_length": 1}, "--max-seq-length 1 holds no prompt and answer"),
-        ({"truncation": "truncate-prompt-left"}, "without a length does nothing"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(DpoCacheError, match=message):
-        TokenizationSettings(tokenizer="t", **arguments)
-
-
-def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DpoCacheError, match=r"the tokenizer .*nothing cannot be loaded"):
-        PairTokenizer(TokenizationSettings(tokenizer=str(tmp_path / "nothing")))

@@ -1,17 +1,15 @@
-"""Which format a dataset is in, and what a row says or why it says nothing."""
+"""What a row says, or why it says nothing."""
 
 from __future__ import annotations
 
 import copy
 import json
-import pickle
 from typing import Any
 
 import pytest
-from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.data.preference import Preference, read_preference
-from dpo_cache.pipeline.data.preference_format import PreferenceFormat, detect_format, unused_columns
-from dpo_cache.pipeline.data.unusable_row import UNUSABLE_REASONS, UnusableRow
+from dpo_cache.pipeline.data.preference_format import PreferenceFormat
+from dpo_cache.pipeline.data.unusable_row import UnusableRow
 
 IMPLICIT = PreferenceFormat.IMPLICIT_MESSAGES
 EXPLICIT = PreferenceFormat.EXPLICIT_MESSAGES
@@ -40,64 +38,6 @@ def unusable(row_: dict[str, Any], preference_format: PreferenceFormat) -> Unusa
     with pytest.raises(UnusableRow) as raised:
         read_preference(row_, preference_format)
     return raised.value
-
-
-# ---- recognising the format ----
-
-
-@pytest.mark.parametrize(
-    ("example", "expected"),
-    [
-        (CONVERSATIONS, IMPLICIT),
-        ({**CONVERSATIONS, "prompt": "Hi", "score": 1}, IMPLICIT),  # as UltraFeedback has it
-        (row([assistant("Yes")], [assistant("No")], prompt=[user("Hi")]), EXPLICIT),
-        (row([assistant("Yes")], [assistant("No")], prompt="Hi"), EXPLICIT),
-        (row("Yes", "No", prompt=[user("Hi")]), EXPLICIT),
-        (TURNS, TRANSCRIPT),
-        ({**TURNS, "prompt": "Hi"}, TRANSCRIPT),
-        (row(" Yes", " No", prompt="Hi:"), EXPLICIT_TEXT),
-        (row("Hi: Yes", "Hi: No"), PLAIN_TEXT),
-    ],
-)
-def test_each_format_is_recognised(example: dict[str, Any], expected: PreferenceFormat) -> None:
-    assert detect_format(list(example), [example]) is expected
-
-
-def test_one_odd_row_does_not_decide_the_format() -> None:
-    odd, empty = row("Human: no", "Assistant: transcript"), row("", None)
-    plain = row("Hi: yes", "Hi: no")
-    assert detect_format(["chosen", "rejected"], [plain, TURNS, TURNS, empty]) is TRANSCRIPT
-    assert detect_format(["chosen", "rejected"], [odd, plain, plain, empty]) is PLAIN_TEXT
-    messages = row([{"role": "user", "content": "Hi"}] * 2, [{"role": "user", "content": "Hi"}])
-    assert detect_format(["chosen", "rejected"], [plain, messages, messages]) is IMPLICIT
-    assert detect_format(["chosen", "rejected"], [plain, messages, plain]) is PLAIN_TEXT
-
-
-@pytest.mark.parametrize(
-    "example",
-    [
-        {"text": "Hi"},
-        {"chosen": "Yes"},
-        row(1, 2),
-        row(["Yes"], ["No"]),
-        row("Yes", "No", prompt=3),
-        row("Yes", "No", question="Hi"),
-    ],
-)
-def test_other_columns_are_refused_with_what_would_fit(example: dict[str, Any]) -> None:
-    with pytest.raises(DpoCacheError) as error:
-        detect_format(list(example), [example])
-    assert error.value.found == f"no preference format fits these columns: {', '.join(example)}"
-    assert error.value.expected is not None
-    for preference_format in PreferenceFormat:
-        assert preference_format.description in error.value.expected
-
-
-def test_columns_that_a_format_does_not_read_are_named() -> None:
-    names = ["prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "score"]
-    assert unused_columns(names, IMPLICIT) == ["prompt", "score"]
-    assert unused_columns(names, EXPLICIT) == ["score"]
-    assert unused_columns(names, PLAIN_TEXT) == ["prompt", "tools", "chat_template_kwargs", "score"]
 
 
 # ---- messages ----
@@ -296,35 +236,3 @@ def test_plain_text_that_makes_no_pair_says_why(
     example: dict[str, Any], preference_format: PreferenceFormat, expected: str
 ) -> None:
     assert unusable(example, preference_format).reason == expected
-
-
-# ---- reasons ----
-
-
-def test_the_names_of_reasons_are_stable() -> None:
-    assert sorted(UNUSABLE_REASONS) == [
-        "answer-too-long",
-        "boundary-differs",
-        "different-prompts",
-        "double-bos",
-        "double-eos",
-        "empty-answer",
-        "identical-after-truncation",
-        "identical-answers",
-        "malformed-row",
-        "no-assistant-answer",
-        "no-prompt",
-        "not-a-transcript",
-        "not-text",
-        "nothing-scored",
-        "prompt-too-long",
-        "template-refused",
-        "template-rewrites-history",
-        "template-rewrites-prompt",
-        "too-long",
-    ]
-
-
-def test_a_reason_crosses_a_process_boundary() -> None:
-    copied = pickle.loads(pickle.dumps(UnusableRow("empty-answer", "chosen")))
-    assert (copied.reason, copied.detail) == ("empty-answer", "chosen")

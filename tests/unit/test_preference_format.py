@@ -1,0 +1,86 @@
+"""Which format a dataset is in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.data.preference_format import PreferenceFormat, detect_format, unused_columns
+
+IMPLICIT = PreferenceFormat.IMPLICIT_MESSAGES
+EXPLICIT = PreferenceFormat.EXPLICIT_MESSAGES
+TRANSCRIPT = PreferenceFormat.TRANSCRIPT
+EXPLICIT_TEXT = PreferenceFormat.EXPLICIT_TEXT
+PLAIN_TEXT = PreferenceFormat.PLAIN_TEXT
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def row(chosen: Any, rejected: Any, **columns: Any) -> dict[str, Any]:
+    return {"chosen": chosen, "rejected": rejected, **columns}
+
+
+CONVERSATIONS = row([user("Hi"), assistant("Yes")], [user("Hi"), assistant("No")])
+TURNS = row("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Hi\n\nAssistant: No")
+
+
+@pytest.mark.parametrize(
+    ("example", "expected"),
+    [
+        (CONVERSATIONS, IMPLICIT),
+        ({**CONVERSATIONS, "prompt": "Hi", "score": 1}, IMPLICIT),  # as UltraFeedback has it
+        (row([assistant("Yes")], [assistant("No")], prompt=[user("Hi")]), EXPLICIT),
+        (row([assistant("Yes")], [assistant("No")], prompt="Hi"), EXPLICIT),
+        (row("Yes", "No", prompt=[user("Hi")]), EXPLICIT),
+        (TURNS, TRANSCRIPT),
+        ({**TURNS, "prompt": "Hi"}, TRANSCRIPT),
+        (row(" Yes", " No", prompt="Hi:"), EXPLICIT_TEXT),
+        (row("Hi: Yes", "Hi: No"), PLAIN_TEXT),
+    ],
+)
+def test_each_format_is_recognised(example: dict[str, Any], expected: PreferenceFormat) -> None:
+    assert detect_format(list(example), [example]) is expected
+
+
+def test_one_odd_row_does_not_decide_the_format() -> None:
+    odd, empty = row("Human: no", "Assistant: transcript"), row("", None)
+    plain = row("Hi: yes", "Hi: no")
+    assert detect_format(["chosen", "rejected"], [plain, TURNS, TURNS, empty]) is TRANSCRIPT
+    assert detect_format(["chosen", "rejected"], [odd, plain, plain, empty]) is PLAIN_TEXT
+    messages = row([{"role": "user", "content": "Hi"}] * 2, [{"role": "user", "content": "Hi"}])
+    assert detect_format(["chosen", "rejected"], [plain, messages, messages]) is IMPLICIT
+    assert detect_format(["chosen", "rejected"], [plain, messages, plain]) is PLAIN_TEXT
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        {"text": "Hi"},
+        {"chosen": "Yes"},
+        row(1, 2),
+        row(["Yes"], ["No"]),
+        row("Yes", "No", prompt=3),
+        row("Yes", "No", question="Hi"),
+    ],
+)
+def test_other_columns_are_refused_with_what_would_fit(example: dict[str, Any]) -> None:
+    with pytest.raises(DpoCacheError) as error:
+        detect_format(list(example), [example])
+    assert error.value.found == f"no preference format fits these columns: {', '.join(example)}"
+    assert error.value.expected is not None
+    for preference_format in PreferenceFormat:
+        assert preference_format.description in error.value.expected
+
+
+def test_columns_that_a_format_does_not_read_are_named() -> None:
+    names = ["prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "score"]
+    assert unused_columns(names, IMPLICIT) == ["prompt", "score"]
+    assert unused_columns(names, EXPLICIT) == ["score"]
+    assert unused_columns(names, PLAIN_TEXT) == ["prompt", "tools", "chat_template_kwargs", "score"]

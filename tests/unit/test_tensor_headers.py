@@ -1,0 +1,34 @@
+"""What safetensors files say of their tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.training.tensor_headers import check_headers, checkpoint_dtype, read_headers
+from safetensors.torch import load_file, save_file
+from training_factory import tiny_policy
+
+
+def test_a_file_that_lacks_a_tensor_or_has_another_shape_or_dtype_is_refused(tmp_path: Path) -> None:
+    tiny_policy().save_pretrained(tmp_path)
+    expected = read_headers(tmp_path)
+    check_headers(tmp_path, expected)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(DpoCacheError, match="2 tensors differ") as caught:
+        check_headers(tmp_path, expected)
+    assert "lm_head.weight: None instead of TensorHeader(dtype='F32', shape=(64, 16))" in str(caught.value)
+    assert "model.norm.weight: TensorHeader(dtype='F16'" in str(caught.value)
+
+
+def test_the_dtype_of_a_checkpoint_is_that_of_most_of_its_numbers(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(9, dtype=torch.bfloat16), "b": torch.zeros(8)}, tmp_path / "x.safetensors")
+    assert checkpoint_dtype(tmp_path) == torch.bfloat16
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DpoCacheError, match="holds no safetensors file"):
+        checkpoint_dtype(tmp_path / "empty")
