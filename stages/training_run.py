@@ -23,8 +23,7 @@ from ..pipeline.scoring.pair_scorer import PairScorer
 from ..pipeline.scoring.scoring_batch import Layout
 from ..pipeline.training.checkpoint_folder import Checkpoint
 from ..pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
-from ..pipeline.training.eval_margins import FILE as EVAL_MARGINS
-from ..pipeline.training.eval_margins import write_eval_margins
+from ..pipeline.training.eval_margins import EVAL_MARGINS, write_eval_margins
 from ..pipeline.training.policy_engine import PolicyEngine
 from ..pipeline.training.run_log import RunLog, TrackingSettings
 from ..pipeline.training.step_zero import StepZeroFigures, check_step_zero, write_step_zero

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from ..cache.example_key import Keys, key_at
 from .micro_batch import ScoredMicroBatch
 
-FILE = "eval_margins.jsonl"
+EVAL_MARGINS = "eval_margins.jsonl"
+"""Its name in a run's folder."""
 
 
 class EvalMargins:

@@ -42,7 +42,7 @@ class PairMetrics:
     """Sums over the pairs since the last log line.
 
     Args:
-        loss: Decides the unit of ``logps/*`` and ``rewards/*``, and whether there are rewards at all.
+        objective: Decides the unit of ``logps/*`` and ``rewards/*``, and whether there are rewards at all.
         device: Where the sums are kept, so that adding to them never waits for the device.
         tie_margin: A difference of the two sides' log-ratios below this, in nats per token, is noise: a tie, which
             counts half in the accuracy.
@@ -53,14 +53,14 @@ class PairMetrics:
 
     def __init__(
         self,
-        loss: Objective,
+        objective: Objective,
         *,
         device: torch.device,
         tie_margin: float,
         cost: ModelCost | None = None,
         prefix: str = "",
     ) -> None:
-        self._loss = loss
+        self._objective = objective
         self._device = device
         self._tie_margin = tie_margin
         self._cost = cost
@@ -141,7 +141,7 @@ class PairMetrics:
             "tokens/chosen": totals["chosen_tokens"] / pairs,
             "tokens/rejected": totals["rejected_tokens"] / pairs,
         }
-        if self._loss.uses_reference:
+        if self._objective.uses_reference:
             chosen, rejected = totals["chosen_rewards"] / pairs, totals["rejected_rewards"] / pairs
             fields |= {
                 "rewards/chosen": chosen,

@@ -67,13 +67,13 @@ class StepZeroProof:
     """Collects the first global batch, then judges it.
 
     Args:
-        loss: The loss trained.
+        objective: What is trained.
         dtype: ``float32`` or ``bfloat16``.
         device: Where the sums are kept.
     """
 
-    def __init__(self, loss: Objective, *, dtype: str, device: torch.device) -> None:
-        self._loss = loss
+    def __init__(self, objective: Objective, *, dtype: str, device: torch.device) -> None:
+        self._objective = objective
         self._dtype = dtype
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # pairs, distances of sides, losses
         self._max = torch.zeros((), dtype=torch.float64, device=device)
@@ -104,7 +104,7 @@ class StepZeroProof:
             max_per_token=float(worst),
             bound_per_token=bound,
             loss=losses / pairs,
-            expected_loss=loss_at_reference(self._loss),
+            expected_loss=loss_at_reference(self._objective),
             # Written so that a distance that is not a number is not within the bound.
             within_bound=float(worst) <= bound and math.isfinite(distances),
         )
