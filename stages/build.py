@@ -143,7 +143,8 @@ class Build:
         self, cache: ReferenceCache, collected: CollectedPairs, scratch: Path, job: JobStore | None
     ) -> ScoringOutcome:
         """Have the waiting pairs scored; without any, no model is loaded and no process started."""
-        order, units = cut_units(collected.waiting, num_workers=self._num_workers)
+        waiting = collected.waiting
+        order, units = cut_units(waiting, num_workers=self._num_workers)
         if not units and job is None:
             return ScoringOutcome()
         plan = ScoringPlan(
@@ -157,8 +158,8 @@ class Build:
             zero_stage=self._config.zero_stage,
             tokens_per_batch=self._config.tokens_per_batch,
             spool=str((scratch / SPOOL).resolve()),
-            order=order,
-            longest=int(collected.waiting.lengths.argmax()) if units else -1,
+            order=waiting.spool_indices[order].tolist(),
+            longest=int(waiting.spool_indices[waiting.lengths.argmax()]) if units else -1,
             units=units,
         )
         plan_path = scratch / "plan.json"
@@ -169,7 +170,7 @@ class Build:
             plan_path,
             ranks=self._ranks,
             num_workers=self._num_workers,
-            total_tokens=int(collected.waiting.lengths.sum()),
+            total_tokens=int(waiting.lengths.sum()),
         )
 
     def _write_mixture(

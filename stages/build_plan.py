@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from .pair_collection import SpooledPairs
 
@@ -74,7 +75,7 @@ class ScoringPlan:
         return cls(**fields)
 
 
-def cut_units(waiting: SpooledPairs, *, num_workers: int) -> tuple[list[int], list[Unit]]:
+def cut_units(waiting: SpooledPairs, *, num_workers: int) -> tuple[npt.NDArray[np.int64], list[Unit]]:
     """Order pairs by prompt hash and key, and cut the order into units of alike cost.
 
     Pairs of one prompt stay in one unit, so that the prompt, and an answer standing in several pairs, is scored
@@ -86,11 +87,11 @@ def cut_units(waiting: SpooledPairs, *, num_workers: int) -> tuple[list[int], li
         num_workers: How many will share the units.
 
     Returns:
-        The pairs' spool indices in order, and the units as ranges of it.
+        The places of the pairs in that order, and the units as ranges of it.
     """
-    if len(waiting) == 0:
-        return [], []
-    order = np.lexsort((waiting.keys, waiting.prompt_hashes))
+    order = np.lexsort((waiting.keys, waiting.prompt_hashes)).astype(np.int64)
+    if len(order) == 0:
+        return order, []
     ordered_hashes, ordered_lengths = waiting.prompt_hashes[order], waiting.lengths[order]
     unit_tokens = int(ordered_lengths.sum()) // (num_workers * UNITS_PER_WORKER)
     unit_tokens = min(max(unit_tokens, MIN_UNIT_TOKENS), MAX_UNIT_TOKENS)
@@ -103,4 +104,4 @@ def cut_units(waiting: SpooledPairs, *, num_workers: int) -> tuple[list[int], li
             start, tokens = place, 0
         tokens += int(ordered_lengths[place])
     units.append(Unit(start=start, stop=len(order)))
-    return order.tolist(), units
+    return order, units

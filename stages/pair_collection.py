@@ -1,7 +1,7 @@
 """From datasets to training pairs: tokenise them, find what the cache holds already, spool what it does not.
 
-Memory holds keys, hashes and lengths of the pairs (300 bytes each at the most, 600 where none is known yet), never
-their tokens.
+Memory holds keys, hashes and lengths of the pairs (some 250 bytes each where none is known yet), never their
+tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,41 @@ ROWS_WORTH_A_PROCESS = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SpooledPairs:
-    """The distinct pairs that wait to be scored, in spool order. Shapes: (pairs,).
+    """Pairs that wait to be scored, in spool order. Shapes: (pairs,).
 
     Attributes:
+        spool_indices: Where in the spool their tokens lie.
         keys: Their keys.
         prompt_hashes: What puts pairs of one prompt side by side.
         lengths: Tokens each costs when its prompt is computed once.
     """
 
+    spool_indices: npt.NDArray[np.int64]
     keys: Keys
     prompt_hashes: npt.NDArray[np.uint64]
     lengths: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def take(self, places: npt.NDArray[np.int64]) -> SpooledPairs:
+        """The pairs at these places, in that order."""
+        return SpooledPairs(**{column.name: getattr(self, column.name)[places] for column in fields(self)})
+
+    def distinct(self) -> SpooledPairs:
+        """Each pair once, where it stands first."""
+        _, first = np.unique(self.keys, return_index=True)
+        return self if len(first) == len(self) else self.take(np.sort(first))
+
+    @staticmethod
+    def concatenate(parts: Sequence[SpooledPairs]) -> SpooledPairs:
+        """All parts, at least one, one after another."""
+        return SpooledPairs(
+            **{
+                column.name: np.concatenate([getattr(part, column.name) for part in parts])
+                for column in fields(SpooledPairs)
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -152,9 +173,7 @@ class _Collector:
         self._known = known
         self._writer = writer
         self._parts: list[MixtureRows] = []
-        self._waiting_keys: dict[bytes, None] = {}  # in spool order
-        self._waiting_hashes: list[int] = []
-        self._waiting_lengths: list[int] = []
+        self._spooled: list[SpooledPairs] = []
         self._dropped: Counter[str] = Counter()
         self._truncated: Counter[str] = Counter()
         self._say_unusable = say_unusable
@@ -200,11 +219,7 @@ class _Collector:
         rows = MixtureRows.concatenate(self._parts)
         return CollectedPairs(
             rows=rows,
-            waiting=SpooledPairs(
-                keys=keys_array(list(self._waiting_keys)),
-                prompt_hashes=np.array(self._waiting_hashes, dtype=np.uint64),
-                lengths=np.array(self._waiting_lengths, dtype=np.int64),
-            ),
+            waiting=SpooledPairs.concatenate(self._spooled).distinct(),
             num_distinct=len(np.unique(rows.example_keys)),
             num_source_rows=self._num_source_rows,
             dropped=dict(sorted(self._dropped.items())),
@@ -214,15 +229,19 @@ class _Collector:
         )
 
     def _spool_unknown(self, pairs: Sequence[TokenPair], columns: MixtureRows) -> None:
+        """A pair that stands in the data twice is spooled twice: to know better here would take each key in memory."""
         keys = columns.example_keys
         is_unknown = np.ones(len(keys), bool) if self._known is None else self._known.find(keys) < 0
-        for index in np.flatnonzero(is_unknown).tolist():
-            key = keys[index : index + 1].tobytes()
-            if key in self._waiting_keys:
-                continue  # the same pair stands in the data twice
-            self._waiting_keys[key] = None
-            self._waiting_hashes.append(int(columns.prompt_hashes[index]))
-            self._waiting_lengths.append(pairs[index].shared_prefix_tokens)
+        unknown = np.flatnonzero(is_unknown)
+        self._spooled.append(
+            SpooledPairs(
+                spool_indices=self._writer.num_pairs + np.arange(len(unknown)),
+                keys=keys[unknown],
+                prompt_hashes=columns.prompt_hashes[unknown],
+                lengths=np.array([pairs[index].shared_prefix_tokens for index in unknown.tolist()], dtype=np.int64),
+            )
+        )
+        for index in unknown.tolist():
             self._writer.append(pairs[index])
 
 

@@ -95,8 +95,8 @@ class _WaitingValues:
     """The pairs that the cache does not hold, with the values that the source has for them.
 
     Args:
-        spool: Their tokens.
-        waiting: Their keys.
+        spool: Holds their tokens.
+        waiting: Their keys, and where their tokens lie.
         values_W2: Chosen and rejected as the source has them; NaN where it lacks the pair.
         longest_W: Tokens of each pair's prompt with its longer answer.
         are_averages: Whether they are averages per scored token.
@@ -126,20 +126,15 @@ class _WaitingValues:
         longest = self.found[np.argmax(self._longest_W[self.found])]
         others = np.random.RandomState(0).permutation(self.found[self.found != longest])
         places = np.concatenate([[longest], others])[:size]
-        return self._spool.read(places.tolist()), self._values_W2[places]
+        return self._tokens(places), self._values_W2[places]
 
     def write(self, cache: ReferenceCache, *, recorded: dict[str, Any]) -> None:
         """Write the pairs that have values in units, as a build would."""
-        having = SpooledPairs(
-            keys=self._waiting.keys[self.found],
-            prompt_hashes=self._waiting.prompt_hashes[self.found],
-            lengths=self._waiting.lengths[self.found],
-        )
-        order, units = cut_units(having, num_workers=1)
+        order, units = cut_units(self._waiting.take(self.found), num_workers=1)
         with Progress(len(order), unit="pair", title="import") as progress:
             for unit in units:
                 places = self.found[order[unit.start : unit.stop]]
-                pairs = self._spool.read(places.tolist())
+                pairs = self._tokens(places)
                 rows = [self._row(pair, place) for pair, place in zip(pairs, places, strict=True)]
                 cache.shards.write(rows, recorded=recorded)
                 progress.reach(unit.stop)
@@ -156,6 +151,9 @@ class _WaitingValues:
                 next_step=f"dpo-cache build --cache {config.cache} --mixture {config.mixture} … with the same options "
                 "scores just these",
             )
+
+    def _tokens(self, places: npt.NDArray[np.int64]) -> list[TokenPair]:
+        return self._spool.read(self._waiting.spool_indices[places].tolist())
 
     def _row(self, pair: TokenPair, place: int) -> ScoredPair:
         tokens = (pair.chosen_tokens, pair.rejected_tokens)

@@ -50,8 +50,9 @@ def build(folder: Path) -> ReferenceCache:
     collected = collect(folder, known=None, spool=spool_path)
     spool = PairSpool(spool_path)
     order, units = cut_units(collected.waiting, num_workers=2)
+    indices = collected.waiting.spool_indices[order].tolist()
     for unit in units:
-        cache.shards.write([_made_up(pair) for pair in spool.read(order[unit.start : unit.stop])])
+        cache.shards.write([_made_up(pair) for pair in spool.read(indices[unit.start : unit.stop])])
     cache.write_mixture(
         "train",
         collected.rows,
