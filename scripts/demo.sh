@@ -7,8 +7,13 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 bin=$PWD/.venv/bin
 out=${1:-demo-output}
+if [ -e "$out" ] && [ ! -e "$out/.made-by-the-demo" ]; then
+    echo "$out is there already and is not this demo's: name another folder" >&2
+    exit 1
+fi
 rm -rf "$out"
 mkdir -p "$out"
+touch "$out/.made-by-the-demo"
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*" >&2; }
 run() {
