@@ -146,7 +146,7 @@ def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture,
 def global_batches(mixture: Mixture, global_batch_size: int, seed: int) -> GlobalBatchPlan:
     """Which pairs make up each update: a function of the mixture, the seed and the epoch alone."""
 
-    def order(epoch: int) -> npt.NDArray[np.int64]:
+    def order(epoch: int) -> npt.NDArray[np.int32]:
         return epoch_order(
             num_pairs=mixture.num_pairs,
             block_rows=mixture.block_rows,

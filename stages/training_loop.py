@@ -46,7 +46,7 @@ class MicroBatches:
         tokens_per_microbatch: int,
     ) -> None:
         self.mixture = mixture
-        self._lengths = mixture.shared_prefix_lengths().astype(np.int64)
+        self._lengths = mixture.shared_prefix_lengths()
         self._stream = PairStream(cache, mixture)
         self._layout = layout
         self._rank, self._num_ranks, self._device = engine.rank, engine.num_ranks, engine.device

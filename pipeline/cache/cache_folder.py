@@ -131,7 +131,7 @@ class ReferenceCache:
             DpoCacheError: There is no such mixture, or what it names is missing or damaged.
         """
         opened = self.read_mixture(mixture)
-        order = np.arange(opened.num_pairs)
+        order = np.arange(opened.num_pairs, dtype=np.int32)
         if seed is not None:
             order = epoch_order(
                 num_pairs=opened.num_pairs,

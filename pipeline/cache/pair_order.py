@@ -19,7 +19,7 @@ def epoch_order(
     epoch: int,
     mixture_digest: str,
     window_blocks: int = WINDOW_BLOCKS,
-) -> npt.NDArray[np.int64]:
+) -> npt.NDArray[np.int32]:
     """The mixture rows of one epoch in the order of training, each exactly once.
 
     Blocks of consecutive rows are permuted, then rows are shuffled within windows of many blocks: as good as a
@@ -35,12 +35,12 @@ def epoch_order(
         window_blocks: Blocks of a window.
 
     Returns:
-        Row numbers, shape (num_pairs,).
+        Row numbers, shape (num_pairs,): 32 bits each, because a run keeps an epoch of them.
     """
     assert min(num_pairs, block_rows, window_blocks) > 0
     random = _random_state(mixture_digest, seed, epoch)
     blocks = random.permutation(-(-num_pairs // block_rows))
-    order = np.empty(num_pairs, dtype=np.int64)
+    order = np.empty(num_pairs, dtype=np.int32)
     filled = 0
     for start in range(0, len(blocks), window_blocks):
         rows = blocks[start : start + window_blocks, None] * block_rows + np.arange(block_rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,7 @@ class PairStream:
     def __len__(self) -> int:
         return self._mixture.num_pairs
 
-    def read(self, mixture_rows: npt.NDArray[np.int64]) -> list[ScoredPair]:
+    def read(self, mixture_rows: npt.NDArray[np.signedinteger[Any]]) -> list[ScoredPair]:
         """The pairs in these rows of the mixture, in this order. Ids are views that must not be written to.
 
         Raises:
@@ -67,7 +67,7 @@ class PairStream:
         """Close all files."""
         self._rows.close()
 
-    def _places(self, mixture_rows: npt.NDArray[np.int64]) -> list[_Place]:
+    def _places(self, mixture_rows: npt.NDArray[np.signedinteger[Any]]) -> list[_Place]:
         assert len(mixture_rows) == 0 or 0 <= mixture_rows.min() <= mixture_rows.max() < len(self)
         blocks, offsets = np.divmod(mixture_rows, self._mixture.block_rows)
         places = []

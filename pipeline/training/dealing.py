@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from .global_batches import Rows
 
 def deal(
     rows: Rows,
-    pair_tokens: Sequence[int] | npt.NDArray[np.int64],
+    pair_tokens: Sequence[int] | npt.NDArray[np.signedinteger[Any]],
     *,
     num_ranks: int,
     tokens_per_microbatch: int,

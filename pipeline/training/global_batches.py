@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from ...errors import DpoCacheError
 
 Rows = npt.NDArray[np.int64]
+RowNumbers = npt.NDArray[np.signedinteger[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -47,7 +49,7 @@ class GlobalBatchPlan:
         DpoCacheError: An empty mixture or an impossible batch size.
     """
 
-    def __init__(self, *, num_pairs: int, global_batch_size: int, epoch_order: Callable[[int], Rows]) -> None:
+    def __init__(self, *, num_pairs: int, global_batch_size: int, epoch_order: Callable[[int], RowNumbers]) -> None:
         if num_pairs < 1:
             raise DpoCacheError("the mixture holds no pair to train on")
         if global_batch_size < 1:
@@ -57,7 +59,7 @@ class GlobalBatchPlan:
         self.steps_per_epoch = math.ceil(num_pairs / global_batch_size)
         self._epoch_order = epoch_order
         self._epoch = -1
-        self._order: Rows = np.empty(0, dtype=np.int64)
+        self._order: RowNumbers = np.empty(0, dtype=np.int32)
 
     def total_steps(self, *, num_epochs: float, max_steps: int | None = None) -> int:
         """Updates in a run: ``max_steps`` where it is given, else as many as the epochs hold, rounded up."""
@@ -73,5 +75,5 @@ class GlobalBatchPlan:
             self._epoch = epoch
             assert len(self._order) == self.num_pairs
         start = step_of_epoch * self.global_batch_size
-        rows = self._order[start : start + self.global_batch_size]
+        rows = self._order[start : start + self.global_batch_size].astype(np.int64)
         return GlobalBatch(step=step, epoch=epoch, rows=rows, epochs_done=epoch + (start + len(rows)) / self.num_pairs)

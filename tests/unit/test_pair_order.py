@@ -26,7 +26,7 @@ def test_every_row_stands_exactly_once(
         epoch=epoch,
         mixture_digest=DIGEST,
     )
-    assert order.dtype == np.int64
+    assert order.dtype == np.int32
     assert sorted(order.tolist()) == list(range(num_pairs))
 
 
