@@ -89,6 +89,16 @@ def test_more_rows_cost_only_themselves(cache: Path, reference: Path, pairs_file
         assert (report["pairs_scored"], report["training_pairs"]) == (scored, 55)
 
 
+def test_a_pair_that_stands_in_the_data_twice_is_scored_once_and_trained_on_twice(
+    reference: Path, tmp_path: Path
+) -> None:
+    rows = message_pairs(6)
+    twice = write_rows(tmp_path / "twice.jsonl", [*rows, *rows[::2]])
+    report = run(build(reference, twice, tmp_path / "cache"))
+    assert (report["pairs_scored"], report["distinct_pairs"], report["training_pairs"]) == (6, 6, 9)
+    assert len(logps_by_key(tmp_path / "cache")) == 6
+
+
 def test_row_order_batch_size_and_number_of_workers_change_no_key_and_no_mixture(
     shared_cache: Path, reference: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
