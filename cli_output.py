@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -13,6 +14,12 @@ from typing import Any, Protocol
 import click
 
 from .errors import DpoCacheError
+
+REFUSED_BY_THE_MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+}
+"""What no code can mend: a full disk, a missing permission, a name that is too long. The message names the file."""
 
 
 class Report(Protocol):
@@ -32,6 +39,11 @@ def faults_explained(*, to_go_on: str = "the same command goes on from there") -
         yield
     except DpoCacheError as fault:
         _tell(f"Error: {fault}", {"found": fault.found, "expected": fault.expected, "next_step": fault.next_step})
+        sys.exit(1)
+    except OSError as refused:
+        if refused.errno not in REFUSED_BY_THE_MACHINE:
+            raise
+        _tell(f"Error: {refused}", {"found": str(refused)})
         sys.exit(1)
     except KeyboardInterrupt:
         _tell(f"Stopped: what is finished stays; {to_go_on}.", {"found": "stopped", "next_step": to_go_on})

@@ -89,7 +89,7 @@ def lead_scoring(
         raise DpoCacheError(
             "\n".join(faults or ["the scoring processes ended early"])
             + f"\n  {queue.num_finished} of {queue.num_units} units are finished and stay",
-            next_step=RUN_AGAIN,
+            next_step=f"mend that, then {RUN_AGAIN}" if faults else RUN_AGAIN,
         )
     return ScoringOutcome(
         forwards=queue.add("forwards", 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,5 +82,6 @@ class TrainReport:
             lines.append(f"stopped after {self.steps} of {self.total_steps} updates; --resume goes on from there")
         if self.hub:
             lines.append(self.hub.summary())
-        lines.append(f"next: dpo-report {self.output} -o {self.output}/report.html")
+        page = Path(self.output) / "report.html"
+        lines.append(f"next: {shlex.join(['dpo-report', self.output, '-o', str(page)])}")
         return "\n".join(lines)

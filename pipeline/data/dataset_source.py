@@ -25,6 +25,8 @@ _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _OPTIONS = ("split", "config", "revision", "amount")
 _SPEC = "PATH_OR_ID[,split=…][,config=…][,revision=…][,amount=…]"
 _READ_ROWS = 1000
+MOST_ROWS = 2_000_000_000
+"""An amount that comes to more is a slip of the keyboard; its row numbers alone would not fit into memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,6 +287,8 @@ def _pick_rows(spec: DatasetSpec, num_rows: int) -> npt.NDArray[np.int64]:
     num_picked = spec.num_picked(num_rows)
     if num_picked == 0:
         raise DpoCacheError(f"--dataset {spec}: an amount of {spec.amount} picks none of {num_rows} rows")
+    if num_picked > MOST_ROWS:
+        raise DpoCacheError(f"--dataset {spec}: an amount of {spec.amount} picks {num_picked} rows of {num_rows}")
     repeats, remainder = divmod(num_picked, num_rows)
     whole = np.tile(np.arange(num_rows, dtype=np.int64), repeats)
     drawn = np.random.RandomState(42).choice(num_rows, size=remainder, replace=False)

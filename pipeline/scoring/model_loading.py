@@ -112,6 +112,13 @@ def load_causal_lm(
         )
     except (OSError, ValueError, ImportError) as error:
         raise DpoCacheError(f"the model {path} cannot be loaded: {first_line(error)}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise DpoCacheError(
+            f"weights of {path} have other shapes than its config.json says; transformers lists them above",
+            next_step="download or save the model again, both together",
+        ) from error
     _refuse_incomplete(path, loading)
     loaded_with = base.config._attn_implementation
     if loaded_with != attention:

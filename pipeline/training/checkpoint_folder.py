@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         DpoCacheError: It is not complete.
     """
-    reason = _why_incomplete(path)
+    reason = _why_incomplete(path) if path.is_dir() else "there is no such folder"
     if reason is not None:
         raise DpoCacheError(
             f"{path} cannot be resumed from: {reason}",
@@ -91,8 +91,8 @@ def check_same_run(checkpoint: Checkpoint, *, run: Mapping[str, Any], zero_stage
     Raises:
         DpoCacheError: Naming each field that differs, with both values.
     """
-    before = {**checkpoint.state.run, "zero_stage": checkpoint.state.zero_stage}
-    now = {**run, "zero_stage": zero_stage}
+    before = dict(_leaves("", {**checkpoint.state.run, "zero_stage": checkpoint.state.zero_stage}))
+    now = dict(_leaves("", {**run, "zero_stage": zero_stage}))
     different = [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -104,6 +104,16 @@ def check_same_run(checkpoint: Checkpoint, *, run: Mapping[str, Any], zero_stage
             expected="the settings the run began with; only the number of ranks may change",
             next_step="give the old values, or start afresh in another --output",
         )
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The numbers inside of numbers, each by its path: ``loss.losses.0.beta``."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield name, value
+        return
+    for key, item in items:
+        yield from _leaves(f"{name}.{key}" if name else str(key), item)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

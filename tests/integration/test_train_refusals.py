@@ -184,7 +184,13 @@ def finished_checkpoint(cache: Path, tmp_path: Path) -> Callable[[], None]:
     def write() -> None:
         folder = tmp_path / "run/checkpoints/step_3"
         (folder / "engine").mkdir(parents=True)
-        state = {"step": 3, "num_ranks": 1, "zero_stage": 3, "run": {"seed": 7}, "tracking_run_id": None}
+        state = {
+            "step": 3,
+            "num_ranks": 1,
+            "zero_stage": 3,
+            "run": {"seed": 7, "loss": {"losses": [{"beta": 3.0}]}},
+            "tracking_run_id": None,
+        }
         (folder / "trainer_state.json").write_text(json.dumps(state))
         sizes = {"trainer_state.json": (folder / "trainer_state.json").stat().st_size}
         (folder / "COMPLETE").write_text(json.dumps({"files": sizes}))
@@ -199,6 +205,7 @@ def test_resuming_another_run_names_each_field(
     message = refusal(cache, tmp_path / "run", "--resume")
     assert "belongs to another run: " in message
     assert "seed was 7 and is 42" in message
+    assert "loss.losses.0.beta was 3.0 and is 5.0" in message
 
 
 def test_resuming_from_a_checkpoint_that_is_not_complete(

@@ -233,6 +233,7 @@ def test_what_cannot_be_read_is_an_error_of_ours(
         ({"config": "default"}, "a single file has no config"),
         ({"split": "test"}, "there is no split test"),
         ({"amount": "0.1"}, "picks none of 7 rows"),
+        ({"amount": "1000000000000"}, "picks 1000000000000 rows of 7"),
     ],
 )
 def test_options_that_a_file_does_not_have_are_refused(tmp_path: Path, options: dict[str, str], message: str) -> None:
