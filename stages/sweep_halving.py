@@ -9,9 +9,35 @@ here a run goes on from its checkpoint.)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from ..errors import DpoCacheError
+from .sweep_grid import SweepPoint
 from .sweep_run import Score
+
+
+def refuse_points_without_margin(points: Sequence[SweepPoint]) -> None:
+    """Refuse to judge points by rewards that one of them does not have.
+
+    Raises:
+        DpoCacheError: Naming the first such point.
+    """
+    for point in points:
+        if point.config.eval_mixture is None:
+            raise DpoCacheError(
+                f"--strategy halving judges by held-out pairs, and point {point.name} has none",
+                next_step="add eval-mixture under train:",
+            )
+        if not any(loss.traits.uses_reference for loss in point.config.resolved_loss().losses):
+            raise DpoCacheError(
+                f"--strategy halving judges by rewards, and the loss of point {point.name} has none",
+                expected="losses that use the reference",
+            )
+
+
+def in_one_unit(points: Sequence[SweepPoint]) -> bool:
+    """Whether margins of these points can be compared: a margin is beta times nats, of a loss's own kind."""
+    return len({tuple((loss.name, loss.beta) for loss in point.config.resolved_loss().losses) for point in points}) == 1
 
 
 def rung_shares(rungs: int, factor: float) -> list[float]:
