@@ -9,42 +9,31 @@ started alone, this process runs one for each GPU of the machine.
 
 from __future__ import annotations
 
-import platform
-import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import click
 import torch
 from torch.distributed import DistError
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache, refuse_other_content
-from ..pipeline.cache.cache_json import CacheDescription
 from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.cache.mixture import check_name
-from ..pipeline.data.dataset_source import DatasetSource, DatasetSpec, open_dataset
-from ..pipeline.data.pair_tokenizer import PairTokenizer
 from ..pipeline.scoring.quantization import require_bitsandbytes
+from .build_cache import damaged_shards, open_cache, recorded_environment, scratch_folder, wait_until_visible
 from .build_config import BuildConfig
+from .build_datasets import SPOOL, collect_datasets, open_datasets
 from .build_plan import ScoringPlan, cut_units
-from .build_reference import BuildReference, resolve_reference
+from .build_reference import resolve_reference
 from .build_report import BuildReport
-from .job_store import POLL_S, RUN_AGAIN, JobStore, store_lost
+from .job_store import JobStore, store_lost
 from .library_output import quiet_libraries
 from .mixture_change import MixtureContent, mixture_content
-from .pair_collection import CollectedPairs, collect_pairs
+from .pair_collection import CollectedPairs
 from .ranks import Ranks, ranks_from_environment
 from .scoring_job import ScoringOutcome, follow_scoring, lead_scoring
-
-SPOOL = "pairs.arrow"
-VISIBLE_WITHIN_S = 120.0
-"""NFS keeps what it knows of a folder for up to a minute."""
+from .terminal import say
 
 
 def build(config: BuildConfig) -> BuildReport | None:
@@ -206,99 +195,3 @@ class Build:
             truncated=collected.truncated,
             warnings=outcome.faults,
         )
-
-
-def open_cache(config: BuildConfig, reference: BuildReference, *, recorded: dict[str, Any]) -> ReferenceCache:
-    """The cache of a build, begun where there is none; says so where it was begun with another vocabulary.
-
-    Args:
-        config: Names its folder.
-        reference: The reference, and how its tokens are made.
-        recorded: What a new cache keeps about its origin.
-
-    Raises:
-        DpoCacheError: It is one of another reference, or no cache.
-    """
-    vocabulary = PairTokenizer(reference.tokenization).description()["vocabulary_sha256"]
-    cache = ReferenceCache.create(
-        config.cache,
-        CacheDescription(identity=reference.identity, vocabulary_sha256=vocabulary, recorded=recorded),
-    )
-    if cache.vocabulary_sha256 != vocabulary:
-        say(
-            f"warning: the tokenizer's vocabulary ({vocabulary[:12]}…) is not the one this cache was begun with "
-            f"({cache.vocabulary_sha256[:12]}…): the same ids may stand for other words"
-        )
-    return cache
-
-
-def open_datasets(config: BuildConfig) -> list[DatasetSource]:
-    """The datasets of a build, in order."""
-    return [open_dataset(DatasetSpec.parse(text)) for text in config.dataset]
-
-
-def collect_datasets(
-    config: BuildConfig,
-    reference: BuildReference,
-    datasets: Sequence[DatasetSource],
-    *,
-    known: KeyIndex | None,
-    scratch: Path,
-) -> CollectedPairs:
-    """Tokenise the datasets of a build; the tokens of pairs that are not ``known`` lie in ``scratch / SPOOL`` then."""
-    return collect_pairs(
-        datasets,
-        reference.tokenization,
-        known=known,
-        spool=scratch / SPOOL,
-        max_unusable_share=config.max_unusable_share,
-        say_unusable=say if config.verbose else None,
-    )
-
-
-def recorded_environment(reference: BuildReference) -> dict[str, Any]:
-    """What stands beside a reference's identity, for people: names and versions, none of which is compared."""
-    libraries = ["dpo-cache", "torch", "transformers", "pyarrow"]
-    libraries += ["bitsandbytes"] if reference.identity.quantization else []
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {**reference.names(), "device": device, "libraries": {name: version(name) for name in libraries}}
-
-
-def damaged_shards(cache: ReferenceCache) -> list[Path]:
-    """Shards that cannot be relied on, each named; their pairs are scored again."""
-    survey = cache.shards.survey()
-    for shard in survey.unusable:
-        say(f"warning: {shard.path.name} is not used: {shard.reason}")
-    return [shard.path for shard in survey.unusable]
-
-
-def wait_until_visible(cache: ReferenceCache, shards: Collection[str]) -> None:
-    """Wait for shards that other machines wrote: a shared file system may show them late.
-
-    Raises:
-        DpoCacheError: Some are still not there after two minutes.
-    """
-    deadline = time.monotonic() + VISIBLE_WITHIN_S
-    while hidden := set(shards) - {path.name for path in cache.shards.paths()}:
-        if time.monotonic() > deadline:
-            raise DpoCacheError(
-                f"{len(hidden)} shards that scoring processes wrote are not to be seen in {cache.path}: {min(hidden)}",
-                expected="a cache folder on a file system that all nodes share, and that nobody clears meanwhile",
-                next_step=RUN_AGAIN,
-            )
-        time.sleep(POLL_S)
-
-
-@contextmanager
-def scratch_folder(temporary_folder: Path) -> Iterator[Path]:
-    """A folder for this build's spool and plan, gone when the build ends."""
-    folder = Path(tempfile.mkdtemp(prefix="build-", dir=temporary_folder))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def say(message: str) -> None:
-    """Tell the person at the terminal."""
-    click.echo(message, err=True)

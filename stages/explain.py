@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.reference_identity import differences
-from .build import collect_datasets, damaged_shards, open_datasets
+from .build_cache import damaged_shards
 from .build_config import BuildConfig
+from .build_datasets import collect_datasets, open_datasets
 from .build_reference import resolve_reference
 from .library_output import quiet_libraries
 from .mixture_change import differing_settings

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
-import click
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from ..errors import DpoCacheError
 from .child_processes import free_port
 from .ranks import Ranks, rendezvous_environment
+from .terminal import say
 
 TIMEOUT = timedelta(minutes=30)
 Result = TypeVar("Result")
@@ -124,9 +124,9 @@ def any_rank(value: bool, device: torch.device) -> bool:
 
 
 def say_once(message: str) -> None:
-    """Print to stderr, by rank 0 alone."""
+    """Say it, on rank 0 alone."""
     if dist.get_rank() == 0:
-        click.echo(message, err=True)
+        say(message)
 
 
 def prepare_deepspeed() -> None:

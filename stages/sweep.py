@@ -14,9 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import click
-
-from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from .build import build
@@ -28,7 +25,7 @@ from .recipe import resolve_recipe, warnings_of
 from .setting import command_line_of
 from .sweep_config import SweepConfig
 from .sweep_grid import SweepGrid, SweepPoint, read_grid
-from .sweep_halving import better_ones, rung_shares, rung_steps
+from .sweep_halving import better_ones, in_one_unit, refuse_points_without_margin, rung_shares, rung_steps
 from .sweep_places import places_for, visible_gpus
 from .sweep_report import (
     FAILED,
@@ -43,6 +40,7 @@ from .sweep_report import (
     recorded,
 )
 from .sweep_run import SweepRun
+from .terminal import say
 from .train import SAVING_GRACE_S
 
 STOPPING_GRACE_S = SAVING_GRACE_S + 60.0
@@ -84,7 +82,7 @@ def sweep(grid_file: Path, config: SweepConfig) -> SweepReport | SweepPlan:
     grid = read_grid(grid_file)
     places = places_for(config, [point.config for point in grid.points], gpus=visible_gpus())
     if config.strategy == "halving":
-        _refuse_points_without_margin(grid.points)
+        refuse_points_without_margin(grid.points)
     check_points(grid.points, expected_cache(grid))
     if config.plan:
         return SweepPlan(points={point.name: shlex.join(_command(point)) for point in grid.points})
@@ -151,7 +149,7 @@ class Sweep:
         for run in runs:
             run.refuse_other_settings()
             for warning in warnings_of(run.recipe):
-                _say(f"warning: {run.name}: {warning}")
+                say(f"warning: {run.name}: {warning}")
         return runs
 
     def _resolved(self, point: SweepPoint, cache: ReferenceCache, mixture: Mixture) -> SweepRun:
@@ -166,8 +164,8 @@ class Sweep:
 
     def _run_halving(self) -> None:
         factor, by = self._config.halving_factor or 2.0, self._config.halving_by or "margin"
-        if by == "margin" and len({_reward_unit(run.point) for run in self._runs}) > 1:
-            _say(
+        if by == "margin" and not in_one_unit([run.point for run in self._runs]):
+            say(
                 "warning: a margin is beta times nats, so the margins of points with other losses or betas are in "
                 "other units; --halving-by accuracy compares what is alike"
             )
@@ -184,7 +182,7 @@ class Sweep:
                 break
             going_on = better_ones(scores, factor=factor, by=by)
             self._given_up |= scores.keys() - set(going_on)
-            _say(f"after {share:.0%} of the updates {len(going_on)} of {len(runs)} go on: {', '.join(going_on)}")
+            say(f"after {share:.0%} of the updates {len(going_on)} of {len(runs)} go on: {', '.join(going_on)}")
             runs = [run for run in runs if run.name in going_on]
         self._train_to_the_end(runs)
 
@@ -204,16 +202,16 @@ class Sweep:
             self._started[job.name] = time.monotonic()
             with job.log.open("a", encoding="utf-8") as log:
                 log.write(f"$ {shlex.join(job.command)}\n")
-            _say(f"{numbered(job)} {_to_do(todo[job.name], until[job.name])}; log: {job.log}")
+            say(f"{numbered(job)} {_to_do(todo[job.name], until[job.name])}; log: {job.log}")
 
         def ended(job: Job, fault: str | None) -> None:
             seconds = time.monotonic() - self._started.pop(job.name)
             self._seconds[job.name] = self._seconds.get(job.name, 0.0) + seconds
             if fault is not None:
                 self._faults[job.name] = fault
-                _say(f"{numbered(job)} failed: {fault}")
+                say(f"{numbered(job)} failed: {fault}")
             elif todo[job.name].has_reached(until[job.name]):
-                _say(f"{numbered(job)} done in {seconds:.0f} s")
+                say(f"{numbered(job)} done in {seconds:.0f} s")
             self._report().write()
 
         jobs = [
@@ -261,24 +259,6 @@ class Sweep:
         return INTERRUPTED if run.has_begun() else NOT_STARTED
 
 
-def _refuse_points_without_margin(points: Sequence[SweepPoint]) -> None:
-    for point in points:
-        if point.config.eval_mixture is None:
-            raise DpoCacheError(
-                f"--strategy halving judges by held-out pairs, and point {point.name} has none",
-                next_step="add eval-mixture under train:",
-            )
-        if not any(loss.traits.uses_reference for loss in point.config.resolved_loss().losses):
-            raise DpoCacheError(
-                f"--strategy halving judges by rewards, and the loss of point {point.name} has none",
-                expected="losses that use the reference",
-            )
-
-
-def _reward_unit(point: SweepPoint) -> tuple[object, ...]:
-    return tuple((loss.name, loss.beta) for loss in point.config.resolved_loss().losses)
-
-
 def _command(point: SweepPoint) -> list[str]:
     """The command that would train a point by hand."""
     return ["dpo-train", *command_line_of(replace(point.config, resume="latest"))]
@@ -294,7 +274,3 @@ def _process(run: SweepRun, until: int) -> list[str]:
 def _to_do(run: SweepRun, until: int) -> str:
     verb = "goes on" if run.has_begun() else "starts"
     return f"{verb}, to update {until} of {run.recipe.total_steps}"
-
-
-def _say(message: str) -> None:
-    click.echo(message, err=True)

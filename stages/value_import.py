@@ -18,7 +18,8 @@ from ..pipeline.cache.mixture_rows import MixtureRows
 from ..pipeline.cache.pair_spool import PairSpool
 from ..pipeline.cache.scored_pair import ScoredPair
 from ..pipeline.data.token_pair import TokenPair
-from .build import SPOOL, collect_datasets, damaged_shards, open_cache, open_datasets, say, scratch_folder
+from .build_cache import damaged_shards, open_cache, scratch_folder
+from .build_datasets import SPOOL, collect_datasets, open_datasets
 from .build_plan import cut_units
 from .build_reference import BuildReference, resolve_reference
 from .import_config import ImportConfig
@@ -28,6 +29,7 @@ from .library_output import quiet_libraries
 from .mixture_change import mixture_content
 from .pair_collection import SpooledPairs
 from .progress import Progress
+from .terminal import say
 from .value_matching import matched_values, with_keys
 from .value_source import SourceValues, read_source
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages.build import recorded_environment
+from dpo_cache.stages.build_cache import recorded_environment
 from dpo_cache.stages.build_config import BuildConfig
 from dpo_cache.stages.build_reference import resolve_reference
 from huggingface_hub import constants

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from cache_factory import make_cache, make_rows
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages import build
-from dpo_cache.stages.build import wait_until_visible
+from dpo_cache.stages import build_cache
+from dpo_cache.stages.build_cache import wait_until_visible
 
 
 def test_a_shard_that_a_shared_file_system_shows_late_is_waited_for(tmp_path: Path) -> None:
@@ -22,6 +22,6 @@ def test_a_shard_that_a_shared_file_system_shows_late_is_waited_for(tmp_path: Pa
 
 
 def test_one_that_never_shows_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "VISIBLE_WITHIN_S", 0.0)
+    monkeypatch.setattr(build_cache, "VISIBLE_WITHIN_S", 0.0)
     with pytest.raises(DpoCacheError, match=r"1 shards .* are not to be seen in .*: lost\.parquet"):
         wait_until_visible(make_cache(tmp_path / "cache"), ["lost.parquet"])
