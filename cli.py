@@ -13,9 +13,10 @@ import click
 
 from . import __version__
 from .cli_completion import SHELLS, complete_mixture, completion_script
-from .cli_location import FOLDER, LOCATION
+from .cli_location import FILE, FOLDER, LOCATION
 from .cli_options import config_options
 from .cli_output import faults_explained, print_report, print_summary, stdout_for_reports
+from .errors import DpoCacheError
 from .stages.build_config import BuildConfig
 from .stages.import_config import NOT_IMPORTED, ImportConfig
 from .stages.location import Location
@@ -143,6 +144,13 @@ def verify_command(
             from .stages.verify import verify_cache
 
             rescoring = None
+            for option, is_given in {
+                "--model": model,
+                "--seed": seed,
+                "--trust-remote-code": trust_remote_code,
+            }.items():
+                if is_given and rescore is None:
+                    raise DpoCacheError(f"{option} has no effect without --rescore", next_step="add --rescore N")
             if rescore is not None:
                 rescoring = RescoreSettings(pairs=rescore, model=model, seed=seed, trust_remote_code=trust_remote_code)
             report = verify_cache(cache, repair=repair, rescoring=rescoring)
@@ -246,7 +254,7 @@ def merge_command(sources: tuple[Path, ...], cache: Path, as_json: bool) -> None
 
 @dpo_cache.command("export", context_settings=CONTEXT)
 @cache_argument
-@click.argument("output", type=click.Path(path_type=Path), metavar="OUT")
+@click.argument("output", type=FOLDER, metavar="OUT")
 @click.option("--mixture", default="train", show_default=True, help="Which mixture.", shell_complete=complete_mixture)
 @json_option
 def export_command(cache: Path, output: Path, mixture: str, as_json: bool) -> None:
@@ -304,7 +312,10 @@ def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> No
 
         def agree(report: GarbageReport) -> bool:
             click.echo(report.text(), err=True)
-            return yes or click.confirm("Remove them?", err=True)
+            try:
+                return yes or click.confirm("Remove them?", err=True)
+            except (click.Abort, RuntimeError) as silence:  # no terminal, or none any more
+                raise DpoCacheError("nobody said whether to remove them", next_step="add --yes") from silence
 
         print_report(collect_garbage(cache, min_age_days=min_age_days, agree=agree), as_json)
 
@@ -411,7 +422,7 @@ def dpo_sweep(grid: Path, as_json: bool, **values: Any) -> None:
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN …")
 @click.option(
     *("-o", "--output", "page"),
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     default=Path("report.html"),
     show_default=True,
     help="The page; one of this name is replaced.",

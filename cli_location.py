@@ -15,7 +15,7 @@ class _Folder(click.Path):
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
         if value == "":
-            self.fail("it is empty, which would mean this very folder: name it '.' if it is meant", parameter, context)
+            self.fail("it is empty", parameter, context)
         if is_address(value):
             self.fail(
                 f"{value} is an address, and addresses are read-only: name a folder "
@@ -27,6 +27,7 @@ class _Folder(click.Path):
 
 
 FOLDER = _Folder(path_type=Path)
+FILE = _Folder(path_type=Path, dir_okay=False)
 
 
 class _Location(click.Path):

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +38,8 @@ def faults_explained(*, to_go_on: str = "the same command goes on from there") -
     ``error`` on stdout too.
     """
     try:
-        yield
+        with _sigterm_as_ctrl_c():
+            yield
     except DpoCacheError as fault:
         _tell(f"Error: {fault}", {"found": fault.found, "expected": fault.expected, "next_step": fault.next_step})
         sys.exit(1)
@@ -48,6 +51,19 @@ def faults_explained(*, to_go_on: str = "the same command goes on from there") -
     except KeyboardInterrupt:
         _tell(f"Stopped: what is finished stays; {to_go_on}.", {"found": "stopped", "next_step": to_go_on})
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """A scheduler's request to stop ends a command as Ctrl-C does, with its temporary files taken away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def stdout_for_reports() -> contextlib.redirect_stdout[Any]:

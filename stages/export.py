@@ -82,7 +82,7 @@ def export(path: Path, output: Path, *, mixture_name: str) -> ExportReport:
             of its answers and no others, which TRL cannot.
     """
     if output.exists():
-        raise DpoCacheError(f"{output} exists", expected="a new file", next_step=f"rm -r {output}, or name another")
+        raise DpoCacheError(f"{output} exists", expected="a new file", next_step="name another, or remove it")
     if not output.parent.is_dir():
         raise DpoCacheError(f"there is no folder {output.parent}", next_step=f"mkdir -p {output.parent}")
     cache = ReferenceCache.open(path)

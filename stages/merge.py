@@ -72,7 +72,7 @@ def merge(source_paths: Sequence[Path], path: Path) -> MergeReport:
         DpoCacheError: A source is of another reference (naming the fields that differ), lacks a shard that a mixture
             of it needs, or made the tokens of a mixture in another way than its namesake.
     """
-    sources = [ReferenceCache.open(source) for source in source_paths]
+    sources = [ReferenceCache.open(source) for source in {path.resolve(): path for path in source_paths}.values()]
     for source in sources:
         _require_reference_of(sources[0], source)
     cache = ReferenceCache.create(path, sources[0].description)

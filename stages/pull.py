@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -102,6 +103,8 @@ def pull(
 
 def _address(source: str, revision: str | None) -> str:
     if not is_address(source):
+        if not re.fullmatch(r"[^/\s]+/[^/\s]+", source):
+            raise DpoCacheError(f"{source!r} names no cache to pull", expected="ORG/NAME on the Hub, or an address")
         return f"hf://datasets/{source}" + (f"@{revision.replace('/', '%2F')}" if revision else "")
     if revision is not None:
         raise DpoCacheError(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
+import pytest
+from cache_factory import make_cache
 from click.testing import CliRunner
-from dpo_cache.cli import dpo_cache
+from dpo_cache.cli import dpo_cache, dpo_train
+from dpo_cache.cli_output import faults_explained
 
 
 def test_a_fault_is_one_object_on_stdout_where_json_was_asked_for(tmp_path: Path) -> None:
@@ -20,3 +24,40 @@ def test_a_fault_is_one_object_on_stdout_where_json_was_asked_for(tmp_path: Path
 
 def test_a_fault_leaves_stdout_empty_where_it_was_not(tmp_path: Path) -> None:
     assert CliRunner().invoke(dpo_cache, ["info", str(tmp_path)]).stdout == ""
+
+
+def test_what_the_machine_refuses_is_said_without_a_traceback(tmp_path: Path) -> None:
+    result = CliRunner().invoke(dpo_train, ["--cache", str(tmp_path), "--output", str(tmp_path / ("n" * 300))])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "Error: [Errno 36] File name too long" in result.stderr
+
+
+@pytest.mark.parametrize("option", [["--seed", "1"], ["--model", "m"], ["--trust-remote-code"]])
+def test_an_option_of_rescoring_alone_is_refused(option: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(dpo_cache, ["verify", str(tmp_path), *option])
+    assert result.exit_code == 1
+    assert f"{option[0]} has no effect without --rescore" in result.stderr
+
+
+def test_what_names_no_repository_is_not_asked_for(tmp_path: Path) -> None:
+    result = CliRunner().invoke(dpo_cache, ["pull", "tulu3-cache", str(tmp_path / "cache")])
+    assert result.exit_code == 1
+    assert "'tulu3-cache' names no cache to pull" in result.stderr
+
+
+def test_a_request_to_stop_ends_a_command_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit), faults_explained():
+        signal.raise_signal(signal.SIGTERM)
+    assert "Stopped: what is finished stays" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_nobody_to_ask_is_no_consent(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    (cache.path / "tmp" / "left.partial").write_bytes(b"")
+    result = CliRunner().invoke(dpo_cache, ["gc", str(cache.path), "--min-age-days", "0"], input="")
+    assert result.exit_code == 1
+    assert "nobody said whether to remove them\n  next: add --yes" in result.stderr
+    assert (cache.path / "tmp" / "left.partial").exists()
