@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,9 +38,9 @@ class BuildReference:
 
     def names(self) -> dict[str, Any]:
         """Where its files came from, for people and for who has to find them again."""
-        names = {"model": self.model.name, "commit": self.model.commit}
+        names = {"model": _lasting_name(self.model), "commit": self.model.commit}
         if self.adapter is not None:
-            names |= {"adapter": self.adapter.name, "adapter_commit": self.adapter.commit}
+            names |= {"adapter": _lasting_name(self.adapter), "adapter_commit": self.adapter.commit}
         return names
 
 
@@ -77,3 +78,8 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
             mask=config.mask,  # type: ignore[arg-type]
         ),
     )
+
+
+def _lasting_name(model: ModelFolder) -> str:
+    """What finds it again from another working folder."""
+    return model.name if model.commit else str(Path(model.name).expanduser().absolute())

@@ -213,9 +213,10 @@ class TrainingRun:
         self._log = self._open_log(checkpoint, first_step)
         self._best = BestModel(self._config.output, by=self._config.keep_best, last_step=first_step)
         dist.barrier()  # all ranks have read what rank 0 is about to write
-        eval_before = self._evaluate(0) if checkpoint is None else None
+        eval_before = self._evaluate(0) if checkpoint is None else self._logged(0, "eval/loss")
         with stop_requests() as stop_requested:
             line = self._update_until_done(range(first_step, last_step), stop_requested)
+        line = line or self._logged(first_step, "train_loss") or {}  # nothing was left to do
         updates_done = max(first_step, last_step)
         eval_after = self._evaluate(updates_done)
         is_finished = updates_done == self._recipe.total_steps
@@ -327,6 +328,14 @@ class TrainingRun:
         if self._is_main:
             report.write()
         return report
+
+    def _logged(self, step: int, field: str) -> dict[str, float] | None:
+        """The line with this field that was logged after update ``step``, by this process or one before it."""
+        if not self._is_main:
+            return None  # rank 0 writes the file, and whatever is told of it
+        lines = map(json.loads, (self._config.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        found = [line for line in lines if line["training_step"] == step and field in line]
+        return {name: value for name, value in found[-1].items() if value is not None} if found else None
 
     def _recorded_step_zero(self) -> dict[str, Any] | None:
         """The proof of a resumed run was made when it began."""

@@ -141,6 +141,7 @@ def test_a_run_killed_and_resumed_equals_one_never_stopped(shared_cache: Path, t
     assert (report["steps"], report["pairs"]) == (20, 160)
     again = run(train(shared_cache, killed, *options, "--resume"))  # nothing is left to do
     assert (again["steps"], again["pairs"]) == (20, 160)
+    assert again["last"] == report["last"]
     straight, resumed = metrics(whole), metrics(killed)
     assert [line["training_step"] for line in resumed] == list(range(1, 21))
     for ours, theirs in zip(resumed, straight, strict=True):
