@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import click
 
 from .errors import DpoCacheError
+from .stages.ranks import ranks_from_environment
 
 REFUSED_BY_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -91,5 +92,14 @@ def _tell(message: str, error: Mapping[str, str | None]) -> None:
         return
     click.echo(message, err=True)
     context = click.get_current_context(silent=True)
-    if context is not None and context.params.get("as_json"):
+    if context is not None and context.params.get("as_json") and _speaks_for_the_job():
         click.echo(json.dumps({"error": error}, indent=2))
+
+
+def _speaks_for_the_job() -> bool:
+    """Of the ranks that a launcher started the first one alone, so that stdout holds one object."""
+    try:
+        ranks = ranks_from_environment()
+    except DpoCacheError:  # the very fault that is told
+        return True
+    return ranks is None or ranks.rank == 0

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from .finding import Finding, Level
+from .finding import Finding, Level, Section
 
-SECTION = "devices"
+_found = Section("devices").found
 DRIVER = Path("/proc/driver/nvidia/version")
 """There where the machine has an Nvidia GPU with a driver, whatever torch makes of it."""
 OCCUPIED_SHARE = 0.1
@@ -147,7 +147,3 @@ def _compiler() -> Finding:
         Level.WARNING,
         "install gcc (Debian, Ubuntu: apt install build-essential), or keep to sdpa without --use-liger-kernel",
     )
-
-
-def _found(name: str, value: str, level: Level = Level.OK, advice: str | None = None) -> Finding:
-    return Finding(section=SECTION, name=name, value=value, level=level, advice=advice)

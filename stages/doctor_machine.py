@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .finding import Finding, Level
+from .finding import Finding, Level, Section
 
-SECTION = "machine"
+_found = Section("machine").found
 GIB = 2**30
 DISK_TOO_SMALL, DISK_SMALL = 1 * GIB, 50 * GIB
 """A start writes a cache, logs and scratch files; a 7B model with optimizer state takes 112 GB a checkpoint."""
@@ -104,7 +104,3 @@ def _open_files() -> Finding:
         advice = f"ulimit -n {reachable}" if reachable > soft else "ask for a higher hard limit (limits.conf)"
         return _found("open files", f"at most {soft}", Level.WARNING, advice)
     return _found("open files", "unlimited" if soft < 0 else f"at most {soft}")
-
-
-def _found(name: str, value: str, level: Level = Level.OK, advice: str | None = None) -> Finding:
-    return Finding(section=SECTION, name=name, value=value, level=level, advice=advice)

@@ -11,9 +11,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from .finding import Finding, Level
+from .finding import Finding, Level, Section
 
-SECTION = "services"
+_found = Section("services").found
 PATIENCE_S = 6.0
 """For one question, name look-up included, which no timeout of an HTTP library covers."""
 Answer = TypeVar("Answer")
@@ -117,7 +117,3 @@ def _kind_of(fault: Exception) -> str:
     """What went wrong without the words of it: a message may repeat a header."""
     status = getattr(getattr(fault, "response", None), "status_code", None)
     return f"{type(fault).__name__}" + (f", status {status}" if status is not None else "")
-
-
-def _found(name: str, value: str, level: Level = Level.OK, advice: str | None = None) -> Finding:
-    return Finding(section=SECTION, name=name, value=value, level=level, advice=advice)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from .finding import Finding, Level
+from ..errors import first_line
+from .finding import Finding, Level, Section
 
-SECTION = "software"
+_found = Section("software").found
 IMPORTED = ("torch", "transformers", "datasets", "pyarrow", "deepspeed")
 """Whatever goes wrong with a library that both stages stand on shows when it is imported."""
 REPORTED = (*IMPORTED, "liger-kernel", "peft", "bitsandbytes", "huggingface-hub", "wandb", "tensorboard")
@@ -49,11 +50,11 @@ def tested_versions(constraints: Path) -> Mapping[str, str]:
 def _system() -> Finding:
     level = Level.OK if sys.platform == "linux" else Level.FATAL
     advice = None if level is Level.OK else "both commands need Linux: flock, process groups and /proc"
-    return Finding(section=SECTION, name="system", value=platform.platform(), level=level, advice=advice)
+    return _found("system", platform.platform(), level, advice)
 
 
 def _python() -> Finding:
-    return Finding(section=SECTION, name="python", value=f"{platform.python_version()} in {sys.prefix}")
+    return _found("python", f"{platform.python_version()} in {sys.prefix}")
 
 
 def _requirements() -> Mapping[str, Requirement]:
@@ -67,7 +68,7 @@ def _package(name: str, requirement: Requirement | None, tested: str | None) -> 
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         if name in OPTIONAL:
-            return Finding(section=SECTION, name=name, value="not installed", level=Level.NOTE, advice=OPTIONAL[name])
+            return _found(name, "not installed", Level.NOTE, OPTIONAL[name])
         return _fatal(name, "not installed", f"pip install '{requirement or name}'")
     if requirement is not None and not requirement.specifier.contains(version, prereleases=True):
         return _fatal(name, f"{version}, too old or too new", f"pip install '{name}{requirement.specifier}'")
@@ -75,13 +76,12 @@ def _package(name: str, requirement: Requirement | None, tested: str | None) -> 
     if fault is not None:
         return _fatal(name, f"{version}, cannot be imported: {fault}", f"pip install --force-reinstall {name}")
     if tested is None or version.partition("+")[0] == tested:
-        return Finding(section=SECTION, name=name, value=version)
-    return Finding(
-        section=SECTION,
-        name=name,
-        value=f"{version}; tested with {tested}",
-        level=Level.NOTE,
-        advice=f"if something fails here: pip install {name}=={tested}",
+        return _found(name, version)
+    return _found(
+        name,
+        f"{version}; tested with {tested}",
+        Level.NOTE,
+        f"if something fails here: pip install {name}=={tested}",
     )
 
 
@@ -90,11 +90,11 @@ def _import_fault(name: str) -> str | None:
     try:
         importlib.import_module(name)
     except Exception as fault:  # a broken library raises whatever it likes
-        return f"{type(fault).__name__}: {(str(fault).strip() or '(no message)').splitlines()[0]}"
+        return f"{type(fault).__name__}: {first_line(fault)}"
     finally:
         logging.disable(logging.NOTSET)
     return None
 
 
 def _fatal(name: str, value: str, advice: str) -> Finding:
-    return Finding(section=SECTION, name=name, value=value, level=Level.FATAL, advice=advice)
+    return _found(name, value, Level.FATAL, advice)

@@ -45,3 +45,14 @@ class Finding:
             "level": self.level.value,
             "advice": self.advice,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of what is looked over."""
+
+    name: str
+
+    def found(self, name: str, value: str, level: Level = Level.OK, advice: str | None = None) -> Finding:
+        """A finding of this section."""
+        return Finding(section=self.name, name=name, value=value, level=level, advice=advice)

@@ -21,7 +21,7 @@ def refuse_overwriting(output: Path) -> None:
     """Refuse a folder that holds anything a fresh run could harm.
 
     Raises:
-        DpoCacheError: The folder is not empty.
+        DpoCacheError: The folder is not empty, or another process trains into it.
     """
     if not output.exists():
         return
@@ -29,6 +29,9 @@ def refuse_overwriting(output: Path) -> None:
         raise DpoCacheError(f"--output {output} is a file", expected="a folder, or a name that is free")
     held = sorted(set(os.listdir(output)) - BEFORE_FIRST_STEP)
     if held:
+        if (output / LOCK).exists():  # a run that is still going cannot be gone on with
+            with output_lock(output):
+                pass
         raise DpoCacheError(
             f"--output {output} is not empty: it holds {', '.join(held[:5])}",
             expected="an empty folder, one that does not exist yet, or a run to go on with",

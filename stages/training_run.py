@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from ..errors import DpoCacheError
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.parquet_file import KEY_COLUMN
+from ..pipeline.report.run_record import metrics_lines
 from ..pipeline.scoring.layout_choice import choose_layout
 from ..pipeline.scoring.model_loading import load_config
 from ..pipeline.scoring.pair_scorer import PairScorer
@@ -333,9 +335,9 @@ class TrainingRun:
         """The line with this field that was logged after update ``step``, by this process or one before it."""
         if not self._is_main:
             return None  # rank 0 writes the file, and whatever is told of it
-        lines = map(json.loads, (self._config.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        lines, _ = metrics_lines(self._config.output)
         found = [line for line in lines if line["training_step"] == step and field in line]
-        return {name: value for name, value in found[-1].items() if value is not None} if found else None
+        return {name: value for name, value in found[-1].items() if not math.isnan(value)} if found else None
 
     def _recorded_step_zero(self) -> dict[str, Any] | None:
         """The proof of a resumed run was made when it began."""

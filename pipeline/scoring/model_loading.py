@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ...errors import DpoCacheError, first_line
 from .quantization import loading_options, prepare_quantized_layers
 
 ATTENTION_KERNELS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
+GPU_KERNELS = ("flex_attention", "flash_attention_2")
+"""On a CPU flex_attention has no backward pass, and its forward pass has to be compiled."""
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -93,9 +96,10 @@ def load_causal_lm(
         The model of transformers, or the peft model around it.
 
     Raises:
-        DpoCacheError: Nothing to load there, weights missing from the checkpoint, a kernel that the model does not
-            support, or peft or bitsandbytes not installed.
+        DpoCacheError: Nothing to load there, weights missing from the checkpoint, a kernel that the model or the
+            device does not support, or a package that is not installed.
     """
+    _refuse_kernel_out_of_place(attention, torch.device(device))
     config = load_config(path, trust_remote_code=trust_remote_code)
     set_dropout_to_zero(config)
     quantizing = loading_options(quantization, config, dtype=dtype, device=device)
@@ -135,6 +139,19 @@ def load_causal_lm(
     if not is_deepspeed_zero3_enabled():
         model.to(device)
     return model
+
+
+def _refuse_kernel_out_of_place(attention: str, device: torch.device) -> None:
+    if attention in GPU_KERNELS and device.type != "cuda":
+        raise DpoCacheError(
+            f"--attn-implementation {attention} runs on a GPU, and this is a {device.type}",
+            next_step="--attn-implementation sdpa",
+        )
+    if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise DpoCacheError(
+            "--attn-implementation flash_attention_2 needs the package flash-attn, which is not installed",
+            next_step="pip install flash-attn --no-build-isolation, or --attn-implementation sdpa",
+        )
 
 
 def find_causal_lm(model: nn.Module) -> Any:

@@ -133,6 +133,7 @@ def test_an_output_folder_in_use_by_another_run(cache: Path, tmp_path: Path) -> 
     import fcntl
 
     (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").touch()  # it has begun: --resume would not help
     with (tmp_path / "run/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "is in use by process" in refusal(cache, tmp_path / "run")

@@ -22,6 +22,14 @@ def test_a_fault_is_one_object_on_stdout_where_json_was_asked_for(tmp_path: Path
     assert f"Error: {error['found']}" in result.stderr
 
 
+@pytest.mark.parametrize(("rank", "objects"), [("0", 1), ("1", 0)])
+def test_of_several_ranks_the_first_alone_prints_the_object(tmp_path: Path, rank: str, objects: int) -> None:
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    result = CliRunner().invoke(dpo_cache, ["info", str(tmp_path), "--json"], env=launched)
+    assert result.stdout.count("there is no cache") == objects
+    assert "there is no cache" in result.stderr
+
+
 def test_a_fault_leaves_stdout_empty_where_it_was_not(tmp_path: Path) -> None:
     assert CliRunner().invoke(dpo_cache, ["info", str(tmp_path)]).stdout == ""
 

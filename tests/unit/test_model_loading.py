@@ -106,6 +106,13 @@ def test_a_kernel_that_the_model_cannot_use_is_refused(tmp_path: Path) -> None:
         load(saved(tmp_path, "gemma2"))
 
 
+@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
+def test_a_kernel_of_gpus_is_refused_on_a_cpu_with_one_that_runs(tmp_path: Path, kernel: str) -> None:
+    with pytest.raises(DpoCacheError, match=f"{kernel} runs on a GPU, and this is a cpu") as refusal:
+        load_causal_lm(tmp_path, dtype=torch.float32, attention=kernel, device=CPU)
+    assert "--attn-implementation sdpa" in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("name", "device", "kernel"),
     [
