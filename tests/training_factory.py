@@ -145,6 +145,22 @@ def plain_dpo_norm(model: nn.Module, row: ScoredPair, beta: float) -> Tensor:
     return -torch.nn.functional.logsigmoid(beta * margin)
 
 
+def plain_training(
+    model: nn.Module, global_batches: Sequence[Sequence[ScoredPair]], *, learning_rate: float
+) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each global batch, by AdamW on what can be trained, with nothing of ours."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    figures = []
+    for pairs in global_batches:
+        optimizer.zero_grad()
+        loss: Any = sum(plain_dpo_norm(model, row, beta=5.0) for row in pairs) / len(pairs)
+        torch.autograd.backward(loss)
+        figures.append((float(loss.detach()), float(torch.nn.utils.clip_grad_norm_(trained, 1.0))))
+        optimizer.step()
+    return figures
+
+
 def train_steps(
     engine: PolicyEngine, global_batches: Sequence[Sequence[ScoredPair]], *, learning_rate: float, micro_steps: int
 ) -> list[tuple[float, float]]:

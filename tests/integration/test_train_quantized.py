@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from commands import dpo_cache, dpo_train, metrics, run, shard_rows
 from dpo_cache import cli
 from peft import PeftModel
+from quantized_model import plainly_quantized
 from tiny_model import plain_logps
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 RECIPE = ("--global-batch-size", 8, "--learning-rate", 5e-3, "--warmup-ratio", 0, "--max-steps", 4, "--lora-rank", 4)
 
@@ -27,17 +27,6 @@ def quantized_cache(tmp_path_factory: pytest.TempPathFactory, reference: Path, p
         dpo_cache("build", "--model", reference, "--dataset", pairs_file, "--cache", cache, "--quantization", "nf4"),
     )
     return cache
-
-
-def quantized(folder: Path) -> Any:
-    """The reference in nf4 without anything of ours; in training mode, where it keeps to float32 on every CPU."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).train()
 
 
 @torch.no_grad()
@@ -55,7 +44,7 @@ def test_a_cache_holds_what_the_quantized_model_says_and_says_so(quantized_cache
     identity = json.loads((quantized_cache / "cache.json").read_text())["identity"]
     assert identity["quantization"] == "nf4"
     assert "nf4" in CliRunner().invoke(cli.dpo_cache, ["info", str(quantized_cache)]).stdout
-    model = quantized(reference)
+    model = plainly_quantized(reference)
     rows = shard_rows(quantized_cache).to_pylist()
     for row in rows[:8]:
         cached = (row["ref_chosen_logps"], row["ref_rejected_logps"])
@@ -79,7 +68,7 @@ def test_a_policy_starts_at_the_quantized_reference_and_its_adapter_gives_it_bac
     assert losses[-1] < 0.6
     assert json.loads((output / "model/adapter_config.json").read_text())["base_model_name_or_path"] == str(reference)
 
-    policy = PeftModel.from_pretrained(quantized(reference), output / "model").train()
+    policy = PeftModel.from_pretrained(plainly_quantized(reference), output / "model").train()
     rows = {row["example_key"].hex(): row for row in shard_rows(quantized_cache).to_pylist()}
     for line in map(json.loads, (output / "eval_margins.jsonl").read_text().splitlines()[:8]):
         row = rows[line["key"]]

@@ -22,7 +22,7 @@ from dpo_cache.pipeline.training.model_export import export_adapter, export_mode
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from peft import PeftModel
-from training_factory import LAYOUT, make_engine, plain_dpo_norm, random_pairs, tiny_policy, train_steps
+from training_factory import LAYOUT, make_engine, plain_training, random_pairs, tiny_policy, train_steps
 from transformers import AutoModelForCausalLM
 
 LORA = LoraSettings(rank=4, alpha=8.0, target_modules=("all-linear",), seed=5)
@@ -97,15 +97,8 @@ def train_adapters(folder: str, cases: list[tuple[int, bool]]) -> list[Any]:
 def _plain_training(base: Path) -> tuple[list[tuple[float, float]], list[float]]:
     """Five steps of AdamW on the adapter in plain PyTorch and peft."""
     model = add_lora(AutoModelForCausalLM.from_pretrained(base), LORA)
+    figures = plain_training(model, BATCHES, learning_rate=RATE)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    figures = []
-    for pairs in BATCHES:
-        optimizer.zero_grad()
-        loss: Any = sum(plain_dpo_norm(model, row, beta=5.0) for row in pairs) / len(pairs)
-        torch.autograd.backward(loss)
-        figures.append((float(loss.detach()), float(torch.nn.utils.clip_grad_norm_(trained, 1.0))))
-        optimizer.step()
     return figures, [value for weight in trained for value in weight.detach().double().flatten().tolist()]
 
 

@@ -10,28 +10,18 @@ import pytest
 from dpo_cache.pipeline.data.preference import Preference, read_preference
 from dpo_cache.pipeline.data.preference_format import PreferenceFormat
 from dpo_cache.pipeline.data.unusable_row import UnusableRow
-
-IMPLICIT = PreferenceFormat.IMPLICIT_MESSAGES
-EXPLICIT = PreferenceFormat.EXPLICIT_MESSAGES
-TRANSCRIPT = PreferenceFormat.TRANSCRIPT
-EXPLICIT_TEXT = PreferenceFormat.EXPLICIT_TEXT
-PLAIN_TEXT = PreferenceFormat.PLAIN_TEXT
-
-
-def user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
-
-
-def row(chosen: Any, rejected: Any, **columns: Any) -> dict[str, Any]:
-    return {"chosen": chosen, "rejected": rejected, **columns}
-
-
-CONVERSATIONS = row([user("Hi"), assistant("Yes")], [user("Hi"), assistant("No")])
-TURNS = row("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Hi\n\nAssistant: No")
+from preference_rows import (
+    CONVERSATIONS,
+    EXPLICIT,
+    EXPLICIT_TEXT,
+    IMPLICIT,
+    PLAIN_TEXT,
+    TRANSCRIPT,
+    TURNS,
+    assistant,
+    row,
+    user,
+)
 
 
 def unusable(row_: dict[str, Any], preference_format: PreferenceFormat) -> UnusableRow:

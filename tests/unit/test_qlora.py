@@ -18,9 +18,10 @@ from dpo_cache.pipeline.training.model_export import export_adapter, export_mode
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from peft import LoraConfig, PeftModel, get_peft_model
+from quantized_model import plainly_quantized
 from safetensors.torch import load_file
-from training_factory import LAYOUT, make_engine, plain_dpo_norm, random_pairs, tiny_policy, train_steps
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from training_factory import LAYOUT, make_engine, plain_training, random_pairs, tiny_policy, train_steps
+from transformers import AutoModelForCausalLM
 
 LORA = LoraSettings(rank=4, alpha=8.0, target_modules=("all-linear",), seed=5)
 BATCHES = [random_pairs(5, seed=step) for step in range(5)]
@@ -29,32 +30,12 @@ IDS = torch.tensor([[5, 9, 3, 17, 60]])
 CASES = [(0, False), (2, True)]
 
 
-def _quantized(base: Path) -> Any:
-    """The base as anybody would quantize it; in training mode, where bitsandbytes keeps to float32 on every CPU."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32).train()
-
-
 def _plain_training(base: Path) -> list[tuple[float, float]]:
     """Losses and gradient norms of five steps of AdamW, with nothing of ours."""
     torch.manual_seed(LORA.seed)
     config = LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(_quantized(base), config)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    figures = []
-    for pairs in BATCHES:
-        optimizer.zero_grad()
-        loss: Any = sum(plain_dpo_norm(model, row, beta=5.0) for row in pairs) / len(pairs)
-        torch.autograd.backward(loss)
-        figures.append((float(loss.detach()), float(torch.nn.utils.clip_grad_norm_(trained, 1.0))))
-        optimizer.step()
-    return figures
+    model = get_peft_model(plainly_quantized(base), config)
+    return plain_training(model, BATCHES, learning_rate=RATE)
 
 
 def train_quantized(folder: str, cases: list[tuple[int, bool]]) -> list[Any]:
@@ -113,7 +94,7 @@ def test_an_adapter_on_quantized_weights_trains_as_in_plain_pytorch_resumes_exac
 
 def _check_saved(output: Path, base: Path, expected: torch.Tensor) -> None:
     """The adapter gives the policy back on the quantized base; merged, it is what it adds to the full one."""
-    adapted = PeftModel.from_pretrained(_quantized(base), output / "adapter").train()
+    adapted = PeftModel.from_pretrained(plainly_quantized(base), output / "adapter").train()
     with torch.no_grad():
         torch.testing.assert_close(adapted(input_ids=IDS).logits.flatten(), expected, atol=2e-5, rtol=1e-4)
     onto_full = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output / "adapter")

@@ -17,9 +17,9 @@ from dpo_cache.pipeline.scoring.layouts import padded_batch, prefix_shared_batch
 from dpo_cache.pipeline.scoring.model_loading import load_causal_lm
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.scoring.quantization import quantized_layers
+from quantized_model import plainly_quantized
 from tiny_model_factory import plain_side_logps, tiny_model, token_pairs
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 def saved(folder: Path, name: str = "llama", **changes: Any) -> Path:
@@ -29,18 +29,6 @@ def saved(folder: Path, name: str = "llama", **changes: Any) -> Path:
 
 def load(folder: Path, quantization: str | None = "nf4", dtype: torch.dtype = torch.float32) -> Any:
     return load_causal_lm(folder, dtype=dtype, attention="sdpa", device="cpu", quantization=quantization)
-
-
-def plainly_quantized(folder: Path) -> Any:
-    """The same model with nothing of ours; in training mode, where bitsandbytes keeps to the dtype on every CPU."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-    return model.train()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
