@@ -119,7 +119,7 @@ def show_command(cache: Location, count: int, mixture: str | None, key: str | No
     "--rescore", type=click.IntRange(min=1), metavar="N", help="Also score N random pairs again with the reference."
 )
 @click.option("--model", metavar="PATH_OR_ID", help="For --rescore: the reference [default: where it was].")
-@click.option("--seed", type=int, default=0, show_default=True, help="For --rescore: which pairs.")
+@click.option("--seed", type=int, help="For --rescore: which pairs.  [default: 0]")
 @click.option("--trust-remote-code", is_flag=True, help="For --rescore: run Python code that comes with the model.")
 @click.option("--repair", is_flag=True, help="Take away what is wrong; the next build refills just that.")
 @json_option
@@ -127,7 +127,7 @@ def verify_command(
     cache: Location,
     rescore: int | None,
     model: str | None,
-    seed: int,
+    seed: int | None,
     trust_remote_code: bool,
     repair: bool,
     as_json: bool,
@@ -143,16 +143,7 @@ def verify_command(
             from .stages.rescore import RescoreSettings
             from .stages.verify import verify_cache
 
-            rescoring = None
-            for option, is_given in {
-                "--model": model,
-                "--seed": seed,
-                "--trust-remote-code": trust_remote_code,
-            }.items():
-                if is_given and rescore is None:
-                    raise DpoCacheError(f"{option} has no effect without --rescore", next_step="add --rescore N")
-            if rescore is not None:
-                rescoring = RescoreSettings(pairs=rescore, model=model, seed=seed, trust_remote_code=trust_remote_code)
+            rescoring = RescoreSettings.asked_for(rescore, model=model, seed=seed, trust_remote_code=trust_remote_code)
             report = verify_cache(cache, repair=repair, rescoring=rescoring)
         print_report(report, as_json)
     if not report.is_sound:

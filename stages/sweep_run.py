@@ -17,7 +17,7 @@ from .train_report import TrainReport
 HOW_IT_IS_RUN = {
     *("cache", "output", "resume", "stop_after_steps", "num_gpus", "tokens_per_microbatch"),
     *("checkpointing_steps", "keep_last_n_checkpoints", "logging_steps"),
-    *("with_tracking", "wandb_project", "wandb_entity", "with_tensorboard", "run_name"),
+    *("with_tracking", "wandb_project", "wandb_entity", "wandb_tags", "with_tensorboard", "run_name"),
 }
 """Settings that may change between two starts of a sweep: what comes out of a run does not depend on them. The pairs
 and the reference behind `cache` are compared by their digests."""

@@ -143,6 +143,7 @@ class TrainConfig:
     with_tracking: bool = setting(False, help="Log to Weights & Biases too.")
     wandb_project: str = setting("dpo-cache", help="Weights & Biases project.")
     wandb_entity: str | None = setting(None, help="Weights & Biases entity.")
+    wandb_tags: tuple[str, ...] = setting((), metavar="TAG", help="A tag of the run there; may be repeated.")
     with_tensorboard: bool = setting(False, help="Write TensorBoard's event files to OUTPUT/tensorboard too.")
     run_name: str | None = setting(None, help="Name of the run in trackers [default: the output folder's].")
     push_to_hub: bool = setting(False, help="Upload the trained model to the Hugging Face Hub at the end.")
@@ -194,6 +195,7 @@ class TrainConfig:
             "with_tracking",
             wandb_project=self.wandb_project != "dpo-cache",
             wandb_entity=self.wandb_entity is not None,
+            wandb_tags=bool(self.wandb_tags),
         )
         self._refuse_without("model", model_revision=self.model_revision is not None)
         if self.keep_best is not None and self.eval_mixture is None:

@@ -249,6 +249,7 @@ class TrainingRun:
             tracking = TrackingSettings(
                 project=self._config.wandb_project,
                 entity=self._config.wandb_entity,
+                tags=self._config.wandb_tags,
                 name=self._config.resolved_run_name,
                 run_id=checkpoint.state.tracking_run_id if checkpoint else None,
                 config=self._recipe.to_json(),

@@ -16,7 +16,7 @@ NOT_A_DIFFERENCE = frozenset(
     {
         *("output", "resume", "plan", "dry_run", "stop_after_steps", "num_gpus"),
         *("checkpointing_steps", "keep_last_n_checkpoints", "logging_steps", "eval_steps"),
-        *("run_name", "with_tracking", "wandb_project", "wandb_entity", "with_tensorboard"),
+        *("run_name", "with_tracking", "wandb_project", "wandb_entity", "wandb_tags", "with_tensorboard"),
         *("push_to_hub", "hub_model_id", "hub_revision", "hub_private"),
     }
 )

@@ -103,17 +103,34 @@ def load_causal_lm(
     config = load_config(path, trust_remote_code=trust_remote_code)
     set_dropout_to_zero(config)
     quantizing = loading_options(quantization, config, dtype=dtype, device=device)
-    try:
-        base: Any
-        base, loading = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **quantizing,
+    base = _read_model(
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=trust_remote_code,
+        **quantizing,
+    )
+    if base.config._attn_implementation != attention:
+        raise DpoCacheError(
+            f"the model {path} was loaded with {base.config._attn_implementation} attention",
+            expected=attention,
+            next_step=f"--attn-implementation {base.config._attn_implementation}",
         )
+    prepare_quantized_layers(base)
+    base.config.use_cache = False
+    model: nn.Module = base if adapter is None else _with_adapter(base, adapter)
+    set_module_dropout_to_zero(model)
+    model.eval()
+    if not is_deepspeed_zero3_enabled():
+        model.to(device)
+    return model
+
+
+def _read_model(path: str | Path, **options: Any) -> Any:
+    """The model as transformers reads it, every weight found in its place."""
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise DpoCacheError(f"the model {path} cannot be loaded: {first_line(error)}") from error
     except RuntimeError as error:
@@ -124,20 +141,6 @@ def load_causal_lm(
             next_step="download or save the model again, both together",
         ) from error
     _refuse_incomplete(path, loading)
-    loaded_with = base.config._attn_implementation
-    if loaded_with != attention:
-        raise DpoCacheError(
-            f"the model {path} was loaded with {loaded_with} attention",
-            expected=attention,
-            next_step=f"--attn-implementation {loaded_with}",
-        )
-    prepare_quantized_layers(base)
-    base.config.use_cache = False
-    model: nn.Module = base if adapter is None else _with_adapter(base, adapter)
-    set_module_dropout_to_zero(model)
-    model.eval()
-    if not is_deepspeed_zero3_enabled():
-        model.to(device)
     return model
 
 

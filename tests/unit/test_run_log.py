@@ -105,9 +105,9 @@ def test_a_resumed_run_continues_its_curve(tmp_path: Path, monkeypatch: pytest.M
         return SimpleNamespace(id=options["id"], log=lambda *_, **__: None, finish=lambda: None)
 
     _wandb(monkeypatch, init)
-    settings = TrackingSettings(project="p", config={}, run_id="abc")
+    settings = TrackingSettings(project="p", config={}, run_id="abc", tags=("beta",))
     assert Tracking(settings, folder=tmp_path).run_id == "abc"
-    assert (seen["id"], seen["resume"]) == ("abc", "allow")
+    assert (seen["id"], seen["resume"], seen["tags"]) == ("abc", "allow", ("beta",))
 
 
 def test_offline_tracking_works_with_the_real_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

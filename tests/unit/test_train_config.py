@@ -29,6 +29,7 @@ def config(**options: Any) -> TrainConfig:
         ({"keep_best": "margin", "eval_mixture": "held-out", "loss": "simpo"}, "a loss without a reference"),
         ({"wandb_project": "mine"}, "--wandb-project has no effect without --with-tracking"),
         ({"wandb_entity": "lab"}, "--wandb-entity has no effect without --with-tracking"),
+        ({"wandb_tags": ("beta",)}, "--wandb-tags has no effect without --with-tracking"),
         ({"model_revision": "v1"}, "--model-revision has no effect without --model"),
         ({"zero_stage": 0, "offload_optimizer": True}, "--offload-optimizer has no effect at --zero-stage 0"),
         ({"zero_stage": 2, "offload_parameters": True}, "--offload-parameters has no effect at --zero-stage 2"),
