@@ -26,6 +26,7 @@ from ..pipeline.scoring.scoring_batch import Layout
 from ..pipeline.training.checkpoint_folder import Checkpoint
 from ..pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
 from ..pipeline.training.eval_margins import EVAL_MARGINS, write_eval_margins
+from ..pipeline.training.host_memory import set_large_blocks_apart
 from ..pipeline.training.policy_engine import PolicyEngine
 from ..pipeline.training.run_log import RunLog, TrackingSettings
 from ..pipeline.training.step_zero import StepZeroFigures, check_step_zero, write_step_zero
@@ -162,13 +163,15 @@ class TrainingRun:
     # ---- the model ---------------------------------------------------------------------------------------------------
 
     def _start_engine(self, origin: PolicyOrigin, checkpoint: Checkpoint | None) -> None:
+        set_large_blocks_apart()
+        model_config = load_config(origin.model.folder, trust_remote_code=self._config.trust_remote_code)
         engine_config = deepspeed_config(
             EngineSettings(
                 zero_stage=self._config.zero_stage,
                 dtype=self._recipe.dtype,
                 max_grad_norm=self._config.max_grad_norm,
                 num_ranks=self._ranks.num_ranks,
-                hidden_size=load_config(origin.model.folder).get_text_config().hidden_size,
+                hidden_size=model_config.get_text_config().hidden_size,
                 on_gpu=self._device.type == "cuda",
                 offload_optimizer=self._config.offload_optimizer,
                 offload_parameters=self._config.offload_parameters,

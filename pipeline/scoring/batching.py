@@ -12,6 +12,7 @@ from ..data.token_pair import TokenPair
 from .bin_packing import best_fit
 from .prompt_group import PromptGroup, group_by_prompt, prompt_group
 from .scoring_batch import Layout
+from .shape_rounding import rounded_up
 
 CPU_FILL_TOKENS = 512
 """Batches of more than this only fall out of a CPU's caches: one prompt group is work enough for its cores."""
@@ -78,7 +79,7 @@ def _fill_rectangles(groups: Sequence[PromptGroup], layout: Layout, fill_tokens:
 def _rectangle(groups: Sequence[PromptGroup], layout: Layout) -> int:
     """Rows times the longest row, at most: the prefix-shared layout may need fewer rows."""
     rows = sum(len(group.responses) for group in groups) if layout is Layout.PADDED else len(groups)
-    return rows * max(_row_tokens(group, layout) for group in groups)
+    return rows * rounded_up(max(_row_tokens(group, layout) for group in groups))
 
 
 def _row_tokens(group: PromptGroup, layout: Layout) -> int:

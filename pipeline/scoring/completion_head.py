@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from ...errors import DpoCacheError
 from .onednn_linear import linear
+from .shape_rounding import rounded_up
 
 CPU_CHUNK_BYTES = 8 * 2**20
 GPU_CHUNK_BYTES = 512 * 2**20
@@ -81,16 +83,18 @@ class CompletionHead(nn.Linear):
         """Logits without targets; with them ``log p(target)`` in nats, shape (N,), fp32 or wider."""
         if targets_N is None:
             return super().forward(hidden)
+        num_scored = len(targets_N)
+        padding = rounded_up(num_scored) - num_scored
         logps: Tensor = _ChunkedLogps.apply(  # type: ignore[no-untyped-call]
             # Some backbones keep their residual stream in fp32.
-            hidden.to(self.weight.dtype),
+            F.pad(hidden.to(self.weight.dtype), (0, 0, 0, padding)),
             self.weight,
             self.bias,
-            targets_N,
+            F.pad(targets_N, (0, padding)),
             self.transform,
             self._chunk_tokens(hidden.device),
         )
-        return logps
+        return logps[:num_scored]
 
     def _chunk_tokens(self, device: torch.device) -> int:
         if self.chunk_tokens is not None:
@@ -158,7 +162,7 @@ class _ChunkedLogps(torch.autograd.Function):
         narrow, wide = hidden_NH.dtype, lse_N.dtype
         grad_hidden_NH = torch.empty_like(hidden_NH) if wants_hidden else None
         # Summed over chunks in fp32: in bf16 the later chunks' small shares would be rounded away.
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if wants_weight else None
+        grad_weight_VH: Tensor | None = None
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if wants_bias else None
         for chunk in _chunks(len(targets_N), ctx.chunk_tokens):
             logits_CV = ctx.transform.apply_(linear(hidden_NH[chunk], weight_VH, bias_V).to(wide))
@@ -168,10 +172,13 @@ class _ChunkedLogps(torch.autograd.Function):
             grad_CV = ctx.transform.backward_(grad_CV, logits_CV).to(narrow)
             if grad_hidden_NH is not None:
                 grad_hidden_NH[chunk] = linear(grad_CV, weight_VH.T)
-            if grad_weight_VH is not None:
-                grad_weight_VH += linear(grad_CV.T, hidden_NH[chunk].T)
+            if wants_weight:
+                share_VH = linear(grad_CV.T, hidden_NH[chunk].T).to(wide)
+                grad_weight_VH = share_VH if grad_weight_VH is None else grad_weight_VH.add_(share_VH)
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(dim=0, dtype=wide)
+        if wants_weight and grad_weight_VH is None:  # nothing was scored
+            grad_weight_VH = torch.zeros_like(weight_VH)
         return (
             grad_hidden_NH,
             None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype),

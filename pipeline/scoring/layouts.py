@@ -20,6 +20,7 @@ from ..data.token_pair import TokenIds, TokenPair
 from .bin_packing import best_fit
 from .prompt_group import PromptGroup, group_by_prompt
 from .scoring_batch import Layout, ScoringBatch
+from .shape_rounding import ROW_MULTIPLE, rounded_up
 
 FLEX_BLOCK_TOKENS = 128
 """Rows for flex_attention are a multiple of its block, so that few shapes are ever compiled."""
@@ -28,7 +29,7 @@ Int64s = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 
-def padded_batch(pairs: Sequence[TokenPair], *, multiple: int = 1) -> ScoringBatch:
+def padded_batch(pairs: Sequence[TokenPair], *, multiple: int = ROW_MULTIPLE) -> ScoringBatch:
     """One right-padded row for every distinct sequence, the longest rounded up to ``multiple``."""
     groups = group_by_prompt(pairs)
     trees = [
@@ -40,11 +41,12 @@ def padded_batch(pairs: Sequence[TokenPair], *, multiple: int = 1) -> ScoringBat
     return _lay_out(Layout.PADDED, pairs, trees, side_of, rows=rows, multiple=multiple)
 
 
-def prefix_shared_batch(pairs: Sequence[TokenPair]) -> ScoringBatch:
-    """Rows as long as the longest prompt group; shorter groups share rows, which saves their padding."""
+def prefix_shared_batch(pairs: Sequence[TokenPair], *, multiple: int = ROW_MULTIPLE) -> ScoringBatch:
+    """Rows as long as the longest prompt group, rounded up to ``multiple``; shorter groups share rows."""
     groups = group_by_prompt(pairs)
     lengths = [group.num_tokens for group in groups]
-    return _lay_out_groups(Layout.PREFIX_SHARED, pairs, groups, rows=best_fit(lengths, max(lengths)))
+    width = rounded_up(max(lengths), multiple)
+    return _lay_out_groups(Layout.PREFIX_SHARED, pairs, groups, rows=best_fit(lengths, width), multiple=multiple)
 
 
 def packed_batch(pairs: Sequence[TokenPair], *, multiple: int = FLEX_BLOCK_TOKENS) -> ScoringBatch:
@@ -133,7 +135,7 @@ def _lay_out(
     A *slot* is a token's flat index into R*T.
     """
     longest_row = max(sum(trees[tree].num_tokens for tree in row) for row in rows)
-    width = -(-longest_row // multiple) * multiple
+    width = rounded_up(longest_row, multiple)
     canvas = _Canvas(len(rows), width)
     slots_of_tree: dict[int, tuple[int, list[int]]] = {}
     for row, members in enumerate(rows):

@@ -73,6 +73,12 @@ class PolicyEngine:
             # DeepSpeed's bf16 wrapper of stage 0 takes an empty step to allocate AdamW's state, which leaves its
             # step counter, hence its bias correction, one ahead.
             self._optimizer.state.clear()
+            # Alone there is nothing to reduce, and DeepSpeed would copy all gradients into one buffer for it.
+            self.deepspeed.enable_backward_allreduce = self.num_ranks > 1
+        self._keeps_gradients = self.zero_stage == 0 and self.device.type == "cpu" and not config.get("bf16")
+        if self._keeps_gradients:
+            for parameter in self._trained():
+                parameter.grad = torch.zeros_like(parameter)
         self._assert_fp32_masters()
         self.deepspeed.train()
         self._losses_are_finite: list[Tensor] = []
@@ -120,7 +126,7 @@ class PolicyEngine:
         norm = self._gradient_norm() if self.zero_stage == 0 else None
         if norm is None or math.isfinite(norm):
             # From stage 1 on DeepSpeed computes the norm inside its step, and applies nothing if it is not finite.
-            self.deepspeed.step()
+            self._step()
         if norm is None:
             norm = float(self.deepspeed.get_global_grad_norm())
         if not math.isfinite(norm) or not self.deepspeed.was_step_applied():
@@ -170,6 +176,21 @@ class PolicyEngine:
             group.update(before)
         for state in self._optimizer.state.values():
             state["step"] = deepcopy(state["step"])
+
+    def _step(self) -> None:
+        """DeepSpeed's update. On a CPU at stage 0 the gradients keep their memory, which DeepSpeed would free.
+
+        Allocated anew among activations, whose sizes change with every micro-batch, they tear glibc's heap into holes
+        that nothing fits into.
+        """
+        kept = [(parameter, parameter.grad) for parameter in self._trained()] if self._keeps_gradients else []
+        self.deepspeed.step()
+        for parameter, gradient in kept:
+            assert gradient is not None
+            parameter.grad = gradient.zero_()
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def _groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self._optimizer.param_groups

@@ -11,6 +11,7 @@ import torch
 from dpo_cache.pipeline.scoring.flops import ModelCost, forward_flops
 from dpo_cache.pipeline.scoring.layouts import padded_batch
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
+from dpo_cache.pipeline.scoring.shape_rounding import rounded_up
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from tiny_model_factory import tiny_model, token_pairs
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,7 +49,7 @@ def test_torch_counts_the_same_once_padding_and_hidden_couples_are_added(name: s
         ModelCost.of_model(model),
         num_tokens=rows * width,
         num_attended=rows * width**2,
-        num_scored=batch.num_scored,
+        num_scored=rounded_up(batch.num_scored),
     )
     # Rotary embeddings multiply positions and frequencies as a matrix product.
     assert 0 <= counter.get_total_flops() - ours <= 0.02 * ours

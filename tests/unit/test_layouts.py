@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.scoring.attention_masks import dense_mask
-from dpo_cache.pipeline.scoring.layouts import empty_batch, packed_batch, padded_batch, scoring_batch
+from dpo_cache.pipeline.scoring.layouts import (
+    empty_batch,
+    packed_batch,
+    padded_batch,
+    prefix_shared_batch,
+    scoring_batch,
+)
 from dpo_cache.pipeline.scoring.scoring_batch import Layout, ScoringBatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,7 +87,7 @@ def test_prompts_and_shared_responses_are_laid_out_once(pairs: list[TokenPair], 
 
 def test_padded_rows_hold_one_distinct_sequence_each_and_count_positions_through() -> None:
     pairs = token_pairs()
-    batch = padded_batch(pairs)
+    batch = padded_batch(pairs, multiple=1)
     assert batch.input_ids_RT.shape == (7, 16)
     assert torch.equal(batch.position_ids_RT, torch.arange(16).expand(7, 16))
     assert batch.longest_sequence == 16
@@ -96,6 +104,19 @@ def test_packed_rows_are_a_multiple_of_the_block() -> None:
     assert packed_batch(token_pairs()).input_ids_RT.shape == (1, 128)
 
 
+@pytest.mark.parametrize("make", [padded_batch, prefix_shared_batch])
+def test_rows_have_few_different_widths(make: Callable[[list[TokenPair]], ScoringBatch]) -> None:
+    """A kernel is compiled for each; the padding belongs to no segment and is not scored."""
+    random = np.random.RandomState(0)
+    for tokens in (1, 10, 31, 60, 61, 100):
+        ids = token_ids(random, tokens)
+        batch = make([TokenPair(prompt_ids=ids, chosen_ids=ids, rejected_ids=ids[:1])])
+        width = batch.input_ids_RT.shape[1]
+        assert width % 32 == 0
+        assert int((batch.segment_RT[0] >= 0).sum()) > width - 32
+        assert int((batch.segment_RT >= 0).sum()) == batch.num_tokens
+
+
 def test_short_groups_share_a_row_as_long_as_the_longest_group() -> None:
     random = np.random.RandomState(0)
     lengths = [(20, 5, 5), (5, 5, 5), (4, 5, 6), (10, 2, 3)]
@@ -103,7 +124,7 @@ def test_short_groups_share_a_row_as_long_as_the_longest_group() -> None:
         TokenPair(prompt_ids=token_ids(random, p), chosen_ids=token_ids(random, c), rejected_ids=token_ids(random, r))
         for p, c, r in lengths
     ]
-    assert scoring_batch(pairs, Layout.PREFIX_SHARED).input_ids_RT.shape == (3, 30)
+    assert prefix_shared_batch(pairs, multiple=1).input_ids_RT.shape == (3, 30)
 
 
 def test_no_pairs_give_one_unscored_token_in_every_layout() -> None:

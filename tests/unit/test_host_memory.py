@@ -1,0 +1,42 @@
+"""Blocks that are freed, seen from outside the process: what the kernel still counts as its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import ctypes, sys
+from dpo_cache.pipeline.training.host_memory import {limits}
+
+def resident_mib():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def block(mib):
+    address = libc.malloc(mib * 2**20)
+    ctypes.memset(address, 1, mib * 2**20)
+    return address
+
+libc.free(block(30))  # from here on glibc itself would keep blocks of up to 30 MiB on the heap
+with {limits}() if "returned" in "{limits}" else __import__("contextlib").nullcontext({limits}()):
+    before = resident_mib()
+    for _ in range(20):
+        large, small = block({mib}), block(1)
+        libc.free(large)  # the small one stays behind it
+    print(resident_mib() - before)
+"""
+
+
+@pytest.mark.parametrize(("limits", "mib"), [("set_large_blocks_apart", 17), ("large_blocks_returned", 2)])
+def test_freed_blocks_leave_no_holes(limits: str, mib: int) -> None:
+    script = SCRIPT.format(limits=limits, mib=mib)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 20 + mib + 5
