@@ -20,6 +20,7 @@ from ..pipeline.scoring.pair_scorer import PairScorer
 from ..pipeline.scoring.scoring_batch import Layout
 from ..pipeline.training.step_zero import BOUNDS
 from .build_reference import BuildReference
+from .devices import device_of_rank, memory_explained
 from .import_config import ImportConfig
 from .rescore import score_pairs
 
@@ -88,12 +89,13 @@ def prove_values(
     )
 
 
+@memory_explained("import on a machine with more GPU memory, or on the CPU: CUDA_VISIBLE_DEVICES= dpo-cache import …")
 @torch.inference_mode()
 def _score(
     pairs: Sequence[TokenPair], reference: BuildReference, *, trust_remote_code: bool
 ) -> npt.NDArray[np.float64]:
     """Chosen and rejected sums of each pair, one pair at a time, shape (S, 2)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of_rank(0)
     model = load_causal_lm(
         reference.model.folder,
         dtype=getattr(torch, reference.dtype),

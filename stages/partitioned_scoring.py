@@ -19,7 +19,7 @@ from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import PairScorer
 from .build_plan import ScoringPlan
 from .job_store import StoreAddress
-from .process_group import prepare_deepspeed
+from .process_group import TIMEOUT, prepare_deepspeed
 from .ranks import ranks_from_environment
 
 Batch = TypeVar("Batch")
@@ -38,11 +38,14 @@ class PartitionedScoring:
         ranks = ranks_from_environment()
         assert ranks is not None, "whoever starts a partitioned worker says which rank it is"
         self._device = device
+        store = address.connect()
+        store.set_timeout(TIMEOUT)  # ranks may be minutes apart: some still copy the model
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore("ranks", address.connect()),
+            store=PrefixStore("ranks", store),
             rank=ranks.rank,
             world_size=ranks.num_ranks,
+            timeout=TIMEOUT,
         )
         prepare_deepspeed()
         deepspeed.init_distributed()

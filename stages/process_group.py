@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 from ..errors import DpoCacheError
+from ..pipeline.training.host_group import forget_host_group, host_group, open_host_group
 from .child_processes import free_port
+from .devices import device_of_rank
 from .ranks import Ranks, rendezvous_environment
 from .terminal import say
 
@@ -25,25 +27,49 @@ Result = TypeVar("Result")
 
 @contextmanager
 def process_group(ranks: Ranks) -> Iterator[torch.device]:
-    """Join the ranks of this job; gives this rank's device."""
+    """Join the ranks of this job; gives this rank's device.
+
+    Raises:
+        DpoCacheError: This machine has more processes than GPUs.
+    """
+    device = device_of_rank(ranks.rank_of_node)
+    with _rendezvous(ranks, device):
+        prepare_deepspeed()
+        deepspeed.init_distributed(
+            dist_backend="gloo" if device.type == "cpu" else "nccl",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=TIMEOUT,
+        )
+        open_host_group()
+        try:
+            yield device
+        except BaseException:
+            # NCCL would wait for ranks that wait for this one: it is left as it is, and ends with the process.
+            if device.type == "cpu" or ranks.num_ranks == 1:
+                _part()
+            raise
+        _part()
+
+
+def _part() -> None:
+    forget_host_group()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _rendezvous(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """The variables that say which rank this is; processes that this one starts later are no ranks of this job."""
     rendezvous = rendezvous_environment(ranks)
     if ranks.num_ranks == 1 and "MASTER_PORT" not in os.environ:
         rendezvous["MASTER_PORT"] = str(free_port())  # alone: two runs on one machine must not meet
+    if device.type == "cuda":
+        rendezvous["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
     before = dict(os.environ)
     os.environ.update(rendezvous)
-    prepare_deepspeed()
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", ranks.rank_of_node) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT
-    )
     try:
-        yield device
+        yield
     finally:
-        dist.destroy_process_group()
-        # Processes that this one starts later are no ranks of this job.
         os.environ.clear()
         os.environ.update(before)
 
@@ -71,7 +97,7 @@ def all_or_none(work: Callable[[], Result], *, on: bool = True) -> Result | None
         except DpoCacheError as raised:
             fault = str(raised)
     faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
+    dist.all_gather_object(faults, fault, group=host_group())
     explained = [text for text in faults if text]
     if explained:
         raise DpoCacheError(explained[0])
@@ -85,7 +111,7 @@ def decided_by_first(decide: Callable[[], Result]) -> Result:
         DpoCacheError: Rank 0 could not decide; on all ranks alike.
     """
     decision: list[Result | None] = [all_or_none(decide, on=dist.get_rank() == 0)]
-    dist.broadcast_object_list(decision, src=0)
+    dist.broadcast_object_list(decision, src=0, group=host_group())
     return cast("Result", decision[0])
 
 

@@ -26,6 +26,7 @@ from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import SCORING_VERSION, PairScorer
 from ..pipeline.scoring.scoring_batch import Layout
 from ..pipeline.training.step_zero import BOUNDS
+from .devices import device_of_rank, memory_explained
 from .library_output import quiet_libraries
 from .model_folder import find_model_folder
 
@@ -122,6 +123,7 @@ class RescoreReport:
         return "\n".join(lines)
 
 
+@memory_explained("verify on a machine with more GPU memory, or on the CPU: CUDA_VISIBLE_DEVICES= dpo-cache verify …")
 def rescore(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -> RescoreReport:
     """Score a random sample of the indexed pairs with the recorded reference.
 
@@ -129,7 +131,7 @@ def rescore(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -
         DpoCacheError: The model is not there, or is another one than scored the cache, naming what differs.
     """
     quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of_rank(0)
     scorer = _load_reference(cache, settings, device)
     shards, rows = _sample(cache, index, settings)
     if not rows:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
-
 from ..pipeline.training.checkpoint_folder import (
     Checkpoint,
     TrainerState,
@@ -16,6 +14,7 @@ from ..pipeline.training.checkpoint_folder import (
 )
 from ..pipeline.training.checkpoints import convert_checkpoint, load_checkpoint, needs_conversion, save_checkpoint
 from ..pipeline.training.disk_space import check_free_space
+from ..pipeline.training.host_group import wait_for_all
 from ..pipeline.training.policy_engine import PolicyEngine
 from .process_group import all_or_none, decided_by_first, say_once
 from .ranks import Ranks
@@ -76,7 +75,7 @@ class RunCheckpoints:
 
         all_or_none(convert_afresh, on=self._ranks.rank == 0)
         load_checkpoint(engine, checkpoint, converted=converted)
-        dist.barrier()  # all ranks have read it
+        wait_for_all()  # all ranks have read it
         if self._ranks.rank == 0:
             shutil.rmtree(converted, ignore_errors=True)
 

@@ -33,6 +33,7 @@ from ..pipeline.scoring.pair_scorer import PairScorer
 from ..pipeline.scoring.scoring_batch import ScoringBatch
 from .background import ReadAhead, WriteBehind
 from .build_plan import ScoringPlan
+from .devices import device_of_rank, memory_explained
 from .heartbeat import Heartbeat, process_name
 from .job_store import StoreAddress, store_lost
 from .library_output import quiet_libraries
@@ -42,6 +43,9 @@ from .unit_queue import UnitQueue
 
 if TYPE_CHECKING:
     from .partitioned_scoring import PartitionedScoring
+
+
+SMALLER_BATCHES = "a smaller --max-seq-length or --tokens-per-batch, or --zero-stage 3 on several GPUs"
 
 
 def score_units(plan_path: Path, address: StoreAddress, rank_of_node: int) -> None:
@@ -58,9 +62,9 @@ def score_units(plan_path: Path, address: StoreAddress, rank_of_node: int) -> No
     signal.signal(signal.SIGTERM, _stop)
     quiet_libraries()
     plan = ScoringPlan.read(plan_path)
-    device = _device_of(rank_of_node)
+    device = device_of_rank(rank_of_node)
     try:
-        with Heartbeat(address.connect(), process_name(os.getpid())):
+        with memory_explained(SMALLER_BATCHES), Heartbeat(address.connect(), process_name(os.getpid())):
             partitioned = None
             if plan.zero_stage:
                 from .partitioned_scoring import PartitionedScoring  # DeepSpeed takes seconds to import
@@ -253,14 +257,6 @@ def _scored_pair(pair: TokenPair, values: Sequence[float]) -> ScoredPair:
         chosen_tokens=pair.chosen_tokens,
         rejected_tokens=pair.rejected_tokens,
     )
-
-
-def _device_of(rank_of_node: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", rank_of_node)
-    torch.cuda.set_device(device)
-    return device
 
 
 def _stop(_signum: int, _frame: FrameType | None) -> None:

@@ -84,7 +84,7 @@ def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport | Dry
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
-        **({} if on_gpu else threads_for(num_ranks)),
+        **threads_for(num_ranks),
     }
     run_children(
         [python_command("train", *command_line_of(config))] * num_ranks,

@@ -17,7 +17,7 @@ class DryRunReport:
     """Measured on the heaviest global batches.
 
     Attributes:
-        seconds_per_step: Forward and backward of the slowest global batch, without the update.
+        seconds_per_step: The slowest global batch: forward, backward and update.
         hours: What the whole run would take if every batch were as heavy.
         seconds_per_save: Writing the model once.
         peak_memory_gib: The most memory any rank held, on its GPU, or in all on a CPU.

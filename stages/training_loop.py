@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..pipeline.training.metrics import PairMetrics, step_line
 from ..pipeline.training.micro_batch import MicroBatch, collate
 from ..pipeline.training.policy_engine import PolicyEngine
 from ..pipeline.training.step_zero import BOUNDS, StepZeroFigures, StepZeroProof
+from .background import ReadAhead
 from .recipe import Recipe, global_batches
 
 
@@ -62,9 +63,18 @@ class MicroBatches:
         )
         return dealt[self._rank]
 
-    def read(self, rows: npt.NDArray[np.int64]) -> MicroBatch:
-        """Read the rows and lay them out on the device; no rows give a batch that only takes part."""
-        return collate(self._stream.read(rows), self._layout).to(self._device, non_blocking=True)
+    def read(self, shares: Sequence[npt.NDArray[np.int64]]) -> Iterator[MicroBatch]:
+        """Read each share of rows and lay it out on the device, the next one while the last one is worked on.
+
+        A share without rows gives a batch that only takes part.
+        """
+        with ReadAhead(map(self._laid_out, shares)) as micro_batches:
+            for micro_batch in micro_batches:
+                yield micro_batch.to(self._device, non_blocking=True)
+
+    def _laid_out(self, rows: npt.NDArray[np.int64]) -> MicroBatch:
+        micro_batch = collate(self._stream.read(rows), self._layout)
+        return micro_batch.pin_memory() if self._device.type == "cuda" else micro_batch
 
     def tokens(self, rows: npt.NDArray[np.int64]) -> int:
         """Tokens of these rows, each prompt once."""
@@ -169,9 +179,9 @@ class TrainingLoop:
         )
 
     def time_heaviest_batches(self) -> float:
-        """Forward and backward on the first epoch's batch of most tokens and on that of the longest pair.
+        """A whole update on the first epoch's batch of most tokens and on that of the longest pair, with rate 0.
 
-        Nothing is updated: the gradients are left lying.
+        The first time is not counted: kernels are compiled, connections made and the optimizer's state allocated.
 
         Returns:
             Seconds of the slower one.
@@ -181,7 +191,9 @@ class TrainingLoop:
             max(batches, key=lambda batch: self._training.tokens(batch.rows)).step,
             max(batches, key=lambda batch: self._training.longest(batch.rows)).step,
         }
-        return max(self._time_batch(batches[step]) for step in sorted(heaviest))
+        for step in heaviest:
+            self._time_batch(batches[step])
+        return max(self._time_batch(batches[step]) for step in heaviest)
 
     def peak_memory_gib(self) -> float:
         """The most memory any rank has held; all ranks call this."""
@@ -190,7 +202,7 @@ class TrainingLoop:
     def _dealt(self, source: MicroBatches, rows: npt.NDArray[np.int64]) -> Iterator[_Dealt]:
         """This rank's micro-batches of a global batch."""
         shares = source.of(rows)
-        micro_batches: Iterator[MicroBatch] = map(source.read, shares)
+        micro_batches = source.read(shares)
         if self._recipe.loss.sorts_global_batch:
             micro_batches = iter(self._engine.with_partners(micro_batches))
         for number, (share, micro_batch) in enumerate(zip(shares, micro_batches, strict=True), start=1):
@@ -199,7 +211,8 @@ class TrainingLoop:
     def _time_batch(self, batch: GlobalBatch) -> float:
         started = time.perf_counter()
         for dealt in self._dealt(self._training, batch.rows):
-            self._engine.micro_step(dealt.micro_batch, num_pairs=len(batch.rows), is_last=False)
+            self._engine.micro_step(dealt.micro_batch, num_pairs=len(batch.rows), is_last=dealt.is_last)
+        self._engine.apply_update(0.0)
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.mixture import Mixture
@@ -26,12 +25,14 @@ from ..pipeline.scoring.scoring_batch import Layout
 from ..pipeline.training.checkpoint_folder import Checkpoint
 from ..pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
 from ..pipeline.training.eval_margins import EVAL_MARGINS, write_eval_margins
+from ..pipeline.training.host_group import wait_for_all
 from ..pipeline.training.host_memory import set_large_blocks_apart
 from ..pipeline.training.policy_engine import PolicyEngine
 from ..pipeline.training.run_log import RunLog, TrackingSettings
 from ..pipeline.training.step_zero import StepZeroFigures, check_step_zero, write_step_zero
 from ..pipeline.training.tensorboard_files import require_tensorboard
 from .best_model import BestModel
+from .devices import memory_explained, share_cores
 from .hub_model import HubTarget, prepare_hub_target
 from .model_writer import ModelWriter
 from .output_folder import output_lock, refuse_overwriting, write_json
@@ -50,6 +51,11 @@ from .training_loop import MicroBatches, TrainingLoop
 
 WHERE_THINGS_LIE = {"cache", "model"}
 """Settings that may differ from machine to machine: what lies there is compared by its digests."""
+
+LESS_MEMORY = (
+    "--gradient-checkpointing, a smaller --tokens-per-microbatch, more GPUs at --zero-stage 3, --offload-optimizer, or "
+    "--use-lora; --dry-run measures each"
+)
 
 
 class TrainingRun:
@@ -71,6 +77,7 @@ class TrainingRun:
         self._started = time.monotonic()
         self.hub_target: HubTarget | None = None
 
+    @memory_explained(LESS_MEMORY)
     def run(self) -> TrainReport:
         """Run it to its end, or until it is asked to stop.
 
@@ -87,8 +94,9 @@ class TrainingRun:
             self._start_engine(origin, checkpoint)
             return self._train(origin, checkpoint)
 
+    @memory_explained(LESS_MEMORY)
     def dry_run(self) -> DryRunReport:
-        """Forward and backward on the heaviest global batches, and one save; nothing is trained or kept.
+        """The heaviest global batches with learning rate 0, and one save; nothing is trained or kept.
 
         Raises:
             DpoCacheError: On all ranks alike.
@@ -164,6 +172,8 @@ class TrainingRun:
 
     def _start_engine(self, origin: PolicyOrigin, checkpoint: Checkpoint | None) -> None:
         set_large_blocks_apart()
+        if self._config.offload_optimizer:
+            share_cores(self._ranks.ranks_per_node)
         model_config = load_config(origin.model.folder, trust_remote_code=self._config.trust_remote_code)
         engine_config = deepspeed_config(
             EngineSettings(
@@ -217,7 +227,7 @@ class TrainingRun:
         step_zero = self._prove_step_zero(origin) if checkpoint is None else None
         self._log = self._open_log(checkpoint, first_step)
         self._best = BestModel(self._config.output, by=self._config.keep_best, last_step=first_step)
-        dist.barrier()  # all ranks have read what rank 0 is about to write
+        wait_for_all()  # all ranks have read what rank 0 is about to write
         eval_before = self._evaluate(0) if checkpoint is None else self._logged(0, "eval/loss")
         with stop_requests() as stop_requested:
             line = self._update_until_done(range(first_step, last_step), stop_requested)

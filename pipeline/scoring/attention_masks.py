@@ -71,8 +71,9 @@ def _mask(batch: ScoringBatch, window: int | None, kernel: str, dtype: torch.dty
     if kernel == "flex_attention":
         return block_mask(batch, window)
     visible_R1QK = dense_mask(batch, window)
-    if kernel == "sdpa":
+    if kernel == "sdpa" and not visible_R1QK.is_cuda:
         return with_segments(visible_R1QK, batch, windowed=window is not None)
+    # Of a bool mask, sdpa on a GPU makes an additive one in every layer anew, and keeps them all for the backward pass.
     return additive_mask(visible_R1QK, dtype)
 
 
@@ -108,9 +109,6 @@ def block_mask(batch: ScoringBatch, window: int | None = None) -> BlockMask:
 
     num_rows, width = segment_RT.shape
     # Compiled on a GPU, where the eager way would hold the dense (R, T, T) mask that this layout exists to avoid.
-    create = _compiled_create_block_mask() if segment_RT.is_cuda else create_block_mask
-    return create(sees, B=num_rows, H=None, Q_LEN=width, KV_LEN=width, device=segment_RT.device)
-
-
-def _compiled_create_block_mask() -> Any:
-    return torch.compile(create_block_mask)
+    create = torch.compile(create_block_mask) if segment_RT.is_cuda else create_block_mask
+    with torch.no_grad():  # or it would be compiled once more for training
+        return create(sees, B=num_rows, H=None, Q_LEN=width, KV_LEN=width, device=segment_RT.device)

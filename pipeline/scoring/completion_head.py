@@ -144,7 +144,7 @@ class _ChunkedLogps(torch.autograd.Function):
         logps_N = hidden_NH.new_empty(len(targets_N), dtype=wide)
         lse_N = torch.empty_like(logps_N)
         for chunk in _chunks(len(targets_N), chunk_tokens):
-            logits_CV = transform.apply_(linear(hidden_NH[chunk], weight_VH, bias_V).to(wide))
+            logits_CV = transform.apply_(_product(hidden_NH[chunk], weight_VH, bias_V, wide))
             picked_C = logits_CV.gather(1, targets_N[chunk, None])[:, 0]
             # log-sum-exp in place: a second chunk of logits would be the largest tensor here.
             largest_C = logits_CV.amax(dim=1)
@@ -165,7 +165,7 @@ class _ChunkedLogps(torch.autograd.Function):
         grad_weight_VH: Tensor | None = None
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if wants_bias else None
         for chunk in _chunks(len(targets_N), ctx.chunk_tokens):
-            logits_CV = ctx.transform.apply_(linear(hidden_NH[chunk], weight_VH, bias_V).to(wide))
+            logits_CV = ctx.transform.apply_(_product(hidden_NH[chunk], weight_VH, bias_V, wide))
             # d logp / d logits = onehot(target) - softmax(logits)
             grad_CV = torch.exp(logits_CV - lse_N[chunk, None]).mul_(-grad_N[chunk, None])
             grad_CV.scatter_add_(1, targets_N[chunk, None], grad_N[chunk, None])
@@ -187,6 +187,16 @@ class _ChunkedLogps(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _product(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wide: torch.dtype) -> Tensor:
+    """``hidden @ weight.T + bias`` in the wide dtype. A GPU writes it there at once: in bfloat16 a logit of 20 would be
+    off by up to 1/16, and a log-probability with it.
+    """
+    if hidden_CH.is_cuda and hidden_CH.dtype != wide:
+        product_CV = torch.mm(hidden_CH, weight_VH.T, out_dtype=wide)
+        return product_CV if bias_V is None else product_CV.add_(bias_V)
+    return linear(hidden_CH, weight_VH, bias_V).to(wide)
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:

@@ -70,7 +70,8 @@ def scoring_batch(pairs: Sequence[TokenPair], layout: Layout) -> ScoringBatch:
 def empty_batch(layout: Layout) -> ScoringBatch:
     """No pairs and one token: what a rank without work runs, so that its collectives meet the others'."""
     tree = _Tree(prompt_ids=np.zeros(1, dtype=np.int32), responses=())
-    return _lay_out(layout, [], [tree], [], rows=[[0]])
+    multiple = FLEX_BLOCK_TOKENS if layout is Layout.PACKED else ROW_MULTIPLE
+    return _lay_out(layout, [], [tree], [], rows=[[0]], multiple=multiple)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

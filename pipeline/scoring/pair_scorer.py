@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from ...errors import DpoCacheError
+from .attention_kernels import prepare_kernels
 from .attention_masks import LayerWindows, attention_mask
 from .completion_head import CompletionHead, install_completion_head
 from .model_loading import find_backbone, find_causal_lm, find_head
 from .onednn_linear import install_onednn_linear
 from .rope_limit import rope_limit
 from .scoring_batch import Layout, PairLogps, ScoringBatch, reduce_token_logps
-from .tree_attention import install_tree_attention
 
 SCORING_VERSION = 1
 """Part of a reference's identity: raised whenever a change here moves a logp by more than rounding."""
@@ -48,7 +48,7 @@ class PairScorer(nn.Module):
         self.config: Any = causal_lm.config
         install_completion_head(find_head(causal_lm), self.config, chunk_tokens=head_chunk_tokens)
         install_onednn_linear(causal_lm)
-        install_tree_attention()
+        prepare_kernels(self.attention)
         self.load_balancing = load_balancing
         self.windows = LayerWindows.of_config(self.config)
         self.rope_limit = rope_limit(self.config)

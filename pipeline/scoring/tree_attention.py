@@ -50,14 +50,13 @@ class SegmentedRow:
 
 
 def with_segments(visible_R1QK: Tensor, batch: ScoringBatch, *, windowed: bool) -> Tensor:
-    """The dense mask, carrying the segments that :func:`tree_sdpa_attention` goes by; on a GPU as it is."""
-    if visible_R1QK.device.type == "cpu":
-        visible_R1QK._dpo_cache_segments = [  # type: ignore[attr-defined]
-            _segmented(visible_11QK, segment_T, trunk_T, windowed=windowed)
-            for visible_11QK, segment_T, trunk_T in zip(
-                torch.split(visible_R1QK, 1), batch.segment_RT.numpy(), batch.trunk_RT.numpy(), strict=True
-            )
-        ]
+    """The dense mask, carrying the segments that :func:`tree_sdpa_attention` goes by."""
+    visible_R1QK._dpo_cache_segments = [  # type: ignore[attr-defined]
+        _segmented(visible_11QK, segment_T, trunk_T, windowed=windowed)
+        for visible_11QK, segment_T, trunk_T in zip(
+            torch.split(visible_R1QK, 1), batch.segment_RT.numpy(), batch.trunk_RT.numpy(), strict=True
+        )
+    ]
     return visible_R1QK
 
 

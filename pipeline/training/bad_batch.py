@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from ...errors import DpoCacheError
+from .host_group import host_group, wait_for_all
 
 
 def report_bad_batch(path: Path, *, reason: str, training_step: int, keys: Sequence[bytes]) -> NoReturn:
@@ -25,12 +26,12 @@ def report_bad_batch(path: Path, *, reason: str, training_step: int, keys: Seque
         DpoCacheError: Always, naming the file.
     """
     suspects: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(suspects, [key.hex() for key in keys])
+    dist.all_gather_object(suspects, [key.hex() for key in keys], group=host_group())
     flat = [{"rank": rank, "key": key} for rank, of_rank in enumerate(suspects) for key in of_rank]
     if dist.get_rank() == 0:
         record = {"training_step": training_step, "not_finite": reason, "suspects": flat}
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    dist.barrier()  # a rank that dies earlier could take rank 0 with it before the file is written
+    wait_for_all()  # a rank that dies earlier could take rank 0 with it before the file is written
     raise DpoCacheError(
         f"the {reason} of step {training_step} is not finite; the update was not applied",
         expected="finite numbers",

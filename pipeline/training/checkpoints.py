@@ -19,6 +19,7 @@ from .checkpoint_folder import (
     is_complete,
     prune_checkpoints,
 )
+from .host_group import host_group, wait_for_all
 from .policy_engine import PolicyEngine
 
 ENGINE_FOLDER = "engine"
@@ -41,18 +42,19 @@ def save_checkpoint(engine: PolicyEngine, folder: Path, state: TrainerState, *, 
     """
     path = checkpoint_path(folder, state.step)
     exists = [is_complete(path)]
-    dist.broadcast_object_list(exists)  # rank 0's view: on a shared file system the others' may be out of date
+    # Rank 0's view: on a shared file system that of the others may be out of date.
+    dist.broadcast_object_list(exists, group=host_group())
     if exists[0]:
         return path
     if engine.rank == 0:
         _refuse_failure(lambda: _start_afresh(path), path)
-    dist.barrier()
+    wait_for_all()
     _refuse_failure(lambda: _save_engine(engine, path), path)
-    dist.barrier()  # every rank has written its files
+    wait_for_all()  # every rank has written its files
     if engine.rank == 0:
         _refuse_failure(lambda: complete_checkpoint(path, state), path)
         prune_checkpoints(folder, keep_last=keep_last)
-    dist.barrier()
+    wait_for_all()
     return path
 
 

@@ -14,6 +14,8 @@ Json = dict[str, Any]
 
 MIN_BUCKET_ELEMENTS = 1_000_000
 """Below this, collectives of small models are all latency; DeepSpeed's own 5e8 would cost gigabytes of buffers."""
+MIN_GPU_BUCKET_ELEMENTS = 100_000_000
+"""Stages 1 and 2 reduce the gradients of a whole model bucket by bucket: a few large ones on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,12 +135,13 @@ def partitioned_loading(config: Json) -> Iterator[None]:
 
 
 def _zero(settings: EngineSettings) -> Json:
-    bucket = max(settings.hidden_size**2, MIN_BUCKET_ELEMENTS)
+    reduces_whole = settings.on_gpu and settings.zero_stage in (1, 2)
+    bucket = max(settings.hidden_size**2, MIN_GPU_BUCKET_ELEMENTS if reduces_whole else MIN_BUCKET_ELEMENTS)
     zero: Json = {
         "stage": settings.zero_stage,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        "overlap_comm": settings.on_gpu and settings.zero_stage == 3,
+        "overlap_comm": settings.on_gpu and settings.zero_stage >= 2,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }

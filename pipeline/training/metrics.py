@@ -19,11 +19,9 @@ from .device_limits import peak_flops_per_second, peak_memory_bytes
 from .micro_batch import ScoredMicroBatch
 from .objective import Objective
 
+_COUNTS = ("pairs", "tokens", "attended", "scored")
+"""Known without asking the device."""
 _SUMS = (
-    "pairs",
-    "tokens",
-    "attended",
-    "scored",
     "loss",
     "chosen_logps",
     "rejected_logps",
@@ -70,6 +68,7 @@ class PairMetrics:
         self._restart()
 
     def _restart(self) -> None:
+        self._counts = dict.fromkeys(_COUNTS, 0)
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self._device)
         self._since = time.perf_counter()
 
@@ -87,10 +86,10 @@ class PairMetrics:
         if policy.aux_loss is not None:
             self._has_aux_loss = True
             aux_loss = policy.aux_loss * scored.micro_batch.num_pairs
-        counts = self._sums.new_tensor(
-            [scored.micro_batch.num_pairs, batch.num_tokens, batch.num_attended, batch.num_scored]
-        )
-        values = torch.stack(
+        counted = (scored.micro_batch.num_pairs, batch.num_tokens, batch.num_attended, batch.num_scored)
+        for name, count in zip(_COUNTS, counted, strict=True):
+            self._counts[name] += count
+        self._sums += torch.stack(
             [
                 outcomes.losses_B.sum(),
                 outcomes.chosen_logps_B.sum(),
@@ -105,7 +104,6 @@ class PairMetrics:
                 aux_loss.double(),
             ]
         )
-        self._sums += torch.cat([counts, values])
 
     def _right(self, chosen_rewards_B: Tensor, rejected_rewards_B: Tensor, average_margin_B: Tensor) -> Tensor:
         """1 where chosen has the higher reward, 0 where rejected has, 1/2 for a tie."""
@@ -118,14 +116,17 @@ class PairMetrics:
         One reduction. A maximum travels in it too: each rank puts its figure in a place of its own.
         """
         num_ranks = dist.get_world_size()
-        memory = torch.zeros(num_ranks, dtype=torch.float64, device=self._device)
+        memory = [0] * num_ranks
         memory[dist.get_rank()] = peak_memory_bytes(self._device)
-        reduced = torch.cat([self._sums, memory])
+        known = torch.tensor([*self._counts.values(), *memory], dtype=torch.float64, device=self._device)
+        reduced = torch.cat([self._sums, known])
         dist.all_reduce(reduced)
         seconds = time.perf_counter() - self._since
-        totals = dict(zip(_SUMS, reduced[: len(_SUMS)].tolist(), strict=True))
+        names = (*_SUMS, *_COUNTS)
+        numbers = reduced.tolist()
+        totals = dict(zip(names, numbers[: len(names)], strict=True))
         fields = self._learning(totals) | self._speed(totals, seconds, num_ranks)
-        fields["perf/peak_memory_gib"] = float(reduced[len(_SUMS) :].max()) / 2**30
+        fields["perf/peak_memory_gib"] = max(numbers[len(names) :]) / 2**30
         self._restart()
         return {self._prefix + name: value for name, value in fields.items()}
 

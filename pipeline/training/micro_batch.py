@@ -35,6 +35,10 @@ class MicroBatch:
         """B."""
         return len(self.keys)
 
+    def pin_memory(self) -> MicroBatch:
+        """The same micro-batch in page-locked memory, from which it can move to a GPU while that computes."""
+        return replace(self, batch=self.batch.pin_memory(), reference=self.reference.pin_memory())
+
     def to(self, device: torch.device, *, non_blocking: bool = False) -> MicroBatch:
         """The same micro-batch with its tensors on ``device``."""
         return replace(

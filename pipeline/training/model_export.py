@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from ...errors import DpoCacheError
 from ..cache.durable_file import settle_folder, settle_tree
-from ..scoring.model_loading import find_causal_lm, load_causal_lm
+from ..scoring.model_loading import find_causal_lm, load_causal_lm, resolve_attention
 from ..scoring.quantization import quantized_layers
+from .host_group import wait_for_all
 from .lora_adapter import adapter_state, gathered, lora_change, merged_parameters, same_adapter, write_adapter
 from .policy_engine import PolicyEngine
 from .tensor_headers import TensorHeader, check_headers, checkpoint_dtype, header_of
@@ -67,7 +67,7 @@ def export_model(
             base = load_causal_lm(
                 base_folder,
                 dtype=dtype,
-                attention=engine.scorer.attention,
+                attention=resolve_attention(None, engine.scorer.config, torch.device("cpu")),
                 device="cpu",
                 trust_remote_code=trust_remote_code,
             )
@@ -126,7 +126,7 @@ def _write_on_main(engine: PolicyEngine, folder: Path, write: Callable[[Path], N
                 f"the model could not be written to {folder}: {error}",
                 next_step="free some space (df -h) and run again with --resume: the last checkpoint is complete",
             ) from error
-    dist.barrier()
+    wait_for_all()
 
 
 def _gathered_state(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ Shape suffix: B pairs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -37,9 +38,14 @@ class ReferenceLogps:
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> ReferenceLogps:
         """The same values on ``device``."""
-        return ReferenceLogps(
-            **{field.name: getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)}
-        )
+        return self._with_columns(lambda column_B: column_B.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ReferenceLogps:
+        """The same values in page-locked memory."""
+        return self._with_columns(Tensor.pin_memory)
+
+    def _with_columns(self, change: Callable[[Tensor], Tensor]) -> ReferenceLogps:
+        return ReferenceLogps(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -9,7 +9,15 @@ from dpo_cache.pipeline.training.device_limits import peak_flops_per_second, pea
 
 @pytest.mark.parametrize(
     ("name", "teraflops"),
-    [("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA Nonesuch", None)],
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA Nonesuch", None),
+    ],
 )
 def test_peaks_are_known_by_name_or_not_at_all(
     name: str, teraflops: int | None, monkeypatch: pytest.MonkeyPatch

@@ -131,7 +131,7 @@ def test_no_pairs_give_one_unscored_token_in_every_layout() -> None:
     for layout in Layout:
         batch = scoring_batch([], layout)
         assert (batch.num_pairs, batch.num_scored, batch.num_tokens) == (0, 0, 1)
-        assert batch.input_ids_RT.shape == (1, 1)
+        assert batch.input_ids_RT.shape == (1, 128 if layout is Layout.PACKED else 32)
         assert empty_batch(layout).tokens_S.shape == (0,)
 
 
