@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from .output_folder import write_json
@@ -27,13 +28,14 @@ class BestModel:
         if self._path.exists():
             record = json.loads(self._path.read_text(encoding="utf-8"))
             if record["training_step"] <= last_step and record["field"] == self._field:
-                self._best = float(record["value"])
+                self._best = _number(record["value"])
 
     def is_beaten_by(self, line: dict[str, float]) -> bool:
         """Whether an evaluation after at least one update is better than all before; the first of equals stays."""
         if self._field is None or line["training_step"] == 0:
             return False
-        return self._best is None or line[self._field] > self._best
+        value = _number(line[self._field])
+        return value is not None and (self._best is None or value > self._best)
 
     def remember(self, line: dict[str, float], *, is_main: bool) -> None:
         """This evaluation's model has been saved."""
@@ -42,3 +44,8 @@ class BestModel:
         if is_main:
             record = {"field": self._field, "value": self._best, "training_step": line["training_step"]}
             write_json(self._path, record)
+
+
+def _number(value: float) -> float | None:
+    """None for what is not a number: nothing would ever be better."""
+    return None if math.isnan(value) else float(value)

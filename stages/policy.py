@@ -31,10 +31,12 @@ class PolicyOrigin:
         model: Its files.
         is_reference: Whether it is, byte for byte, what the cache was scored with; then the proof at step 0 holds.
             An adapter that has not been trained yet changes nothing about that.
+        sha256: Digest of all that its values depend on.
     """
 
     model: ModelFolder
     is_reference: bool
+    sha256: str
 
 
 def find_policy(config: TrainConfig, cache: ReferenceCache) -> ModelFolder:
@@ -106,7 +108,7 @@ def check_policy(config: TrainConfig, reference: ReferenceIdentity, model: Model
             expected="a policy that starts from the reference, as DPO is defined",
             next_step="leave --model out, or add --allow-other-policy if the policy is meant to start elsewhere",
         )
-    return PolicyOrigin(model=model, is_reference=not found)
+    return PolicyOrigin(model=model, is_reference=not found, sha256=identity.digest)
 
 
 def load_policy(

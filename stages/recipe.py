@@ -18,6 +18,8 @@ from ..pipeline.training.learning_rate import learning_rate, warmup_steps
 from ..pipeline.training.objective import Objective, beta_warnings
 from .train_config import TrainConfig
 
+TRAINED_DTYPES = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
@@ -67,11 +69,18 @@ class Recipe:
             total_steps=self.total_steps,
         )
 
-    def must_stay(self, config: TrainConfig) -> dict[str, Any]:
-        """What has to be the same for a run to go on exactly; the number of ranks may change."""
+    def must_stay(self, config: TrainConfig, policy_sha256: str) -> dict[str, Any]:
+        """What has to be the same for a run to go on exactly; the number of ranks may change.
+
+        Args:
+            config: The settings.
+            policy_sha256: Of the weights that the policy started from.
+        """
         return {
             "mixture": self.mixture_digest,
             "reference": self.reference_id,
+            "policy": policy_sha256,
+            "attn_implementation": self.attention,
             "loss": self.loss.to_json(),
             "dtype": self.dtype,
             "global_batch_size": self.global_batch_size,
@@ -124,9 +133,16 @@ def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture,
             expected="fewer than the run has",
             next_step="leave --stop-after-steps out to train to the end",
         )
+    dtype = config.dtype or identity.compute_dtype
+    if dtype not in TRAINED_DTYPES:
+        raise DpoCacheError(
+            f"the cache was scored in {dtype}, in which nothing is trained here",
+            expected=" or ".join(TRAINED_DTYPES),
+            next_step="build a cache with --dtype bfloat16, or add --dtype bfloat16 --allow-numerics-mismatch",
+        )
     return Recipe(
         loss=config.resolved_loss(),
-        dtype=config.dtype or identity.compute_dtype,
+        dtype=dtype,
         attention=config.attn_implementation or identity.attention,
         num_ranks=num_ranks,
         num_pairs=mixture.num_pairs,

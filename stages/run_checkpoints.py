@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
+from ..errors import DpoCacheError
 from ..pipeline.training.checkpoint_folder import (
     Checkpoint,
     TrainerState,
     check_same_run,
+    held_bytes,
     newest_checkpoint,
     open_checkpoint,
 )
@@ -38,12 +43,17 @@ class RunCheckpoints:
         self._folder = config.output / "checkpoints"
         self._keep_last = None if config.keep_last_n_checkpoints == -1 else config.keep_last_n_checkpoints
 
-    def find(self) -> Checkpoint | None:
+    def find(self, policy_sha256: str) -> Checkpoint | None:
         """The checkpoint to go on from, the same on all ranks; None for a fresh start.
 
+        Args:
+            policy_sha256: Of the weights that the policy started from, which a checkpoint of an adapter needs again.
+
         Raises:
-            DpoCacheError: It is not complete, or of a run that differs in what has to stay; on all ranks alike.
+            DpoCacheError: It is not complete, or of a run that differs in what has to stay; or the run is finished and
+                its checkpoints are gone. On all ranks alike.
         """
+        self._must_stay = self._recipe.must_stay(self._config, policy_sha256)
         if self._config.resume is None:
             return None
         checkpoint = decided_by_first(lambda: self._choose(str(self._config.resume)))
@@ -79,8 +89,12 @@ class RunCheckpoints:
         if self._ranks.rank == 0:
             shutil.rmtree(converted, ignore_errors=True)
 
-    def check_free_space(self, engine: PolicyEngine) -> None:
+    def check_free_space(self, engine: PolicyEngine, saved_dtype: torch.dtype) -> None:
         """Before hours are spent on what could not be saved.
+
+        Args:
+            engine: The policy.
+            saved_dtype: What the model is written in.
 
         Raises:
             DpoCacheError: There is too little room; on all ranks alike.
@@ -92,12 +106,17 @@ class RunCheckpoints:
                 parameters=engine.parameters(),
                 weight_bytes=4 if self._recipe.dtype == "float32" else 2,
                 keep_last=self._keep_last,
+                held_bytes=held_bytes(self._folder, at_most=self._keep_last),
+                num_models=1 if self._config.keep_best is None else 2,
+                saved_bytes=saved_dtype.itemsize,
                 only_adapter=self._config.saves_adapter,
             )
 
         all_or_none(check, on=self._ranks.rank == 0)
 
-    def save(self, engine: PolicyEngine, *, updates_done: int, tracking_run_id: str | None) -> None:
+    def save(
+        self, engine: PolicyEngine, *, updates_done: int, unlogged: Mapping[str, float], tracking_run_id: str | None
+    ) -> None:
         """Save everything to go on from; collective."""
         save_checkpoint(
             engine,
@@ -106,8 +125,9 @@ class RunCheckpoints:
                 step=updates_done,
                 num_ranks=self._ranks.num_ranks,
                 zero_stage=self._config.zero_stage,
-                run=self._recipe.must_stay(self._config),
+                run=self._must_stay,
                 tracking_run_id=tracking_run_id,
+                unlogged=unlogged,
             ),
             keep_last=self._keep_last,
         )
@@ -115,5 +135,11 @@ class RunCheckpoints:
     def _choose(self, resume: str) -> Checkpoint | None:
         checkpoint = newest_checkpoint(self._folder) if resume == "latest" else open_checkpoint(Path(resume))
         if checkpoint is not None:
-            check_same_run(checkpoint, run=self._recipe.must_stay(self._config), zero_stage=self._config.zero_stage)
+            check_same_run(checkpoint, run=self._must_stay, zero_stage=self._config.zero_stage)
+        elif (self._config.output / "model").exists():
+            raise DpoCacheError(
+                f"the run in {self._config.output} is finished, and its checkpoints are gone",
+                expected="a checkpoint to go on from, or a run that has not begun",
+                next_step="its model is in model/; to train again, give another --output",
+            )
         return checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +15,13 @@ from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.pair_stream import PairStream
 from ..pipeline.scoring.flops import ModelCost
 from ..pipeline.scoring.scoring_batch import Layout
-from ..pipeline.training.dealing import deal
+from ..pipeline.training.dealing import deal, deal_padded
 from ..pipeline.training.eval_margins import EvalMargins
 from ..pipeline.training.global_batches import GlobalBatch
 from ..pipeline.training.metrics import PairMetrics, step_line
 from ..pipeline.training.micro_batch import MicroBatch, collate
 from ..pipeline.training.policy_engine import PolicyEngine
-from ..pipeline.training.step_zero import BOUNDS, StepZeroFigures, StepZeroProof
+from ..pipeline.training.step_zero import StepZeroFigures, StepZeroProof
 from .background import ReadAhead
 from .recipe import Recipe, global_batches
 
@@ -47,7 +47,9 @@ class MicroBatches:
         tokens_per_microbatch: int,
     ) -> None:
         self.mixture = mixture
-        self._lengths = mixture.shared_prefix_lengths()
+        is_padded = layout is Layout.PADDED
+        self._deal = deal_padded if is_padded else deal
+        self._lengths = mixture.longest_sequence_lengths() if is_padded else mixture.shared_prefix_lengths()
         self._stream = PairStream(cache, mixture)
         self._layout = layout
         self._rank, self._num_ranks, self._device = engine.rank, engine.num_ranks, engine.device
@@ -55,7 +57,7 @@ class MicroBatches:
 
     def of(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
         """This rank's share of a global batch: rows of each micro-batch, as many of them as on any other rank."""
-        dealt = deal(
+        dealt = self._deal(
             rows,
             self._lengths[rows],
             num_ranks=self._num_ranks,
@@ -77,7 +79,7 @@ class MicroBatches:
         return micro_batch.pin_memory() if self._device.type == "cuda" else micro_batch
 
     def tokens(self, rows: npt.NDArray[np.int64]) -> int:
-        """Tokens of these rows, each prompt once."""
+        """What these rows cost, in tokens: each prompt once, or of the longer answer with it where rows are padded."""
         return int(self._lengths[rows].sum())
 
     def longest(self, rows: npt.NDArray[np.int64]) -> int:
@@ -125,6 +127,11 @@ class TrainingLoop:
         self._training = training
         self._evaluation = evaluation
         self._plan = global_batches(training.mixture, recipe.global_batch_size, recipe.seed)
+        self.count_as_ties(0.0)
+
+    def count_as_ties(self, tie_margin: float) -> None:
+        """Say which difference of a pair's two sides, in nats per token, is rounding; metrics start anew."""
+        self._tie_margin = tie_margin
         self._metrics = self._new_metrics()
 
     def prove_step_zero(self) -> StepZeroFigures:
@@ -160,6 +167,15 @@ class TrainingLoop:
             epoch=batch.epochs_done,
             grad_norm=grad_norm,
         )
+
+    def unlogged(self) -> dict[str, float]:
+        """What the next line already knows; all ranks call this."""
+        return self._metrics.unlogged()
+
+    def go_on_from(self, unlogged: Mapping[str, float]) -> None:
+        """Let the next line count what was done before a resumed run stopped; all ranks call this."""
+        if self._engine.rank == 0:
+            self._metrics.go_on_from(unlogged)
 
     def evaluate(self, updates_done: int) -> Evaluation:
         """Score all held-out pairs; all ranks call this."""
@@ -221,7 +237,7 @@ class TrainingLoop:
         return PairMetrics(
             self._recipe.loss,
             device=self._engine.device,
-            tie_margin=BOUNDS[self._recipe.dtype],
+            tie_margin=self._tie_margin,
             cost=ModelCost.of_model(self._engine.scorer.model),
             prefix=prefix,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,7 +27,8 @@ from ..pipeline.training.host_group import wait_for_all
 from ..pipeline.training.host_memory import set_large_blocks_apart
 from ..pipeline.training.policy_engine import PolicyEngine
 from ..pipeline.training.run_log import RunLog, TrackingSettings
-from ..pipeline.training.step_zero import StepZeroFigures, check_step_zero, write_step_zero
+from ..pipeline.training.step_zero import StepZeroFigures, check_step_zero, read_step_zero, write_step_zero
+from ..pipeline.training.tensor_headers import checkpoint_dtype
 from ..pipeline.training.tensorboard_files import require_tensorboard
 from .best_model import BestModel
 from .devices import memory_explained, share_cores
@@ -87,8 +86,8 @@ class TrainingRun:
         """
         with ExitStack() as held:
             self._prepare(held)
-            checkpoint = self._checkpoints.find()
             origin = self._find_policy()
+            checkpoint = self._checkpoints.find(origin.sha256)
             self.hub_target = all_or_none(lambda: self._prepare_hub(origin), on=self._is_main)
             self._write_config(origin)
             self._start_engine(origin, checkpoint)
@@ -141,7 +140,8 @@ class TrainingRun:
         held.enter_context(output_lock(self._config.output))
 
     def _find_policy(self) -> PolicyOrigin:
-        model = find_policy(self._config, self._pairs.cache)
+        model = all_or_none(lambda: find_policy(self._config, self._pairs.cache))
+        assert model is not None
         # Hashing the weights is for one rank; what it finds, all have to know.
         origin = decided_by_first(lambda: check_policy(self._config, self._pairs.cache.identity, model))
         return replace(origin, model=model)
@@ -198,7 +198,7 @@ class TrainingRun:
             bad_batch_path=self._config.output / "bad_batch.json",
             load_balancing_weight=self._config.resolved_load_balancing_weight() or 0.0,
         )
-        self._checkpoints.check_free_space(self._engine)
+        self._checkpoints.check_free_space(self._engine, checkpoint_dtype(origin.model.folder))
         layout = choose_layout(self._engine.deepspeed, device=self._device)
         if checkpoint is not None:
             self._checkpoints.load(self._engine, checkpoint)
@@ -224,7 +224,10 @@ class TrainingRun:
     def _train(self, origin: PolicyOrigin, checkpoint: Checkpoint | None) -> TrainReport:
         first_step = checkpoint.state.step if checkpoint else 0
         last_step = self._config.stop_after_steps or self._recipe.total_steps
-        step_zero = self._prove_step_zero(origin) if checkpoint is None else None
+        step_zero = self._prove_step_zero(origin) if checkpoint is None else self._recorded_step_zero()
+        self._loop.count_as_ties(step_zero.tie_margin if step_zero else 0.0)
+        if checkpoint is not None and checkpoint.state.unlogged:
+            self._loop.go_on_from(checkpoint.state.unlogged)
         self._log = self._open_log(checkpoint, first_step)
         self._best = BestModel(self._config.output, by=self._config.keep_best, last_step=first_step)
         wait_for_all()  # all ranks have read what rank 0 is about to write
@@ -233,7 +236,7 @@ class TrainingRun:
             line = self._update_until_done(range(first_step, last_step), stop_requested)
         line = line or self._logged(first_step, "train_loss") or {}  # nothing was left to do
         updates_done = max(first_step, last_step)
-        eval_after = self._evaluate(updates_done)
+        eval_after = self._last_evaluation(updates_done, came_here_finished=first_step >= last_step)
         is_finished = updates_done == self._recipe.total_steps
         if is_finished or self._evaluates_after(updates_done):
             self._keep_best(line, eval_after)
@@ -290,12 +293,25 @@ class TrainingRun:
                 self._keep_best(line, self._evaluate(done))
             stop = any_rank(stop_requested(), self._device) and not is_last
             if stop or is_last or (self._config.checkpointing_steps and done % self._config.checkpointing_steps == 0):
-                self._checkpoints.save(self._engine, updates_done=done, tracking_run_id=self._log.tracking_run_id)
+                self._checkpoints.save(
+                    self._engine,
+                    updates_done=done,
+                    unlogged=self._loop.unlogged(),
+                    tracking_run_id=self._log.tracking_run_id,
+                )
             if stop:
                 self._log.close()
                 say_once(f"saved after update {done} of {self._recipe.total_steps}; --resume goes on from there")
                 raise KeyboardInterrupt
         return line
+
+    def _last_evaluation(self, updates_done: int, *, came_here_finished: bool) -> dict[str, float] | None:
+        """The one after the last update; a finished run that is resumed has it already."""
+        if came_here_finished:
+            evaluation = decided_by_first(lambda: self._logged(updates_done, "eval/loss"))
+            if evaluation is not None:
+                return evaluation
+        return self._evaluate(updates_done)
 
     def _evaluates_after(self, updates_done: int) -> bool:
         return self._config.eval_steps is not None and updates_done % self._config.eval_steps == 0
@@ -336,7 +352,7 @@ class TrainingRun:
             pairs=self._loop.pairs_after(updates_done),
             seconds=time.monotonic() - self._started,
             reference_forwards=0,
-            step0=asdict(step_zero) if step_zero else self._recorded_step_zero(),
+            step0=asdict(step_zero) if step_zero else None,
             eval_before=eval_before,
             eval_after=eval_after,
             last=last_line,
@@ -353,7 +369,6 @@ class TrainingRun:
         found = [line for line in lines if line["training_step"] == step and field in line]
         return {name: value for name, value in found[-1].items() if not math.isnan(value)} if found else None
 
-    def _recorded_step_zero(self) -> dict[str, Any] | None:
-        """The proof of a resumed run was made when it began."""
-        recorded = self._config.output / "step0.json"
-        return json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else None
+    def _recorded_step_zero(self) -> StepZeroFigures | None:
+        """The proof of a resumed run was made when it began; the same on all ranks."""
+        return decided_by_first(lambda: read_step_zero(self._config.output / "step0.json"))

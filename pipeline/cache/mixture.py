@@ -69,6 +69,14 @@ class Mixture:
         total += self.table.column("rejected_length")
         return total
 
+    def longest_sequence_lengths(self) -> npt.NDArray[np.int32]:
+        """Token ids of each pair's prompt and longer answer, shape (P,)."""
+        longest: npt.NDArray[np.int32] = np.maximum(
+            self.table.column("chosen_length"), self.table.column("rejected_length")
+        )
+        longest += self.table.column("prompt_length")
+        return longest
+
     def rows(self) -> MixtureRows:
         """All training pairs as columns, as :func:`write_mixture` takes them."""
         return MixtureRows(

@@ -1,7 +1,8 @@
 """Which pairs are scored together: pure functions over token lengths.
 
-A budget is in tokens of the rows as they are computed, padding included, since that is what memory follows.
-Batches come longest first, so that running out of memory shows at once.
+A budget is in tokens as they are computed, since that is what memory follows: each prompt once where it is shared, and
+padding where every sequence has a row of its own. (Rows of shared prompts are padded too, by a few percent.) Batches
+come longest first, so that running out of memory shows at once.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def plan_batches(
         for part in split_group(group, pairs, layout, tokens_per_batch=tokens_per_batch)
     ]
     fill_tokens = min(fill_tokens or tokens_per_batch, tokens_per_batch)
-    if layout is Layout.PACKED:
-        batches = best_fit([group.num_tokens for group in groups], fill_tokens)
+    if layout is Layout.PADDED:
+        batches = _fill_rectangles(groups, fill_tokens)
     else:
-        batches = _fill_rectangles(groups, layout, fill_tokens)
+        batches = best_fit([group.num_tokens for group in groups], fill_tokens)
     return [[pair for number in batch for pair in groups[number].pairs] for batch in batches]
 
 
@@ -51,36 +52,36 @@ def split_group(
     group: PromptGroup, pairs: Sequence[TokenPair], layout: Layout, *, tokens_per_batch: int
 ) -> list[PromptGroup]:
     """Parts of a group that keep within the budget, in order; a pair is never split."""
-    if _rectangle([group], layout) <= tokens_per_batch:
+    if _computed_tokens(group, layout) <= tokens_per_batch:
         return [group]
     parts: list[PromptGroup] = []
     indices: list[int] = []
     for index in group.pairs:
         grown = prompt_group(pairs, [*indices, index])
-        if indices and _rectangle([grown], layout) > tokens_per_batch:
+        if indices and _computed_tokens(grown, layout) > tokens_per_batch:
             parts.append(prompt_group(pairs, indices))
             indices = []
         indices.append(index)
     return [*parts, prompt_group(pairs, indices)]
 
 
-def _fill_rectangles(groups: Sequence[PromptGroup], layout: Layout, fill_tokens: int) -> list[list[int]]:
+def _computed_tokens(group: PromptGroup, layout: Layout) -> int:
+    return _rectangle([group]) if layout is Layout.PADDED else group.num_tokens
+
+
+def _fill_rectangles(groups: Sequence[PromptGroup], fill_tokens: int) -> list[list[int]]:
     """Neighbours in length share a batch: hardly any padding, and every batch is as full as the budget lets it."""
-    by_length = sorted(range(len(groups)), key=lambda number: -_row_tokens(groups[number], layout))
+    by_length = sorted(range(len(groups)), key=lambda number: -groups[number].longest_sequence)
     batches: list[list[int]] = []
     for number in by_length:
-        if batches and _rectangle([groups[member] for member in [*batches[-1], number]], layout) <= fill_tokens:
+        if batches and _rectangle([groups[member] for member in [*batches[-1], number]]) <= fill_tokens:
             batches[-1].append(number)
         else:
             batches.append([number])
     return batches
 
 
-def _rectangle(groups: Sequence[PromptGroup], layout: Layout) -> int:
-    """Rows times the longest row, at most: the prefix-shared layout may need fewer rows."""
-    rows = sum(len(group.responses) for group in groups) if layout is Layout.PADDED else len(groups)
-    return rows * rounded_up(max(_row_tokens(group, layout) for group in groups))
-
-
-def _row_tokens(group: PromptGroup, layout: Layout) -> int:
-    return group.longest_sequence if layout is Layout.PADDED else group.num_tokens
+def _rectangle(groups: Sequence[PromptGroup]) -> int:
+    """Padded rows times their width."""
+    num_rows = sum(len(group.responses) for group in groups)
+    return num_rows * rounded_up(max(group.longest_sequence for group in groups))

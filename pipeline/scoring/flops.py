@@ -40,11 +40,10 @@ class ModelCost:
     def of_model(cls, model: nn.Module) -> ModelCost:
         """Counted on the model itself, partitioned by ZeRO-3 or not."""
         config = find_causal_lm(model).config.get_text_config()
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             backbone_weights=sum(_passed_elements(find_backbone(model), config)),
             head_weights=num_elements(find_head(model).weight),
-            attention_width=config.num_attention_heads * head_size * _attention_layers(config),
+            attention_width=_query_width(config) * _attention_layers(config),
             backward_forwards=2 if find_head(model).weight.requires_grad else 1,
         )
 
@@ -75,6 +74,14 @@ def _passed_elements(backbone: nn.Module, config: Any) -> Iterator[int]:
                 yield num_elements(parameter) * config.num_experts_per_tok // num_experts
             elif len(shape) >= 2:
                 yield num_elements(parameter)
+
+
+def _query_width(config: Any) -> int:
+    """0 in a model without attention; what its state costs beside its weights is not counted."""
+    heads = getattr(config, "num_attention_heads", 0)
+    if not heads:
+        return 0
+    return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))
 
 
 def _attention_layers(config: Any) -> int:

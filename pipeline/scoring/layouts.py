@@ -17,11 +17,15 @@ import numpy.typing as npt
 import torch
 
 from ..data.token_pair import TokenIds, TokenPair
-from .bin_packing import best_fit
+from .bin_packing import even_bins
 from .prompt_group import PromptGroup, group_by_prompt
 from .scoring_batch import Layout, ScoringBatch
 from .shape_rounding import ROW_MULTIPLE, rounded_up
 
+ROW_TOKENS = 2048
+"""Groups share a row up to about this: a GPU attends over the whole square of a row, hidden couples too."""
+NUMBERS_TRIED = 8
+"""Numbers of rows compared; the first ones hardly ever leave more than 2% of padding."""
 FLEX_BLOCK_TOKENS = 128
 """Rows for flex_attention are a multiple of its block, so that few shapes are ever compiled."""
 
@@ -42,11 +46,23 @@ def padded_batch(pairs: Sequence[TokenPair], *, multiple: int = ROW_MULTIPLE) ->
 
 
 def prefix_shared_batch(pairs: Sequence[TokenPair], *, multiple: int = ROW_MULTIPLE) -> ScoringBatch:
-    """Rows as long as the longest prompt group, rounded up to ``multiple``; shorter groups share rows."""
+    """Prompt groups in rows alike in length, rounded up to ``multiple``; as many rows as leave least padding."""
     groups = group_by_prompt(pairs)
-    lengths = [group.num_tokens for group in groups]
-    width = rounded_up(max(lengths), multiple)
-    return _lay_out_groups(Layout.PREFIX_SHARED, pairs, groups, rows=best_fit(lengths, width), multiple=multiple)
+    rows = _even_rows([group.num_tokens for group in groups], multiple)
+    return _lay_out_groups(Layout.PREFIX_SHARED, pairs, groups, rows=rows, multiple=multiple)
+
+
+def _even_rows(lengths: Sequence[int], multiple: int) -> list[list[int]]:
+    """Groups in rows of least padding, none much longer than :data:`ROW_TOKENS` unless a group is."""
+    total, longest = sum(lengths), max(lengths)
+    fewest = -(-total // max(longest, ROW_TOKENS))
+    most = max(fewest, min(total // longest, fewest + NUMBERS_TRIED - 1))
+    candidates = [even_bins(lengths, num_rows) for num_rows in range(fewest, most + 1)]
+
+    def computed_tokens(rows: list[list[int]]) -> int:
+        return len(rows) * rounded_up(max(sum(lengths[group] for group in row) for row in rows), multiple)
+
+    return min(candidates, key=computed_tokens)
 
 
 def packed_batch(pairs: Sequence[TokenPair], *, multiple: int = FLEX_BLOCK_TOKENS) -> ScoringBatch:

@@ -189,7 +189,7 @@ def set_dropout_to_zero(config: Any) -> None:
     """Set every dropout probability and router jitter of a config to zero, of its parts too."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
-            if _is_noise(name, value):
+            if is_noise(name, value):
                 setattr(part, name, 0.0)
 
 
@@ -199,11 +199,12 @@ def set_module_dropout_to_zero(model: nn.Module) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if _is_noise(name, value):
+            if is_noise(name, value):
                 setattr(module, name, 0.0)
 
 
-def _is_noise(name: str, value: object) -> bool:
+def is_noise(name: str, value: object) -> bool:
+    """Whether a setting of a model's config or module adds chance to its passes: dropout, router jitter."""
     noisy = any(word in name for word in ("dropout", "pdrop", "layerdrop", "drop_path", "jitter_noise"))
     return noisy and isinstance(value, float) and value > 0.0
 

@@ -42,6 +42,7 @@ class TrainerState:
         run: What must be the same to go on exactly: the mixture's digest, seed, global batch and the like, by the
             names people know them by.
         tracking_run_id: Of Weights & Biases, so that the curve goes on.
+        unlogged: Sums over the updates since the last log line, so that the next line is what it would have been.
     """
 
     step: int
@@ -49,6 +50,7 @@ class TrainerState:
     zero_stage: int
     run: Mapping[str, Any]
     tracking_run_id: str | None = None
+    unlogged: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +134,12 @@ def complete_checkpoint(path: Path, state: TrainerState) -> None:
     files = {str(file.relative_to(path)): file.stat().st_size for file in settle_tree(path)}
     write_durably(path / MARKER, _json_bytes({"files": files}), temporary_folder=path)
     settle_folder(path.parent)
+
+
+def held_bytes(folder: Path, *, at_most: int | None) -> int:
+    """Size of the newest complete checkpoints, ``at_most`` of them; all for None."""
+    complete = [path for path in _newest_first(folder) if is_complete(path)]
+    return sum(file.stat().st_size for path in complete[:at_most] for file in path.rglob("*") if file.is_file())
 
 
 def prune_checkpoints(folder: Path, *, keep_last: int | None) -> None:

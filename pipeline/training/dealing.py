@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DpoCacheError
-from ..scoring.bin_packing import best_fit
+from ..scoring.bin_packing import best_fit, even_bins
+from ..scoring.shape_rounding import ROW_MULTIPLE
 from .global_batches import Rows
 
 
@@ -50,8 +51,49 @@ def deal(
     if tokens_per_microbatch < 1:
         raise DpoCacheError(f"--tokens-per-microbatch is {tokens_per_microbatch}", expected="at least 1")
     bins = _pack(costs, num_ranks, tokens_per_microbatch)
-    loads = np.array([int(costs[members].sum()) for members in bins])
+    return _to_ranks(rows, bins, [int(costs[members].sum()) for members in bins], num_ranks)
 
+
+def deal_padded(
+    rows: Rows,
+    sequence_tokens: Sequence[int] | npt.NDArray[np.signedinteger[Any]],
+    *,
+    num_ranks: int,
+    tokens_per_microbatch: int,
+) -> list[list[Rows]]:
+    """The same where every answer has a row of its own with its prompt, as long as the longest of the micro-batch.
+
+    Pairs alike in length share a micro-batch, so that hardly anything is padded.
+
+    Args:
+        rows: As for :func:`deal`.
+        sequence_tokens: Tokens of each pair's prompt and longer answer, in the same order.
+        num_ranks: As for :func:`deal`.
+        tokens_per_microbatch: Most tokens a micro-batch may compute, padding included.
+
+    Returns:
+        As :func:`deal`.
+    """
+    widths = -(-np.asarray(sequence_tokens, dtype=np.int64) // ROW_MULTIPLE) * ROW_MULTIPLE
+    bins: list[list[int]] = []
+    for item in np.argsort(-widths, kind="stable").tolist():
+        if bins and 2 * (len(bins[-1]) + 1) * widths[bins[-1][0]] <= tokens_per_microbatch:
+            bins[-1].append(item)
+        else:
+            bins.append([item])
+    while len(bins) % num_ranks:
+        fullest = max(range(len(bins)), key=lambda number: len(bins[number]))
+        half = len(bins[fullest]) // 2
+        bins += [bins[fullest][half:]]
+        bins[fullest] = bins[fullest][:half]
+    return _to_ranks(
+        rows, bins, [2 * len(members) * int(widths[members].max(initial=0)) for members in bins], num_ranks
+    )
+
+
+def _to_ranks(rows: Rows, bins: list[list[int]], of_bins: Sequence[int], num_ranks: int) -> list[list[Rows]]:
+    """Micro-batches to ranks: those that run at the same time are alike in load."""
+    loads = np.array(of_bins)
     ranks: list[list[Rows]] = [[] for _ in range(num_ranks)]
     rank_loads = np.zeros(num_ranks, dtype=np.int64)
     by_load = np.argsort(-loads, kind="stable")
@@ -66,12 +108,11 @@ def deal(
 
 def _pack(costs: npt.NDArray[np.int64], num_ranks: int, budget: int) -> list[list[int]]:
     """Members of the bins: a multiple of ``num_ranks`` of them, as few as the budget allows, evenly filled."""
-    longest_first = np.argsort(-costs, kind="stable")
     tight = best_fit(costs.tolist(), budget)
     fewest = math.ceil(int(np.minimum(costs, budget).sum()) / (budget * num_ranks))
     most = max(1, math.ceil(len(tight) / num_ranks))
     for micro_steps in range(max(1, fewest), most + 1):
-        spread = _longest_first(costs, longest_first, micro_steps * num_ranks)
+        spread = even_bins(costs.tolist(), micro_steps * num_ranks)
         _even_out(spread, costs)
         if _fits(spread, costs, budget):
             return spread
@@ -82,17 +123,6 @@ def _pack(costs: npt.NDArray[np.int64], num_ranks: int, budget: int) -> list[lis
 
 def _fits(bins: list[list[int]], costs: npt.NDArray[np.int64], budget: int) -> bool:
     return all(len(members) <= 1 or int(costs[members].sum()) <= budget for members in bins)
-
-
-def _longest_first(costs: npt.NDArray[np.int64], longest_first: npt.NDArray[np.intp], num_bins: int) -> list[list[int]]:
-    """Longest processing time first: each pair into the bin that is emptiest so far."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = np.zeros(num_bins, dtype=np.int64)
-    for item in longest_first.tolist():
-        lightest = int(loads.argmin())
-        bins[lightest].append(item)
-        loads[lightest] += costs[item]
-    return bins
 
 
 def _even_out(bins: list[list[int]], costs: npt.NDArray[np.int64]) -> None:

@@ -141,7 +141,7 @@ def _zero(settings: EngineSettings) -> Json:
         "stage": settings.zero_stage,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        "overlap_comm": settings.on_gpu and settings.zero_stage >= 2,
+        "overlap_comm": settings.on_gpu and settings.zero_stage == 3,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }

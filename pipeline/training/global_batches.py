@@ -65,7 +65,7 @@ class GlobalBatchPlan:
         """Updates in a run: ``max_steps`` where it is given, else as many as the epochs hold, rounded up."""
         if max_steps is not None:
             return max_steps
-        return math.ceil(num_epochs * self.steps_per_epoch)
+        return math.ceil(round(num_epochs * self.steps_per_epoch, 6))  # 1.1 * 50 is 55.000000000000007
 
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of update ``step``, counted from 0."""

@@ -9,6 +9,7 @@ Shape suffix: B pairs.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -109,6 +110,20 @@ class PairMetrics:
         """1 where chosen has the higher reward, 0 where rejected has, 1/2 for a tie."""
         tie_B = (average_margin_B.abs() < self._tie_margin) | (chosen_rewards_B == rejected_rewards_B)
         return torch.where(tie_B, 0.5, (chosen_rewards_B > rejected_rewards_B).double())
+
+    def unlogged(self) -> dict[str, float]:
+        """The sums since the last line, over all ranks; all ranks call this, and nothing starts over."""
+        counts = torch.tensor(list(self._counts.values()), dtype=torch.float64, device=self._device)
+        reduced = torch.cat([self._sums, counts])
+        dist.all_reduce(reduced)
+        return dict(zip((*_SUMS, *_COUNTS), reduced.tolist(), strict=True))
+
+    def go_on_from(self, unlogged: Mapping[str, float]) -> None:
+        """Take the sums of a run that stopped between two lines; on one rank alone."""
+        self._sums += torch.tensor([unlogged[name] for name in _SUMS], dtype=torch.float64, device=self._device)
+        for name in _COUNTS:
+            self._counts[name] += int(unlogged[name])
+        self._has_aux_loss |= unlogged["aux_loss"] != 0
 
     def reduce(self) -> dict[str, float]:
         """The fields of a line over all pairs since the last one, on all ranks alike; then start over.

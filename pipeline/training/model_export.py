@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ...errors import DpoCacheError
 from ..cache.durable_file import settle_folder, settle_tree
-from ..scoring.model_loading import find_causal_lm, load_causal_lm, resolve_attention
+from ..scoring.model_loading import find_causal_lm, is_noise, load_causal_lm, resolve_attention
 from ..scoring.quantization import quantized_layers
 from .host_group import wait_for_all
 from .lora_adapter import adapter_state, gathered, lora_change, merged_parameters, same_adapter, write_adapter
@@ -45,7 +45,9 @@ def export_model(
 ) -> None:
     """Write the policy, an adapter on it added to its weights; collective, and only rank 0 writes.
 
-    Where the policy's weights are quantized, the adapter is added to the full ones, which rank 0 reads again.
+    Where the checkpoint is more precise than what was computed with, the optimizer's float32 weights are written:
+    rounded to bfloat16, most updates of preference tuning would be gone. An adapter is then added to the checkpoint's
+    own weights, which rank 0 reads again; so it is where the policy's weights are quantized.
 
     Args:
         engine: The trained policy, partitioned or not.
@@ -60,7 +62,9 @@ def export_model(
     """
     model = engine.scorer.model
     dtype = checkpoint_dtype(base_folder)
-    if quantized_layers(model):
+    is_rounded = dtype.itemsize > engine.scorer.dtype.itemsize
+    has_adapter = find_causal_lm(model) is not model
+    if quantized_layers(model) or (is_rounded and has_adapter):
         adapter = adapter_state(model, keep=engine.rank == 0)
 
         def write(temporary: Path) -> None:
@@ -75,7 +79,8 @@ def export_model(
             _write(whole, _gathered_state(whole, dtype, keep=True), temporary, dtype, base_folder)
 
     else:
-        state = _gathered_state(model, dtype, keep=engine.rank == 0)
+        masters = engine.master_weight if is_rounded else None
+        state = _gathered_state(model, dtype, keep=engine.rank == 0, master_of=masters)
 
         def write(temporary: Path) -> None:
             _write(model, state, temporary, dtype, base_folder)
@@ -129,14 +134,27 @@ def _write_on_main(engine: PolicyEngine, folder: Path, write: Callable[[Path], N
     wait_for_all()
 
 
-def _gathered_state(model: Any, dtype: torch.dtype, *, keep: bool) -> dict[str, Tensor]:
+def _gathered_state(
+    model: Any, dtype: torch.dtype, *, keep: bool, master_of: Callable[[nn.Parameter], Tensor] | None = None
+) -> dict[str, Tensor]:
     """The model's tensors in host memory on the ranks that keep them; every rank takes part in gathering.
 
     One parameter at a time, so a device never holds more than its own partition and the largest parameter. A tied
     parameter has one name here, the first; loading ties it again.
+
+    Args:
+        model: The policy, or a model with an adapter on it.
+        dtype: What the tensors are brought to.
+        keep: Whether this rank keeps them.
+        master_of: Gives the more precise weight behind a trained parameter; None to take the parameters themselves.
     """
     state: dict[str, Tensor] = {}
     for name, made_of, layer in merged_parameters(model):
+        if master_of is not None and made_of[0].requires_grad:
+            master = master_of(made_of[0]).detach()
+            if keep:
+                state[name] = master.to(device="cpu", dtype=dtype, copy=True)
+            continue
         with gathered(made_of):
             if keep:
                 weight = made_of[0].detach()
@@ -194,7 +212,7 @@ def _restore_config(written: Path, base: Path, dtype: torch.dtype) -> None:
     config, before = (json.loads(file.read_text(encoding="utf-8")) for file in (written, base))
     config["dtype"] = str(dtype).removeprefix("torch.")
     for name, value in before.items():
-        if name == "use_cache" or name.endswith(("dropout", "pdrop")):
+        if name == "use_cache" or is_noise(name, value):
             config[name] = value
     written.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

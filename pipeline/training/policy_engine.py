@@ -20,6 +20,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from ...errors import DpoCacheError
@@ -199,6 +200,17 @@ class PolicyEngine:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The policy's parameters; under ZeRO-3 their shape is ``ds_shape``."""
         return self.scorer.parameters()
+
+    def master_weight(self, parameter: nn.Parameter) -> Tensor:
+        """The whole float32 weight that the optimizer keeps behind a trained bfloat16 parameter; collective."""
+        if self.zero_stage == 0:
+            optimizer = self.deepspeed.optimizer
+            computed = [weight for group in optimizer.fp16_groups for weight in group]
+            masters: list[Tensor] = [weight for group in optimizer.fp32_groups for weight in group]
+            return next(master for weight, master in zip(computed, masters, strict=True) if weight is parameter)
+        master: Tensor | None = safe_get_full_fp32_param(parameter)
+        assert master is not None
+        return master
 
     def _gradient_norm(self) -> float:
         """Norm of the gradient that all ranks hold after the last backward pass of stage 0."""

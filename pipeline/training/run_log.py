@@ -69,10 +69,10 @@ class MetricsFile:
 
 
 def _lines_until(path: Path, last_step: int) -> tuple[list[bytes], int]:
-    """The whole lines up to a step, and how many lines are left out."""
+    """The whole lines up to a step, and how many lines are left out; none are kept for a fresh start."""
     kept: list[bytes] = []
     lines = path.read_bytes().splitlines(keepends=True)
-    for line in lines:
+    for line in lines if last_step else []:
         if not line.endswith(b"\n") or _step_of(line) is None or (_step_of(line) or 0) > last_step:
             break
         kept.append(line)

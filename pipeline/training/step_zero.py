@@ -30,6 +30,9 @@ systematic, such as one wrong token in a thousand, is above 1e-3. Bfloat16 round
 up to 1e-1 between batch shapes, and a side's average by up to 1e-2 when it is short.
 """
 
+SMALLEST_TIE = {"float32": 5e-6, "bfloat16": 0.0}
+"""In float32 a first batch may round to the very same values where the next one does not."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepZeroFigures:
@@ -54,6 +57,14 @@ class StepZeroFigures:
     loss: float
     expected_loss: float | None
     within_bound: bool
+
+    @property
+    def tie_margin(self) -> float:
+        """A difference between a pair's two sides, in nats per token, that rounding alone explains.
+
+        Twice the largest distance seen, for both sides round. Of a policy that is not the reference nothing is known.
+        """
+        return max(SMALLEST_TIE[self.dtype], 2 * self.max_per_token) if self.within_bound else 0.0
 
     def summary(self) -> str:
         """How far they were apart, for people."""
@@ -131,3 +142,8 @@ def check_step_zero(figures: StepZeroFigures) -> None:
 def write_step_zero(path: Path, figures: StepZeroFigures) -> None:
     """Keep the figures as JSON, for whoever asks later whether a run stood on solid ground."""
     path.write_text(json.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
+
+
+def read_step_zero(path: Path) -> StepZeroFigures | None:
+    """What :func:`write_step_zero` wrote; None where the file is gone."""
+    return StepZeroFigures(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None

@@ -56,7 +56,8 @@ case $LAUNCHER in
             ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 "$command" "$@"
         ;;
     torchrun)
-        set -- torchrun --no-python --nnodes="${NODES:-1}" --nproc-per-node="${GPUS:-$(gpus_here)}" \
+        # Asked to stop, ranks finish their update and save: torchrun would kill them after 30 s.
+        set -- torchrun --no-python --nnodes="${NODES:-1}" --nproc-per-node="${GPUS:-$(gpus_here)}" --shutdown-timeout=600 \
             --rdzv-backend=c10d --rdzv-endpoint="${HEAD:-localhost}:$port" --rdzv-id="dpo-$port" "$command" "$@"
         ;;
     deepspeed)

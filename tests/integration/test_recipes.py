@@ -130,9 +130,11 @@ LAUNCHERS: dict[str, tuple[dict[str, str], list[str]]] = {
     "torchrun": (
         {"HEAD": "node0", "NODES": "2", "GPUS": "8"},
         [
-            "torchrun --no-python --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=node0:29500 "
+            "torchrun --no-python --nnodes=2 --nproc-per-node=8 --shutdown-timeout=600 "
+            "--rdzv-backend=c10d --rdzv-endpoint=node0:29500 "
             "--rdzv-id=dpo-29500",
-            "torchrun --no-python --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=node0:29501 "
+            "torchrun --no-python --nnodes=2 --nproc-per-node=8 --shutdown-timeout=600 "
+            "--rdzv-backend=c10d --rdzv-endpoint=node0:29501 "
             "--rdzv-id=dpo-29501",
         ],
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,24 +133,40 @@ def test_swapping_chosen_and_rejected_flips_the_margin(reference: Path, tmp_path
 def test_a_run_killed_and_resumed_equals_one_never_stopped(shared_cache: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = ("--max-steps", 20, "--num-gpus", 2, "--checkpointing-steps", 7, "--lr-scheduler-type", "cosine")
+    options += ("--logging-steps", 2, "--eval-mixture", "train")  # a checkpoint falls between two lines
     run(train(shared_cache, whole, *options))
     complete = killed / "checkpoints/step_7/COMPLETE"
     assert kill_when(train(shared_cache, killed, *options), complete.exists)
-    assert len(metrics(killed)) >= 7
+    assert len(metrics(killed)) >= 3
     assert not (killed / "model").exists()
     report = run(train(shared_cache, killed, *options, "--resume"))
     assert (report["steps"], report["pairs"]) == (20, 160)
     again = run(train(shared_cache, killed, *options, "--resume"))  # nothing is left to do
     assert (again["steps"], again["pairs"]) == (20, 160)
     assert again["last"] == report["last"]
+    assert again["eval_after"] == report["eval_after"]
     straight, resumed = metrics(whole), metrics(killed)
-    assert [line["training_step"] for line in resumed] == list(range(1, 21))
+    assert [line["training_step"] for line in resumed] == list(range(2, 21, 2))
+    written = (killed / "metrics.jsonl").read_text().splitlines()
+    assert [line["training_step"] for line in map(json.loads, written) if "eval/loss" in line] == [0, 20]
     for ours, theirs in zip(resumed, straight, strict=True):
         for field in (*LEARNING, "learning_rate", "epoch"):
             assert ours[field] == pytest.approx(theirs[field], rel=1e-9), (ours["training_step"], field)
     ours_after, theirs_after = (load_file(folder / "model/model.safetensors") for folder in (killed, whole))
     for name, weight in theirs_after.items():
         torch.testing.assert_close(ours_after[name], weight, rtol=0, atol=0)
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(shared_cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(train(shared_cache, output, "--max-steps", 1))
+    shutil.rmtree(output / "checkpoints")
+    model = (output / "model/model.safetensors").stat().st_mtime_ns
+    command = train(shared_cache, output, "--max-steps", 1, "--resume")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"the run in {output} is finished, and its checkpoints are gone" in done.stderr
+    assert (output / "model/model.safetensors").stat().st_mtime_ns == model
 
 
 def test_resuming_on_one_rank_instead_of_two_goes_on_at_the_next_pair(shared_cache: Path, tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
 from commands import dpo_train, metrics, run
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from tiny_model import write_tiny_model
 
 
 def test_an_adapter_is_trained_partitioned_and_recomputing_and_saved_as_an_adapter(
@@ -30,3 +32,15 @@ def test_an_adapter_is_trained_partitioned_and_recomputing_and_saved_as_an_adapt
     described = json.loads((output / "model/adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == str(reference)
     AutoPeftModelForCausalLM.from_pretrained(output / "model")
+
+
+def test_an_adapter_does_not_go_on_on_other_weights(shared_cache: Path, tmp_path: Path) -> None:
+    """A checkpoint holds the adapter alone; the weights under it are read from where the command says."""
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    numbers = ("--max-steps", 2, "--global-batch-size", 8, "--use-lora", "--lora-rank", 2, "--allow-other-policy")
+    command = dpo_train("--cache", shared_cache, "--output", tmp_path / "run", *numbers)
+    run([*command, "--stop-after-steps", "1"])
+    moved = [*command, "--model", str(other), "--resume"]
+    done = subprocess.run(moved, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "belongs to another run: policy was '" in done.stderr

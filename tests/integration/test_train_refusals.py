@@ -15,7 +15,7 @@ from dpo_cache.cli import dpo_train
 from dpo_cache.pipeline.cache import shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.shard_file import read_shard_rows
-from dpo_cache.stages import policy
+from dpo_cache.stages import policy, recipe
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
 
@@ -154,6 +154,16 @@ def test_a_reference_overwritten_since(shared_cache: Path, reference: Path, tmp_
     tensors["model.norm.weight"][0] += 1e-3
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     assert "weights_sha256" in refusal(copied, tmp_path / "run", "--model", model)
+
+
+@pytest.mark.parametrize("how", [(), ("--plan",)])
+def test_a_cache_in_a_dtype_that_nothing_is_trained_in(
+    cache: Path, tmp_path: Path, how: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "TRAINED_DTYPES", ("bfloat16",))  # as float16 is none
+    message = refusal(cache, tmp_path / "run", *how)
+    assert "the cache was scored in float32, in which nothing is trained here" in message
+    assert "--dtype bfloat16 --allow-numerics-mismatch" in message
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--dtype", "bfloat16"), ("--attn-implementation", "eager")])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.scoring.batching import plan_batches
-from dpo_cache.pipeline.scoring.layouts import padded_batch, prefix_shared_batch
+from dpo_cache.pipeline.scoring.layouts import padded_batch
 from dpo_cache.pipeline.scoring.prompt_group import group_by_prompt
 from dpo_cache.pipeline.scoring.scoring_batch import Layout
 from hypothesis import given, settings
@@ -28,10 +28,10 @@ def some_pairs(seed: int, prompts: int, pairs_of_prompt: int) -> list[TokenPair]
 
 
 def computed_tokens(pairs: list[TokenPair], layout: Layout) -> int:
-    """Tokens of the rows, padding included; a packed row is rounded up only afterwards."""
-    if layout is Layout.PACKED:
-        return sum(group.num_tokens for group in group_by_prompt(pairs))
-    return (padded_batch if layout is Layout.PADDED else prefix_shared_batch)(pairs).input_ids_RT.numel()
+    """Tokens as the budget counts them."""
+    if layout is Layout.PADDED:
+        return padded_batch(pairs).input_ids_RT.numel()
+    return sum(group.num_tokens for group in group_by_prompt(pairs))
 
 
 @settings(max_examples=40, deadline=None)

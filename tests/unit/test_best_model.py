@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from dpo_cache.stages.best_model import BestModel
@@ -24,6 +25,11 @@ def test_the_first_of_the_best_is_kept_and_the_untrained_policy_never(tmp_path: 
     lines = [line(0, 0.9), line(2, 0.5), line(4, 0.7), line(6, 0.7), line(8, 0.6)]
     assert best_steps(BestModel(tmp_path, by="accuracy", last_step=0), lines) == [2, 4]
     assert best_steps(BestModel(tmp_path, by=None, last_step=0), lines) == []
+
+
+def test_what_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
+    lines = [line(2, 0.5, margin=math.nan), line(4, 0.5, margin=-1.0), line(6, 0.5, margin=math.nan)]
+    assert best_steps(BestModel(tmp_path, by="margin", last_step=0), lines) == [4]
 
 
 def test_the_field_is_the_one_asked_for(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from dpo_cache.pipeline.training.checkpoint_folder import (
     Checkpoint,
     TrainerState,
     check_same_run,
+    held_bytes,
     newest_checkpoint,
     open_checkpoint,
 )
@@ -124,6 +125,19 @@ def test_only_the_last_k_are_kept_and_steps_are_numbers_not_words(tmp_path: Path
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_what_is_held_is_the_size_of_the_complete_checkpoints(tmp_path: Path) -> None:
+    assert held_bytes(tmp_path, at_most=3) == 0
+    sizes = {}
+    for step in (1, 2, 3):
+        path = _saved(tmp_path, step)
+        sizes[step] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    (tmp_path / "step_4").mkdir()
+    (tmp_path / "step_4" / "half").write_bytes(bytes(10**6))
+    assert held_bytes(tmp_path, at_most=2) == sizes[3] + sizes[2]
+    assert held_bytes(tmp_path, at_most=None) == sum(sizes.values())
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_saving_a_step_twice_keeps_the_first(tmp_path: Path) -> None:
     before = (_saved(tmp_path, 3) / MARKER).stat().st_mtime_ns
     assert (_saved(tmp_path, 3) / MARKER).stat().st_mtime_ns == before
@@ -146,8 +160,15 @@ def test_a_disk_that_is_too_small_is_refused_at_the_start(tmp_path: Path, monkey
     monkeypatch.setattr("shutil.disk_usage", lambda _: disk_usage)
     check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3)  # 4 checkpoints of 14 GiB, a model of 2
     disk_usage.free -= 1
-    with pytest.raises(DpoCacheError, match=r"58\.0 GiB free\n.*58\.0 GiB for 4 checkpoints and the model"):
+    with pytest.raises(DpoCacheError, match=r"58\.0 GiB free\n.*58\.0 GiB for 4 checkpoints, and the model"):
         check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3)
+    # What an earlier part of the run left is not needed once more; the best model and wider weights are.
+    disk_usage.free = (4 * 14 - 3 * 14 + 2 * 4) * 2**30
+    more = {"held_bytes": 3 * 14 * 2**30, "num_models": 2, "saved_bytes": 4}
+    check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3, **more)
+    disk_usage.free -= 1
+    with pytest.raises(DpoCacheError, match=r"64\.0 GiB for 4 checkpoints, 42\.0 GiB of which are there, and 2 models"):
+        check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3, **more)
     frozen = nn.Parameter(gib.detach(), requires_grad=False)
     disk_usage.free = 2 * 2**30
     check_free_space(tmp_path, parameters=[frozen], weight_bytes=2, keep_last=3)

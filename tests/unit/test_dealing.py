@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dpo_cache.pipeline.training.dealing import deal
+from dpo_cache.pipeline.scoring.shape_rounding import rounded_up
+from dpo_cache.pipeline.training.dealing import deal, deal_padded
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +41,26 @@ def test_dealing_is_deterministic(tokens: list[int], num_ranks: int, budget: int
     rows = np.arange(len(tokens), dtype=np.int64)
     once, again = (deal(rows, tokens, num_ranks=num_ranks, tokens_per_microbatch=budget) for _ in range(2))
     assert [[m.tolist() for m in rank] for rank in once] == [[m.tolist() for m in rank] for rank in again]
+
+
+@settings(deadline=None)
+@given(tokens=lengths, num_ranks=st.integers(1, 9), budget=st.integers(1, 20_000))
+def test_padded_rows_keep_the_budget_padding_included(tokens: list[int], num_ranks: int, budget: int) -> None:
+    rows = np.arange(100, 100 + len(tokens), dtype=np.int64)
+    ranks = deal_padded(rows, tokens, num_ranks=num_ranks, tokens_per_microbatch=budget)
+    assert len({len(micro_batches) for micro_batches in ranks}) == 1
+    micro_batches = [micro_batch for of_rank in ranks for micro_batch in of_rank]
+    assert sorted(np.concatenate(micro_batches).tolist()) == rows.tolist()
+    for micro_batch in micro_batches:
+        widest = max((rounded_up(tokens[row - 100]) for row in micro_batch), default=0)
+        assert len(micro_batch) <= 1 or 2 * len(micro_batch) * widest <= budget
+
+
+def test_padded_rows_hold_hardly_any_padding_where_there_is_room() -> None:
+    tokens = np.random.RandomState(0).lognormal(6, 0.7, 512).astype(np.int64)
+    [micro_batches] = deal_padded(np.arange(512), tokens, num_ranks=1, tokens_per_microbatch=16_384)
+    computed = sum(len(rows) * rounded_up(int(tokens[rows].max())) for rows in micro_batches)
+    assert computed < 1.1 * tokens.sum()
 
 
 def test_more_ranks_than_pairs_leaves_some_without() -> None:

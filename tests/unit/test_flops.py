@@ -55,6 +55,12 @@ def test_torch_counts_the_same_once_padding_and_hidden_couples_are_added(name: s
     assert 0 <= counter.get_total_flops() - ours <= 0.02 * ours
 
 
+def test_a_model_without_attention_has_a_cost_too() -> None:
+    cost = ModelCost.of_model(tiny_model("mamba2"))
+    assert cost.attention_width == 0
+    assert cost.backbone_weights > 0
+
+
 def test_frozen_weights_under_an_adapter_need_no_gradients_of_their_own() -> None:
     model = tiny_model("llama")
     assert ModelCost.of_model(model).backward_forwards == 2

@@ -48,6 +48,10 @@ def test_max_steps_overrides_the_epochs() -> None:
     assert _plan(10, 3).total_steps(num_epochs=2, max_steps=5) == 5
 
 
+def test_a_share_of_an_epoch_is_not_rounded_up_by_how_floats_multiply() -> None:
+    assert _plan(50, 1).total_steps(num_epochs=1.1) == 55  # 1.1 * 50 is 55.00000000000001
+
+
 def test_an_empty_mixture_is_refused() -> None:
     with pytest.raises(DpoCacheError, match="no pair to train on"):
         _plan(0, 3)

@@ -117,14 +117,30 @@ def test_rows_have_few_different_widths(make: Callable[[list[TokenPair]], Scorin
         assert int((batch.segment_RT >= 0).sum()) == batch.num_tokens
 
 
-def test_short_groups_share_a_row_as_long_as_the_longest_group() -> None:
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(3, 900), min_size=1, max_size=40), st.integers(0, 99))
+def test_groups_share_rows_of_even_length_up_to_a_bound(lengths: list[int], seed: int) -> None:
+    random = np.random.RandomState(seed)
+    pairs = []
+    for tokens in lengths:
+        ids = token_ids(random, tokens)
+        pairs.append(TokenPair(prompt_ids=ids[: tokens - 2], chosen_ids=ids[-2:-1], rejected_ids=ids[-1:]))
+    batch = scoring_batch(pairs, Layout.PREFIX_SHARED)
+    rows, width = batch.input_ids_RT.shape
+    assert width < 2048 + 900 + 32
+    fewest = -(-batch.num_tokens // 2048)
+    # Longest first into the emptiest row leaves rows apart by no more than one group.
+    assert rows * width <= batch.num_tokens + fewest * (max(lengths) + 32)
+
+
+def test_short_pairs_share_one_row() -> None:
     random = np.random.RandomState(0)
     lengths = [(20, 5, 5), (5, 5, 5), (4, 5, 6), (10, 2, 3)]
     pairs = [
         TokenPair(prompt_ids=token_ids(random, p), chosen_ids=token_ids(random, c), rejected_ids=token_ids(random, r))
         for p, c, r in lengths
     ]
-    assert prefix_shared_batch(pairs, multiple=1).input_ids_RT.shape == (3, 30)
+    assert prefix_shared_batch(pairs, multiple=1).input_ids_RT.shape == (1, 75)
 
 
 def test_no_pairs_give_one_unscored_token_in_every_layout() -> None:

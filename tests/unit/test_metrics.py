@@ -164,6 +164,19 @@ def test_a_loss_without_reference_logs_no_rewards() -> None:
     assert not [name for name in metrics.reduce() if name.startswith("rewards/")]
 
 
+def test_a_line_begun_before_a_stop_is_ended_after_it() -> None:
+    whole, first, second = _metrics(), _metrics(), _metrics()
+    for micro_batch in (PAIRS[:2], PAIRS[2:]):
+        whole.add(_scored(micro_batch, aux_loss=0.5))
+    first.add(_scored(PAIRS[:2], aux_loss=0.5))
+    second.go_on_from(first.unlogged())
+    second.add(_scored(PAIRS[2:], aux_loss=0.5))
+    ours, theirs = second.reduce(), whole.reduce()
+    assert ours.keys() == theirs.keys()
+    for name in (name for name in theirs if not name.startswith("perf/")):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-12), name
+
+
 def test_ties_and_differences_within_rounding_count_half() -> None:
     metrics = _metrics(tie_margin=1e-3)
     metrics.add(_scored([(-5.0, -6.0, -5.0, -6.0), (-5.0, -6.0, -5.001, -6.0), (-5.0, -6.0, -5.1, -6.0)]))

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from distributed_run import run_ranks
+from dpo_cache.pipeline.training.lora_adapter import LoraSettings
 from dpo_cache.pipeline.training.model_export import _expected_headers, export_model
 from dpo_cache.pipeline.training.tensor_headers import TensorHeader, read_headers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from training_factory import make_engine, random_pairs, tiny_policy, train_steps
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 BATCHES = [random_pairs(4, seed=step) for step in range(2)]
+LORA = LoraSettings(rank=2, alpha=2.0, target_modules=("q_proj",), seed=0)
 IDS = torch.tensor([[5, 9, 3, 17, 60]])
 
 
@@ -75,6 +78,35 @@ def test_a_trained_model_loads_with_from_pretrained_and_answers_as_the_policy(tm
         assert PreTrainedTokenizerFast.from_pretrained(output / "model").chat_template == "{{ messages }}"
         config = json.loads((output / "model" / "config.json").read_text())
         assert (config["dtype"], config["use_cache"], config["attention_dropout"]) == ("bfloat16", True, 0.1)
+
+
+def export_of_rounded_training(folder: str) -> list[Any]:
+    """A float32 checkpoint trained in bfloat16 by updates below its last bit, at every stage and with an adapter."""
+    base = Path(folder) / "base"
+    largest = []
+    for stage, lora in ((0, None), (1, None), (2, None), (3, None), (3, LORA)):
+        engine = make_engine(Path(folder), zero_stage=stage, num_ranks=2, dtype="bfloat16", lora=lora, load_from=base)
+        train_steps(engine, BATCHES, learning_rate=1e-6, micro_steps=1)
+        output = Path(folder) / f"{stage}_{lora is not None}"
+        export_model(engine, output, base_folder=base)
+        if engine.rank == 0:
+            trained, before = (load_file(path / "model.safetensors") for path in (output, base))
+            start = {name: weight if lora else weight.bfloat16().float() for name, weight in before.items()}
+            moved = [(trained[name] - start[name]).abs().max() for name in before]
+            largest.append([float(max(moved)), sum(bool(one) for one in moved)])
+    return largest
+
+
+def test_a_checkpoint_more_precise_than_the_computation_keeps_its_precision(tmp_path: Path) -> None:
+    """The optimizer's float32 weights are written, not what bfloat16 makes of them."""
+    tiny_policy().save_pretrained(tmp_path / "base")
+    Tokenizer(models.WordLevel({"w0": 0}, unk_token="w0")).save(str(tmp_path / "base" / "tokenizer.json"))
+    largest, _ = run_ranks(export_of_rounded_training, str(tmp_path), num_ranks=2)
+    *whole, adapter = largest
+    # What two updates at a rate of 1e-6 can do; rounding to bfloat16 moves a weight of 0.5 by up to 1e-3.
+    assert [0 < moved < 3e-6 for moved, _ in largest] == [True] * 5
+    assert all(count > 10 for _, count in whole)
+    assert adapter[1] == len([name for name in load_file(tmp_path / "base" / "model.safetensors") if "q_proj" in name])
 
 
 def test_an_architecture_that_fuses_its_experts_is_checked_under_the_names_it_is_saved_with(tmp_path: Path) -> None:

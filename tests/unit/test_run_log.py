@@ -41,6 +41,14 @@ def test_resuming_cuts_the_lines_past_the_checkpoint(tmp_path: Path, caplog: pyt
     assert "dropped 2 lines that are torn or past step 7" in caplog.text
 
 
+def test_a_fresh_start_keeps_nothing_of_a_run_that_saved_no_checkpoint(tmp_path: Path) -> None:
+    """Its evaluation before the first update comes again."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"training_step": 0, "eval/loss": 0.7}\n')
+    MetricsFile(path, last_step=0).close()
+    assert _steps(path) == []
+
+
 @pytest.mark.parametrize("torn", [b'{"training_step": 5, "tra', b"{}\n", b"\xff\xfe\n", b"null\n"])
 def test_a_torn_tail_is_dropped_and_reported(tmp_path: Path, torn: bytes, caplog: pytest.LogCaptureFixture) -> None:
     path = _written(tmp_path / "metrics.jsonl", 4)

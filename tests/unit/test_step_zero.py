@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +15,13 @@ from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, resolve_loss
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from dpo_cache.pipeline.training.preference_loss import loss_at_reference
-from dpo_cache.pipeline.training.step_zero import StepZeroFigures, StepZeroProof, check_step_zero, write_step_zero
+from dpo_cache.pipeline.training.step_zero import (
+    StepZeroFigures,
+    StepZeroProof,
+    check_step_zero,
+    read_step_zero,
+    write_step_zero,
+)
 from training_factory import LAYOUT, make_engine, plain_side_logps, random_pairs, scored_pair, tiny_policy
 
 FIGURES = StepZeroFigures(
@@ -76,9 +81,18 @@ def test_a_distance_that_is_not_a_number_is_no_agreement() -> None:
         check_step_zero(replace(FIGURES, max_per_token=math.nan, within_bound=False))
 
 
+def test_a_tie_is_what_was_seen_to_be_rounding() -> None:
+    assert replace(FIGURES, dtype="bfloat16", max_per_token=0.002, within_bound=True).tie_margin == 0.004
+    assert replace(FIGURES, dtype="bfloat16", max_per_token=0.0, within_bound=True).tie_margin == 0.0
+    assert replace(FIGURES, dtype="float32", max_per_token=0.0, within_bound=True).tie_margin == 5e-6
+    another_policy = replace(FIGURES, dtype="bfloat16", max_per_token=0.5, within_bound=False)
+    assert another_policy.tie_margin == 0.0
+
+
 def test_figures_are_kept_as_json(tmp_path: Path) -> None:
     write_step_zero(tmp_path / "step0.json", FIGURES)
-    assert StepZeroFigures(**json.loads((tmp_path / "step0.json").read_text())) == FIGURES
+    assert read_step_zero(tmp_path / "step0.json") == FIGURES
+    assert read_step_zero(tmp_path / "none.json") is None
 
 
 def test_the_expected_loss_is_that_of_no_difference() -> None:
