@@ -132,8 +132,9 @@ def test_swapping_chosen_and_rejected_flips_the_margin(reference: Path, tmp_path
 
 def test_a_run_killed_and_resumed_equals_one_never_stopped(shared_cache: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = ("--max-steps", 20, "--num-gpus", 2, "--checkpointing-steps", 7, "--lr-scheduler-type", "cosine")
-    options += ("--logging-steps", 2, "--eval-mixture", "train")  # a checkpoint falls between two lines
+    schedule = ("--max-steps", 20, "--checkpointing-steps", 7, "--lr-scheduler-type", "cosine")
+    between_two_lines = ("--logging-steps", 2, "--eval-mixture", "train")
+    options = (*schedule, *between_two_lines, "--num-gpus", 2)
     run(train(shared_cache, whole, *options))
     complete = killed / "checkpoints/step_7/COMPLETE"
     assert kill_when(train(shared_cache, killed, *options), complete.exists)

@@ -17,10 +17,10 @@ from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.scoring.scoring_batch import Layout, ScoringBatch
 from tiny_model_factory import tiny_model, token_ids
 from torch.nn.attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
 compile_fused = torch.compile
-create_block_mask = attention_masks.create_block_mask
 
 
 @pytest.fixture
@@ -73,4 +73,4 @@ def _packed(tokens: int) -> ScoringBatch:
 def test_cudnns_attention_is_not_chosen() -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
     PairScorer(tiny_model("llama"))
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]

@@ -164,7 +164,7 @@ def test_a_disk_that_is_too_small_is_refused_at_the_start(tmp_path: Path, monkey
         check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3)
     # What an earlier part of the run left is not needed once more; the best model and wider weights are.
     disk_usage.free = (4 * 14 - 3 * 14 + 2 * 4) * 2**30
-    more = {"held_bytes": 3 * 14 * 2**30, "num_models": 2, "saved_bytes": 4}
+    more: dict[str, Any] = {"held_bytes": 3 * 14 * 2**30, "num_models": 2, "saved_bytes": 4}
     check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3, **more)
     disk_usage.free -= 1
     with pytest.raises(DpoCacheError, match=r"64\.0 GiB for 4 checkpoints, 42\.0 GiB of which are there, and 2 models"):

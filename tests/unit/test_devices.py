@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import deepspeed
 import pytest
 import torch
 from dpo_cache.errors import DpoCacheError
@@ -55,7 +56,7 @@ def test_a_rank_of_gpus_that_fails_alone_does_not_wait_for_the_others(
     """Taking NCCL's group apart waits for all that is under way, which the others wait for in turn."""
     parted: list[bool] = []
     monkeypatch.setattr(process_group, "device_of_rank", lambda _: torch.device(device))
-    monkeypatch.setattr(process_group.deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: None)
     monkeypatch.setattr(process_group, "open_host_group", lambda: None)
     monkeypatch.setattr(process_group, "_part", lambda: parted.append(True))
     ranks = Ranks(rank=0, num_ranks=num_ranks, rank_of_node=0, ranks_per_node=num_ranks)
