@@ -32,6 +32,7 @@ from dpo_cache.pipeline.scoring.flops import ModelCost, forward_flops
 from dpo_cache.pipeline.scoring.layouts import scoring_batch
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.scoring.scoring_batch import Layout, ScoringBatch
+from dpo_cache.pipeline.training.activation_checkpointing import recompute_activations
 from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
 from dpo_cache.pipeline.training.device_limits import peak_flops_per_second, peak_memory_bytes
 from dpo_cache.pipeline.training.liger_layers import use_liger_layers
@@ -233,7 +234,7 @@ def train(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], dev
         use_liger_layers(model)
     if way.lora:
         model = add_lora(model, LoraSettings(rank=64, alpha=16.0, target_modules=("all-linear",), seed=0))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(model)
     engine = PolicyEngine(
         PairScorer(model, head_chunk_tokens=way.head_chunk_tokens),
         config=deepspeed_config(

@@ -14,6 +14,7 @@ from ..pipeline.cache.reference_identity import ReferenceIdentity, differences, 
 from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import SCORING_VERSION
 from ..pipeline.scoring.quantization import quantized_layers
+from ..pipeline.training.activation_checkpointing import recompute_activations
 from ..pipeline.training.deepspeed_config import partitioned_loading
 from ..pipeline.training.expert_blocks import gather_expert_blocks_whole, refuse_load_balancing
 from ..pipeline.training.liger_layers import use_liger_layers
@@ -154,8 +155,7 @@ def load_policy(
         settings = LoraSettings(rank=lora["rank"], alpha=lora["alpha"], target_modules=targets, seed=config.seed)
         policy = add_lora(policy, settings)
     if config.gradient_checkpointing:
-        # Not reentrant: the other kind finds nothing to differentiate behind frozen embeddings.
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(policy)
     gather_expert_blocks_whole(policy)
     module: nn.Module = policy
     return module
