@@ -23,7 +23,7 @@ def passes_of_layers(model: Any) -> list[int]:
         return lambda *_: passes.__setitem__(number, passes[number] + 1)
 
     for number, layer in enumerate(model.model.layers):
-        layer.mlp.register_forward_hook(count(number))
+        layer.mlp.register_forward_pre_hook(count(number))  # recomputing stops before its end
     model.train()
     logps = PairScorer(model)(scoring_batch(token_pairs(), Layout.PREFIX_SHARED))
     torch.autograd.backward(logps.chosen_logps_B.sum() - logps.rejected_logps_B.sum())
