@@ -21,8 +21,8 @@ class BuildConfig:
     )
     cache: Path = setting(help="Folder of the cache; created if there is none.")
     mixture: str = setting("train", help="Name under which training finds these pairs in the cache.")
-    replace: bool = setting(False, help="Let the mixture of this name now mean this dataset.")
-    extend: bool = setting(False, help="Add these pairs to the mixture of this name.")
+    replace: bool = setting(False, help="Let the mixture of this name now mean these pairs.")
+    extend: bool = setting(False, help="Add to the mixture of this name the rows that it does not have yet.")
 
     model_revision: str | None = setting(None, help="Revision of a model on the Hub.")
     adapter: str | None = setting(
@@ -53,7 +53,8 @@ class BuildConfig:
     )
 
     drop_nonfinite: bool = setting(
-        False, help="Leave pairs out of the mixture that the reference gives no finite log-probability."
+        False,
+        help="Leave pairs out of the mixture that the reference gives no finite log-probability, or one of exactly 0.",
     )
 
     dtype: str | None = setting(

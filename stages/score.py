@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import DistError
@@ -22,7 +21,7 @@ from torch.distributed import DistError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.example_key import example_key
 from ..pipeline.cache.pair_spool import PairSpool
-from ..pipeline.cache.scored_pair import VALUE_COLUMNS, ScoredPair, unusable_values
+from ..pipeline.cache.scored_pair import ScoredPair
 from ..pipeline.data.token_pair import TokenPair
 from ..pipeline.scoring.batching import CPU_FILL_TOKENS, plan_batches
 from ..pipeline.scoring.flops import ModelCost
@@ -35,6 +34,7 @@ from .background import ReadAhead, WriteBehind
 from .build_plan import ScoringPlan
 from .heartbeat import Heartbeat, process_name
 from .job_store import StoreAddress, store_lost
+from .left_out import unusable_pairs
 from .library_output import quiet_libraries
 from .scoring_meter import ScoringMeter
 from .token_budget import TokenBudget
@@ -215,12 +215,13 @@ class ScoringWorker:
         return torch.stack(columns, dim=1).cpu()
 
     def _write(self, number: int, unit: ScoredUnit) -> None:
-        """Write a unit's shard, in the writing thread; pairs without finite values are reported instead."""
+        """Write a unit's shard, in the writing thread; pairs whose values are refused are reported instead."""
         rows = [_scored_pair(unit.pairs[place], unit.values[place]) for place in sorted(unit.pairs)]
-        unusable = unusable_values({name: np.array([getattr(row, name) for row in rows]) for name in VALUE_COLUMNS})
-        self._finishing.report_nonfinite([row.key for row, is_bad in zip(rows, unusable, strict=True) if is_bad])
-        usable = [row for row, is_bad in zip(rows, unusable, strict=True) if not is_bad]
-        shard = None
+        unusable = unusable_pairs(rows)
+        self._finishing.report_unusable(unusable)
+        refused = {pair.key for pair in unusable}
+        usable = [row for row in rows if row.key.hex() not in refused]
+        shard = ""
         if usable:
             recorded = {"layout": str(self._layout), "device": self._device.type}
             shard = self._cache.shards.write(usable, recorded=recorded).file_name

@@ -15,7 +15,8 @@ from ...errors import DpoCacheError
 from ..data.token_pair import TokenPair
 from .cache_json import CacheDescription, is_damaged, read_description, write_description
 from .canonical_json import JsonObject
-from .durable_file import make_folder_durably, remove_durably, settle_folder, write_durably
+from .digest_named_file import write_digest_named
+from .durable_file import make_folder_durably, remove_durably, settle_folder
 from .example_key import KEY_BYTES, example_key
 from .folder_lock import building_lock, creation_lock, fetching_lock, maintenance_lock, training_lock
 from .key_index import KeyIndex
@@ -256,7 +257,7 @@ class ReferenceCache:
             raise DpoCacheError(f"{len(missing)} shards of mixture {mixture.name} are missing: {missing[0]}, …")
         mixture.table.verify()
         destination = self.path / "mixtures" / mixture.table.path.name
-        write_durably(destination, verified_chunks(mixture.table.path), temporary_folder=self.path / "tmp")
+        write_digest_named(destination, verified_chunks(mixture.table.path), temporary_folder=self.path / "tmp")
         write_pointer(self.path, mixture)
 
     def retire_mixture(self, name: str) -> None:

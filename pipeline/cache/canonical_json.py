@@ -41,11 +41,15 @@ def canonical_bytes(value: object) -> bytes:
 
 def write_sealed_json(path: Path, value: JsonObject, *, temporary_folder: Path) -> None:
     """Write ``value`` durably, sealed with the SHA-256 of its canonical bytes."""
+    write_durably(path, sealed_bytes(value), temporary_folder=temporary_folder)
+
+
+def sealed_bytes(value: JsonObject) -> bytes:
+    """The bytes of a sealed file."""
     assert value
     assert "sha256" not in value
     body = canonical_bytes(value)
-    seal = _SEAL_START + hashlib.sha256(body).hexdigest().encode() + _SEAL_END
-    write_durably(path, seal + body[1:], temporary_folder=temporary_folder)
+    return _SEAL_START + hashlib.sha256(body).hexdigest().encode() + _SEAL_END + body[1:]
 
 
 def read_sealed_json(path: Path, *, max_bytes: int) -> JsonObject:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from ..data.token_pair import TokenPair
 from .example_key import key_at
 from .parquet_file import KEY_COLUMN, keys_of, numbers_of, one_array
-from .scored_pair import VALUE_COLUMNS, ScoredPair, unusable_values
+from .scored_pair import VALUE_COLUMNS, ScoredPair, unusable_in_words, unusable_values
 
 
 class RowGroup:
@@ -62,12 +62,8 @@ class RowGroup:
                 raise ValueError("a prompt or answer has no tokens")
             if len(ids.values) and ids.values.min() < 0:
                 raise ValueError("a token id is negative")
-        unusable = unusable_values(self._values)
-        if unusable.any():
-            raise ValueError(
-                f"{int(unusable.sum())} pairs have reference values that are not finite or not below zero, "
-                f"the first {key_at(self.keys, int(unusable.argmax())).hex()}"
-            )
+        if unusable_values(self._values).any():
+            raise ValueError(unusable_in_words(self.keys, self._values))
         self._check_counts()
         for token_logps, tokens in (
             (self._chosen_token_logps, self._chosen_tokens),

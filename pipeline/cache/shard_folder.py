@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DpoCacheError
-from .durable_file import adopt_durably, write_durably
+from .digest_named_file import write_digest_named
+from .durable_file import adopt_durably
 from .key_index import KeyIndex, build_key_index
 from .parquet_file import reading
 from .reference_identity import ReferenceIdentity
@@ -123,17 +124,19 @@ class ShardFolder:
             temporary_folder=self._cache_path / "tmp",
         )
 
-    def import_copy(self, source: Path) -> ShardRef:
+    def import_copy(self, source: Path) -> bool:
         """Copy another folder's shard of the same reference, verifying its digest on the way.
+
+        Returns:
+            Whether it was copied; one that is here and whole is left as it is.
 
         Raises:
             DpoCacheError: It is damaged, of another reference or format, or its name is no digest.
         """
-        shard = self._ref(source)
-        destination = self._folder / source.name
-        if source.resolve() != destination.resolve():
-            write_durably(destination, verified_chunks(source), temporary_folder=self._cache_path / "tmp")
-        return shard
+        self._ref(source)
+        return write_digest_named(
+            self._folder / source.name, verified_chunks(source), temporary_folder=self._cache_path / "tmp"
+        )
 
     def adopt(self, fetched: Path) -> ShardRef:
         """Take over a shard that was fetched into ``tmp/``: it becomes visible once it is verified and durable.

@@ -13,11 +13,11 @@ import pyarrow as pa
 
 from ...errors import DpoCacheError
 from .canonical_json import canonical_bytes
-from .durable_file import write_durably
-from .example_key import KEY_BYTES, KEY_VERSION, canonical_scored_mask
+from .digest_named_file import write_digest_named
+from .example_key import KEY_BYTES, KEY_VERSION, canonical_scored_mask, keys_array
 from .format_version import FORMAT_VERSION
 from .parquet_file import KEY_COLUMN, parquet_bytes
-from .scored_pair import VALUE_COLUMNS, ScoredPair, unusable_values
+from .scored_pair import VALUE_COLUMNS, ScoredPair, unusable_in_words, unusable_values, values_of
 from .shard_file import SCHEMA, ShardRef, list_of
 
 MAX_ROW_GROUP_PAIRS = 512
@@ -63,18 +63,14 @@ def write_shard(
         rows_per_group=MAX_ROW_GROUP_PAIRS,
     )
     shard = ShardRef(sha256=hashlib.sha256(content).hexdigest(), num_rows=len(rows), num_bytes=content.size)
-    write_durably(shards_folder / shard.file_name, memoryview(content), temporary_folder=temporary_folder)
+    write_digest_named(shards_folder / shard.file_name, memoryview(content), temporary_folder=temporary_folder)
     return shard
 
 
 def _refuse_unusable_values(rows: Sequence[ScoredPair]) -> None:
-    unusable = unusable_values({name: np.array([getattr(row, name) for row in rows]) for name in VALUE_COLUMNS})
-    if unusable.any():
-        row = rows[int(unusable.argmax())]
-        raise DpoCacheError(
-            f"{int(unusable.sum())} pairs were scored with values that are not finite or not below zero, "
-            f"the first {row.key.hex()}: chosen {row.ref_chosen_logps}, rejected {row.ref_rejected_logps}"
-        )
+    values = values_of(rows)
+    if unusable_values(values).any():
+        raise DpoCacheError(unusable_in_words(keys_array([row.key for row in rows]), values))
 
 
 def _row_group_bounds(rows: Sequence[ScoredPair]) -> Iterator[tuple[int, int]]:

@@ -384,7 +384,7 @@ def part_of(whole: Path, path: Path, bounds: slice, *, name: str = "train", **ch
         key_index=part.shards.key_index(),
         **{
             "tokenization": mixture.tokenization,
-            "sources": [{"path": path.name}],
+            "sources": [{"path": path.name, "dropped": {"empty-answer": 1}}],
             "dropped": {"empty-answer": 1},
             **changes,
         },
@@ -407,8 +407,35 @@ def test_parts_that_nodes_built_merge_into_the_mixture_that_one_build_makes(
     assert united.dropped == {"empty-answer": 2}
     rows = united.rows()
     assert np.bincount(rows.sources).tolist() == [20, 20]
-    again = report("merge", parts[1], "--cache", merged)
-    assert (again["pairs"], again["mixtures"]) == (NUM_PAIRS, {"train": NUM_PAIRS})
+
+
+def test_the_order_in_which_caches_are_merged_does_not_matter_and_merging_again_touches_nothing(
+    cache: Path, tmp_path: Path
+) -> None:
+    """The parts overlap: a pair that two datasets hold is trained on twice."""
+    parts = [part_of(cache, tmp_path / f"node{start}", slice(start, start + 20)) for start in (0, 10, 20)]
+    pointers = []
+    for number, order in enumerate((parts, parts[::-1])):
+        merged = tmp_path / f"merged{number}"
+        assert report("merge", *order, "--cache", merged)["mixtures"] == {"train": 60}
+        pointers.append(pointer(merged).read_bytes())
+    assert pointers[0] == pointers[1]
+    before = {path: path.stat() for path in merged.rglob("*.*") if path.parent.name != "tmp"}
+    again = report("merge", parts[1], parts[0], "--cache", merged)
+    assert (again["shards"], again["changed"], again["mixtures"]) == (0, [], {"train": 60})
+    text = invoke("merge", parts[1], "--cache", merged).stdout
+    assert "no shard is new" in text
+    assert "mixture train: 60 training pairs, nothing new" in text
+    for path, status in before.items():
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (status.st_ino, status.st_mtime_ns)
+
+
+def test_merging_puts_a_sound_shard_in_the_place_of_a_damaged_one(cache: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    flip_in_shard(copy)
+    assert report("merge", cache, "--cache", copy)["shards"] == 1
+    assert report("verify", copy)["findings"] == []
 
 
 def test_merge_refuses_another_reference_other_tokens_and_damage_by_name(cache: Path, tmp_path: Path) -> None:

@@ -151,9 +151,23 @@ def test_a_value_no_reference_can_give_is_never_written(folder: Path, name: str,
     bad = dataclasses.replace(rows[3], **changes)
     assert not is_possible(bad)
     assert is_possible(rows[3])
-    with pytest.raises(DpoCacheError, match=rf"1 pairs were scored .* the first {bad.key.hex()}"):
+    with pytest.raises(DpoCacheError, match=f"1 pairs have no finite log-probability below zero: {bad.key.hex()}"):
         write(folder, [*rows[:3], bad])
     assert list(folder.iterdir()) == []
+
+
+def test_a_sum_of_exactly_zero_is_refused_in_words_of_its_own_with_key_and_values(folder: Path) -> None:
+    rows = make_rows(4)
+    sure = dataclasses.replace(rows[0], ref_chosen_logps=0.0, ref_rejected_logps=-2.5)
+    broken = dataclasses.replace(rows[1], ref_rejected_logps=float("nan"))
+    with pytest.raises(DpoCacheError) as caught:
+        write(folder, [sure, broken, *rows[2:]])
+    zero, nan = (next(part for part in caught.value.found.split("; ") if word in part) for word in ("0.0", "finite"))
+    assert zero.startswith(
+        "1 pairs have a log-probability of exactly 0.0, that is probability 1 for every scored token"
+    )
+    assert zero.endswith(f"{sure.key.hex()} (chosen 0, rejected -2.5)")
+    assert f"{broken.key.hex()} (chosen " in nan
 
 
 def test_a_sum_of_zero_is_a_missing_value_but_a_common_part_may_be_certain() -> None:
@@ -231,7 +245,7 @@ def test_rows_that_contradict_themselves_are_refused(folder: Path, monkeypatch: 
         "has no tokens": {"pair": dataclasses.replace(pair, prompt_ids=ids())},
         "contradict its mask": {"pair": pair, "chosen_tokens": 1},
         "scored counts of": {"pair": first_token_scored},
-        "not finite or not below zero": {"pair": pair, "ref_chosen_logps": float("nan")},
+        "no finite log-probability below zero": {"pair": pair, "ref_chosen_logps": float("nan")},
         "as many values per token": {"pair": pair, "chosen_token_logps": np.zeros(3, np.float32)},
         "is not that of its token ids": {"pair": pair, "key": b"k" * 32},
     }
