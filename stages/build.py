@@ -17,11 +17,18 @@ import torch
 from torch.distributed import DistError
 
 from ..errors import DpoCacheError
-from ..pipeline.cache.cache_folder import ReferenceCache, refuse_other_content
+from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.cache.mixture import check_name
 from ..pipeline.scoring.quantization import require_bitsandbytes
-from .build_cache import damaged_shards, open_cache, recorded_environment, scratch_folder, wait_until_visible
+from .build_cache import (
+    damaged_shards,
+    description_of,
+    open_cache,
+    recorded_environment,
+    scratch_folder,
+    wait_until_visible,
+)
 from .build_config import BuildConfig
 from .build_datasets import SPOOL, collect_datasets, open_datasets
 from .build_plan import ScoringPlan, cut_units
@@ -113,13 +120,8 @@ class Build:
     def _dry_run(self) -> BuildReport:
         """Refuses what the build would refuse, and writes nothing."""
         check_name(self._config.mixture)
-        refuse_other_content(self._config.cache)
-        cache: ReferenceCache | None = None
-        known: KeyIndex | None = None
-        if (self._config.cache / "cache.json").exists():
-            cache = ReferenceCache.open(self._config.cache)
-            cache.require_reference(self._reference.identity)
-            known = cache.shards.key_index(without=damaged_shards(cache))
+        cache = ReferenceCache.planned(self._config.cache, description_of(self._reference))
+        known = cache.shards.key_index(without=damaged_shards(cache)) if cache else None
         with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
             collected = self._collect(known, Path(scratch))
         if cache is None or known is None:

@@ -70,7 +70,7 @@ class BuildConfig:
     quantization: str | None = setting(
         None, help="Score with the model's weights quantized, for `dpo-train --use-qlora`.", choices=("nf4",)
     )
-    trust_remote_code: bool = setting(False, help="Run Python code that comes with the model.")
+    trust_remote_code: bool = setting(False, help="Run Python code that comes with the model or the tokenizer.")
 
     num_workers: int | None = setting(None, help="Scoring processes [default: one a GPU, one on a CPU].", minimum=1)
     tokens_per_batch: int | None = setting(

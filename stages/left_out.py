@@ -14,7 +14,7 @@ import numpy as np
 
 from ..pipeline.cache.example_key import KEY_BYTES, Keys, keys_array
 from ..pipeline.cache.mixture_rows import MixtureRows
-from ..pipeline.cache.scored_pair import VALUE_COLUMNS, ScoredPair, unusable_in_words, unusable_reasons, values_of
+from ..pipeline.cache.scored_pair import ScoredPair, unusable_in_words, unusable_reasons, values_of, whole_values
 
 LEFT_OUT = "left_out"
 """Member of a dataset's record: for each reason the keys of its pairs, in hex."""
@@ -47,7 +47,7 @@ def unusable_pairs(rows: Sequence[ScoredPair]) -> list[UnusablePair]:
     return [
         UnusablePair(key=row.key.hex(), reason=reason, chosen=row.ref_chosen_logps, rejected=row.ref_rejected_logps)
         for reason, is_refused in reasons.items()
-        for row in (rows[index] for index in np.flatnonzero(is_refused))
+        for row in (rows[index] for index in np.flatnonzero(is_refused).tolist())
     ]
 
 
@@ -61,12 +61,9 @@ def keys_by_reason(pairs: Iterable[UnusablePair]) -> dict[str, Keys]:
 
 def in_words(pairs: Sequence[UnusablePair]) -> str:
     """How many pairs are refused for which reason, and the first of them with their values."""
-    ones = np.full(len(pairs), -1.0)
-    values = dict.fromkeys(VALUE_COLUMNS, ones) | {
-        "ref_chosen_logps": np.array([pair.chosen for pair in pairs]),
-        "ref_rejected_logps": np.array([pair.rejected for pair in pairs]),
-    }
-    return unusable_in_words(keys_array([bytes.fromhex(pair.key) for pair in pairs]), values)
+    chosen, rejected = (np.array([getattr(pair, side) for pair in pairs]) for side in ("chosen", "rejected"))
+    keys = keys_array([bytes.fromhex(pair.key) for pair in pairs])
+    return unusable_in_words(keys, whole_values(chosen, rejected))
 
 
 def without_pairs(

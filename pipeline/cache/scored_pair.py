@@ -65,6 +65,12 @@ def values_of(rows: Sequence[ScoredPair]) -> dict[str, npt.NDArray[np.float64]]:
     return {name: np.array([getattr(row, name) for row in rows], dtype=np.float64) for name in VALUE_COLUMNS}
 
 
+def whole_values(chosen: npt.NDArray[np.float64], rejected: npt.NDArray[np.float64]) -> PairValues:
+    """Whole sums alone, as columns: those over the common part are not known."""
+    unknown = np.full(len(chosen), np.nan)
+    return dict(zip(VALUE_COLUMNS, (chosen, rejected, unknown, unknown), strict=True))
+
+
 def unusable_values(values: PairValues) -> npt.NDArray[np.bool_]:
     """Which rows hold a value that is refused.
 

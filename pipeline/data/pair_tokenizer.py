@@ -49,7 +49,9 @@ class PairTokenizer:
 
     def __init__(self, settings: TokenizationSettings) -> None:
         self.settings = settings
-        self.tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_revision)
+        self.tokenizer = load_tokenizer(
+            settings.tokenizer, settings.tokenizer_revision, trust_remote_code=settings.trust_remote_code
+        )
         self.chat_template = resolve_chat_template(self.tokenizer, settings.chat_template)
         self.truncated: Counter[str] = Counter()
         self._renderer = Renderer(self.tokenizer, self.chat_template, settings)

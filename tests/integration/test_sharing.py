@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import dpo_cache.pipeline.cache.remote_files as remote_files
 import duckdb
 import fsspec
 import pytest
-from cache_factory import fill_cache, make_cache, make_rows
+from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from click.testing import CliRunner
 from commands import dpo_cache, dpo_train, kill_when, metrics, run
 from dpo_cache import cli
@@ -25,6 +26,9 @@ from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import write_sealed_json
 from dpo_cache.pipeline.cache.mixture import Mixture
+from dpo_cache.stages.compact import compact
+from dpo_cache.stages.gc import collect_garbage
+from dpo_cache.stages.hub_dataset import HubDataset
 from dpo_cache.stages.inspect import inspect_cache
 from dpo_cache.stages.local_copy import local_copy
 from dpo_cache.stages.pull import pull
@@ -161,6 +165,47 @@ def test_an_upload_that_broke_off_goes_on_and_leaves_no_pointer_before(
     assert report.uploaded == 3, "a batch of two had been committed"
     assert len(hub.asked("PUT /large/")) == 3, "two shards and the table: one shard of a broken batch had arrived"
     assert pull("lab/cache", tmp_path / "theirs", revision=None).mixtures == {"train": ROWS}
+
+
+def test_what_a_build_makes_of_a_mixture_during_an_upload_is_not_uploaded(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the shards and the pointers hours may pass; meanwhile nothing that is being sent may be deleted."""
+    make_shared(tmp_path / "ours")
+    began_with = content(tmp_path / "ours")
+    upload_shards = HubDataset.upload_shards
+
+    def slowly(repository: HubDataset, cache: ReferenceCache, shards: Any) -> None:
+        upload_shards(repository, cache, shards)
+        with cache.building("train"):
+            fill_cache(cache, make_rows(ROWS + 20), shard_rows=SHARD_ROWS)
+        for delete in (compact, lambda path: collect_garbage(path, min_age_days=0, agree=lambda _: True)):
+            with pytest.raises(DpoCacheError, match="is in use by an upload"):
+                delete(cache.path)
+
+    monkeypatch.setattr(HubDataset, "upload_shards", slowly)
+    assert push(tmp_path / "ours", "lab/cache").mixtures == {"train": ROWS}
+    there = {name: data for name, data in hub.files["lab/cache", "main"].items() if name != "README.md"}
+    assert there == began_with
+    assert ReferenceCache.open(tmp_path / "ours").read_mixture("train").num_pairs == ROWS + 20
+
+
+def test_names_of_local_folders_are_warned_about_whatever_they_are_names_of(hub: HubServer, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "ours")
+    rows = make_rows(4)
+    cache.shards.write(rows)
+    settings = {"tokenizer": "/home/me/tokenizer", "chat_template": "./mine.jinja"}
+    cache.write_mixture(
+        "train",
+        mixture_rows(rows),
+        key_index=cache.shards.key_index(),
+        tokenization={"settings": settings},
+        sources=[{"path": "org/pairs"}],
+        dropped={},
+    )
+    (warning,) = push(cache.path, "lab/cache").warnings
+    assert "/home/me/tokenizer, ./mine.jinja;" in warning
+    assert "org/pairs" not in warning
 
 
 def test_pushing_again_changes_nothing_and_another_mixture_joins_under_the_same_card(

@@ -54,6 +54,28 @@ def test_an_adapter_of_the_hub_is_taken_at_its_revision_and_its_commit_recorded(
     assert resolve_reference(config_of(model, adapter=str(copied))).identity == tagged.identity
 
 
+def test_the_tokenizer_is_recorded_by_hub_id_and_commit_and_a_local_one_by_a_path_that_lasts(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "hub" / "models--owner--tiny"
+    commit = "c" * 40
+    shutil.copytree(model, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    config = BuildConfig(model="owner/tiny", dataset=("rows.jsonl",), cache=Path("cache"), trust_remote_code=True)
+    for settings in (
+        resolve_reference(config).tokenization,
+        resolve_reference(config_of(model, tokenizer="owner/tiny")).tokenization,
+    ):
+        assert (settings.tokenizer, settings.tokenizer_revision) == ("owner/tiny", commit)
+    assert resolve_reference(config).tokenization.trust_remote_code
+    local = resolve_reference(config_of(model, tokenizer="model")).tokenization
+    assert (local.tokenizer, local.tokenizer_revision) == (str(tmp_path / "model"), None)
+    assert not local.trust_remote_code
+
+
 def test_a_revision_without_an_adapter_or_of_a_folder_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(DpoCacheError, match="--adapter-revision is given without --adapter"):
         config_of(model, adapter_revision="v1")
