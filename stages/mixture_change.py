@@ -15,6 +15,7 @@ from ..pipeline.cache.example_key import Keys, name_keys
 from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.mixture_rows import MixtureRows
+from ..pipeline.cache.unreadable_file import UnreadableFileError
 from ..pipeline.data.dataset_source import DatasetSpec
 from .build_config import BuildConfig
 from .left_out import recorded_keys
@@ -55,7 +56,7 @@ def mixture_content(
         existing = cache.read_mixture(config.mixture)
         existing.table.verify()
     except DpoCacheError as error:
-        if config.extend:
+        if config.extend or isinstance(error, UnreadableFileError):
             raise
         warn(f"warning: mixture {config.mixture} is written anew: {error.found}")
         return content

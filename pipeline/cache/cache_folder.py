@@ -37,6 +37,7 @@ from .reference_identity import ReferenceIdentity, differences, in_words
 from .scored_pair import ScoredPair
 from .shard_file import ShardReader
 from .shard_folder import ShardFolder, verified_chunks
+from .unreadable_file import UnreadableFileError
 
 _SUBFOLDERS = ("shards", "mixtures", "tmp")
 _READ_PAIRS = 1024
@@ -380,6 +381,8 @@ def _reference_of(shard: Path) -> str | None:
     try:
         with ShardReader(shard) as reader:
             return reader.reference_id
+    except UnreadableFileError:
+        raise
     except DpoCacheError:
         return None
 

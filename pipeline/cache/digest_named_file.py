@@ -8,6 +8,7 @@ from pathlib import Path
 from ...errors import DpoCacheError
 from .durable_file import Bytes, settle_folder, write_durably
 from .parquet_file import file_sha256
+from .unreadable_file import UnreadableFileError
 
 
 def write_digest_named(path: Path, content: Bytes | Iterable[Bytes], *, temporary_folder: Path) -> bool:
@@ -37,5 +38,7 @@ def holds_its_digest(path: Path) -> bool:
         return False
     try:
         return file_sha256(path) == path.stem
+    except UnreadableFileError:
+        raise
     except DpoCacheError:
         return False

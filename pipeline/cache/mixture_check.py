@@ -18,6 +18,7 @@ from .example_key import Keys, name_keys
 from .mixture import Mixture
 from .scored_pair import COMMON_COLUMNS, VALUE_COLUMNS, PairValues, unusable_in_words, unusable_values
 from .shard_file import ShardReader, ShardRef, verify_shard
+from .unreadable_file import UnreadableFileError
 
 HASH_AT_ONCE_BYTES = 1 << 30
 """Up to here (a second or two) all shards are hashed at once; beyond, each before its first row is used."""
@@ -46,6 +47,8 @@ def check_mixture(cache: ReferenceCache, mixture: Mixture) -> None:
             unscored.append(wanted[tokens < 1])
             is_bad = unusable_values(values)
             unusable.append((wanted[is_bad], {name: column[is_bad] for name, column in values.items()}))
+        except UnreadableFileError:
+            raise
         except DpoCacheError as error:
             raise DpoCacheError(
                 f"mixture {mixture.name} lacks {len(wanted)} pairs ({name_keys(wanted)}): {error.found}",

@@ -17,6 +17,7 @@ from .reference_identity import ReferenceIdentity
 from .scored_pair import ScoredPair
 from .shard_file import SHARD_NAME, ShardReader, ShardRef, verify_shard
 from .shard_writer import write_shard
+from .unreadable_file import UnreadableFileError
 
 _COPY_BYTES = 1 << 20
 
@@ -75,7 +76,11 @@ class ShardFolder:
         return shard
 
     def survey(self) -> ShardSurvey:
-        """Hash every shard and open it: which ones can be relied on, and what is wrong with the others."""
+        """Hash every shard and open it: which ones can be relied on, and what is wrong with the others.
+
+        Raises:
+            UnreadableFileError: The system could not read one: that is no reason to score its rows again.
+        """
         found = [self._examine(path) for path in self._entries()]
         return ShardSurvey(
             usable=[shard for shard in found if isinstance(shard, ShardRef)],
@@ -153,6 +158,8 @@ class ShardFolder:
         try:
             verify_shard(path)
             return self._ref(path)
+        except UnreadableFileError:
+            raise
         except DpoCacheError as error:
             return UnusableShard(path=path, reason=error.found)
 

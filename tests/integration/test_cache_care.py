@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import re
@@ -200,6 +202,37 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_damaged(cache: Path, monke
     monkeypatch.setattr(os, "access", lambda path, _mode: path != shard)  # root may read everything
     assert f"you may not read {shard}" in refusal("verify", cache, "--repair")
     assert shard.exists()
+
+
+def test_a_file_that_cannot_be_read_just_now_is_not_taken_for_damaged(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Disks, networks and memory fail for a moment; every kind of file, opened or half read."""
+    table = next((cache / "mixtures").glob("*.parquet"))
+    before = {path: path.read_bytes() for path in cache.rglob("*.*") if path.parent.name != "tmp"}
+    open_file, digest_file = os.open, hashlib.file_digest
+
+    def fails_to_open(path: Any, *arguments: Any, **more: Any) -> int:
+        if Path(path) == victim:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return open_file(path, *arguments, **more)
+
+    def runs_out_of_memory(stream: Any, name: str) -> Any:
+        if os.fstat(stream.fileno()).st_ino == victim.stat().st_ino:
+            raise MemoryError
+        return digest_file(stream, name)
+
+    for victim in (first_shard(cache), table, pointer(cache), cache / "cache.json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", fails_to_open)
+            message = refusal("verify", cache, "--repair")
+        assert f"{victim} could not be read: Input/output error" in message
+        assert "nothing says that it is damaged" in message
+    for victim in (first_shard(cache), table):
+        with monkeypatch.context() as patch:
+            patch.setattr(hashlib, "file_digest", runs_out_of_memory)
+            assert f"{victim} could not be read: there is not enough memory" in refusal("verify", cache, "--repair")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_every_command_that_a_message_names_exists() -> None:
