@@ -14,6 +14,8 @@ from .pair_collection import SpooledPairs
 UNITS_PER_WORKER = 16
 MIN_UNIT_TOKENS = 16_384
 MAX_UNIT_TOKENS = 1_048_576
+MAX_UNIT_PAIRS = 262_144
+"""With the bound on tokens it bounds the row groups of a shard, and with them its footer, whatever the pairs are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,8 +81,9 @@ def cut_units(waiting: SpooledPairs, *, num_workers: int) -> tuple[npt.NDArray[n
     """Order pairs by prompt hash and key, and cut the order into units of alike cost.
 
     Pairs of one prompt stay in one unit, so that the prompt, and an answer standing in several pairs, is scored
-    once. Hash order mixes sources and lengths, which makes units alike and leaves the shards shuffled. Units
-    shrink with the job, so that small builds share out evenly too, and are bounded, so that a kill costs little.
+    once; a prompt with more pairs than two units hold goes on in the next one. Hash order mixes sources and lengths,
+    which makes units alike and leaves the shards shuffled. Units shrink with the job, so that small builds share out
+    evenly too, and are bounded, so that a kill costs little.
 
     Args:
         waiting: The pairs to be scored.
@@ -99,7 +102,8 @@ def cut_units(waiting: SpooledPairs, *, num_workers: int) -> tuple[npt.NDArray[n
     start, tokens = 0, 0
     for place in range(len(order)):
         same_prompt = place > 0 and ordered_hashes[place] == ordered_hashes[place - 1]
-        if tokens >= unit_tokens and not same_prompt:
+        is_full = tokens >= (2 * unit_tokens if same_prompt else unit_tokens) or place - start == MAX_UNIT_PAIRS
+        if is_full:
             units.append(Unit(start=start, stop=place))
             start, tokens = place, 0
         tokens += int(ordered_lengths[place])

@@ -23,6 +23,8 @@ from .shard_file import SCHEMA, ShardRef, list_of
 MAX_ROW_GROUP_PAIRS = 512
 MAX_ROW_GROUP_IDS = 32_768
 """Small row groups: shuffled reading decodes a whole one for a single pair."""
+MAX_ROW_GROUPS = 1024
+"""A reader takes no larger footer than these make."""
 
 
 def write_shard(
@@ -38,7 +40,8 @@ def write_shard(
 
     Args:
         shards_folder: Where the shard becomes visible, under the digest of its bytes.
-        rows: At least one, in the order they are to have. Their counts and keys must be right.
+        rows: At least one, and no more than :func:`~dpo_cache.stages.build_plan.cut_units` puts into a unit, in the
+            order they are to have. Their counts and keys must be right.
         reference_id: Digest of the reference that scored them.
         scoring_version: Version of the scoring code, in the footer for readers without ``cache.json``.
         recorded: How they were scored (library versions, hardware, batch layout). Not part of any key, but of
@@ -49,9 +52,11 @@ def write_shard(
         DpoCacheError: A value is not finite or not below zero, naming the pair; or the disk refused.
     """
     assert rows
+    row_groups = list(_row_group_bounds(rows))
+    assert len(row_groups) <= MAX_ROW_GROUPS, "rows are cut into units first"
     _refuse_unusable_values(rows)
     content = parquet_bytes(
-        (_table(rows[start:stop]) for start, stop in _row_group_bounds(rows)),
+        (_table(rows[start:stop]) for start, stop in row_groups),
         SCHEMA,
         metadata={
             "dpo_cache.format_version": str(FORMAT_VERSION),
