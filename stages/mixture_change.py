@@ -172,7 +172,8 @@ def in_words(differing: list[tuple[str, Any, Any]]) -> str:
 def _deciding_fields(tokenization: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     settings = tokenization.get("settings") or {}
     yield from ((name, settings.get(name)) for name in ("max_seq_length", "truncation", "mask"))
-    yield "chat_template", (tokenization.get("chat_template") or {}).get("sha256")
+    for name in ("chat_template", "tool_chat_template"):
+        yield name, (tokenization.get(name) or {}).get("sha256")
     yield "tokenizer", tokenization.get("tokenizer_sha256") or tokenization.get("vocabulary_sha256")
 
 
