@@ -27,6 +27,9 @@ MAX_BATCHES = 100
 """The Hub allows some hundred commits an hour; larger caches have larger batches."""
 
 
+MAX_CARD_BYTES = 16 << 20
+
+
 class HubDataset:
     """One branch of it.
 
@@ -84,7 +87,7 @@ class HubDataset:
                 self._files[entry.path] = entry.lfs.sha256 if entry.lfs else None
         files = RemoteFiles.open(f"hf://datasets/{self.repo_id}@{self.revision.replace('/', '%2F')}")
         if "README.md" in self._files:
-            files.fetch("README.md", folder / "README.md")
+            files.fetch("README.md", folder / "README.md", max_bytes=MAX_CARD_BYTES)
             self._card = (folder / "README.md").read_text(encoding="utf-8")
         if "cache.json" not in self._files:
             return []

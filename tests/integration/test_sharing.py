@@ -338,6 +338,43 @@ def test_a_pointer_that_means_other_rows_than_its_table_is_refused(web: FileServ
     assert no_mixture_can_be_used(tmp_path / "copy")
 
 
+@pytest.mark.parametrize("victim", ["cache.json", "mixtures/train.json", "table", "shard"])
+def test_a_server_that_sends_without_end_is_left_once_a_file_is_larger_than_it_may_be(
+    web: FileServer, tmp_path: Path, victim: str
+) -> None:
+    mixture = make_shared(web.folder / "cache")
+    names = {"table": f"mixtures/{mixture.table.path.name}", "shard": f"shards/{mixture.shards[3].file_name}"}
+    name = names.get(victim, victim)
+    web.endless.add(f"/cache/{name}")
+    with pytest.raises(DpoCacheError, match=f"{name} has more bytes than it may have"):
+        pull(f"{web.url}/cache", tmp_path / "copy", revision=None)
+    bound = {"cache.json": 4, "mixtures/train.json": 64}.get(victim, 0)
+    assert web.sent_bytes < (bound + 32) << 20, "what is on its way when the other side hangs up, and no more"
+    assert no_mixture_can_be_used(tmp_path / "copy")
+
+
+def test_a_file_that_its_server_says_is_too_large_is_not_begun(hub: HubServer, tmp_path: Path) -> None:
+    mixture = make_shared(tmp_path / "ours")
+    push(tmp_path / "ours", "lab/cache")
+    victim = f"shards/{mixture.shards[0].file_name}"
+    grown = hub.files["lab/cache", "main"][victim] + bytes(1000)
+    hub.commit("lab/cache", "main", {victim: grown})
+    hub.requests.clear()
+    with pytest.raises(DpoCacheError, match=f"{victim} has {len(grown):,} bytes"):
+        pull("lab/cache", tmp_path / "theirs", revision=None)
+    assert not [
+        request for request in hub.asked(f"resolve/{hub.heads['lab/cache', 'main']}/{victim}") if "GET" in request
+    ]
+    copied = shutil.copytree(tmp_path / "ours", tmp_path / "local")
+    (copied / victim).write_bytes(grown)
+    with pytest.raises(DpoCacheError, match=f"{victim} has {len(grown):,} bytes"):
+        pull(f"file://{copied}", tmp_path / "theirs-too", revision=None)
+    (copied / victim).unlink()
+    (copied / victim).symlink_to("/dev/zero")
+    with pytest.raises(DpoCacheError, match=f"{victim} is not a regular file"):
+        pull(f"file://{copied}", tmp_path / "theirs-too", revision=None)
+
+
 def test_a_killed_pull_goes_on_where_it_was(web: FileServer, tmp_path: Path) -> None:
     make_shared(web.folder / "cache")
     copy = tmp_path / "copy"
