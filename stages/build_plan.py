@@ -92,12 +92,16 @@ def cut_units(waiting: SpooledPairs, *, num_workers: int) -> tuple[npt.NDArray[n
     Returns:
         The places of the pairs in that order, and the units as ranges of it.
     """
-    order = np.lexsort((waiting.keys, waiting.prompt_hashes)).astype(np.int64)
+    unit_tokens = int(waiting.lengths.sum()) // (num_workers * UNITS_PER_WORKER)
+    return cut_into(waiting, unit_tokens=min(max(unit_tokens, MIN_UNIT_TOKENS), MAX_UNIT_TOKENS))
+
+
+def cut_into(pairs: SpooledPairs, *, unit_tokens: int) -> tuple[npt.NDArray[np.int64], list[Unit]]:
+    """As :func:`cut_units`, into units of at least ``unit_tokens`` tokens but for the last."""
+    order = np.lexsort((pairs.keys, pairs.prompt_hashes)).astype(np.int64)
     if len(order) == 0:
         return order, []
-    ordered_hashes, ordered_lengths = waiting.prompt_hashes[order], waiting.lengths[order]
-    unit_tokens = int(ordered_lengths.sum()) // (num_workers * UNITS_PER_WORKER)
-    unit_tokens = min(max(unit_tokens, MIN_UNIT_TOKENS), MAX_UNIT_TOKENS)
+    ordered_hashes, ordered_lengths = pairs.prompt_hashes[order], pairs.lengths[order]
     units: list[Unit] = []
     start, tokens = 0, 0
     for place in range(len(order)):

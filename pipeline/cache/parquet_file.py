@@ -95,6 +95,10 @@ class ParquetReader:
         if not self._file.schema_arrow.equals(schema.remove_metadata()):
             raise ValueError("its columns are not those of this format")
 
+    def num_values(self, name: str) -> int:
+        """Entries of one column, those of its lists together."""
+        return int(self._chunks[:, self._names.index(name), 3].sum())
+
     def read(self, row_groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
         """Decode row groups, all columns or those named, after checking what their pages promise."""
         names = self._names if columns is None else columns

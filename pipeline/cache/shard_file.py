@@ -81,6 +81,11 @@ class ShardReader:
         self.group_starts = self._parquet.group_starts
 
     @property
+    def num_ids(self) -> int:
+        """Token ids of all rows."""
+        return sum(self._parquet.num_values(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+    @property
     def recorded(self) -> JsonObject:
         """How the rows were scored."""
         return parse_object(self._parquet.metadata.get("dpo_cache.recorded", "{}").encode(), source=self.path)

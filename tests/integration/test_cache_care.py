@@ -26,6 +26,7 @@ from dpo_cache.cli import dpo_cache as command
 from dpo_cache.pipeline.cache import durable_file, shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import read_sealed_json, write_sealed_json
+from dpo_cache.pipeline.cache.example_key import prompt_hash_prefix
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.cache.shard_file import read_shard_rows
 from tiny_model import message_pairs, rendered_pair, write_rows, write_tiny_model
@@ -382,7 +383,54 @@ def test_compact_drops_the_rows_that_stand_twice_and_keeps_the_training_set(cach
     assert (found["pairs"], found["duplicates"], found["mixtures"]) == (NUM_PAIRS, 0, {"train": NUM_PAIRS})
     assert opened.read_mixture("train").digest == digest
     assert len(logps_by_key(cache)) == NUM_PAIRS
-    assert "nothing to drop" in invoke("compact", cache).stdout
+    assert "nothing to do" in invoke("compact", cache).stdout
+
+
+def test_compact_joins_the_shards_of_many_small_builds_and_changes_no_row(cache: Path) -> None:
+    """Rows that were imported stay apart from those that were scored: their shards say so."""
+    opened = ReferenceCache.open(cache)
+    rows = sorted(rows_of(cache), key=lambda row: row.key)
+    mixture = opened.read_mixture("train")
+    for path in opened.shards.paths():
+        path.unlink()
+    for number, row in enumerate(rows):
+        opened.shards.write([row], recorded={"imported": {"from": "trl"}} if number % 4 == 0 else {"device": "cpu"})
+    write_train(opened, mixture.rows(), like=mixture)
+    before = [row.key for row in opened.pairs("train")]
+    values = logps_by_key(cache)
+    assert report("compact", cache) == {
+        "cache": str(cache),
+        "dropped_rows": 0,
+        "shards_before": NUM_PAIRS,
+        "shards_after": 2,
+        "rewritten_mixtures": ["train"],
+    }
+    compacted = opened.read_mixture("train")
+    assert (compacted.digest, compacted.sources) == (mixture.digest, mixture.sources)
+    assert [row.key for row in opened.pairs("train")] == before
+    assert logps_by_key(cache) == values
+    sizes = {}
+    for path in opened.shards.paths():
+        with opened.shards.open(path) as shard:
+            sizes["imported" in shard.recorded] = shard.num_rows
+            prompts = [prompt_hash_prefix(row.pair.prompt_ids) for row in read_shard_rows(path)]
+            assert prompts == sorted(prompts)
+    assert sizes == {True: NUM_PAIRS // 4, False: NUM_PAIRS - NUM_PAIRS // 4}
+    assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
+    assert report("compact", cache)["rewritten_mixtures"] == []
+
+
+def test_a_shard_all_of_whose_rows_stand_elsewhere_goes_and_the_other_stays(cache: Path) -> None:
+    """What is written anew may be the very bytes of a shard that is there: it must not be removed as outdated."""
+    assert report("compact", cache)["shards_after"] == 1
+    opened = ReferenceCache.open(cache)
+    (whole,) = opened.shards.paths()
+    with opened.shards.open(whole) as shard:
+        recorded = shard.recorded
+    opened.shards.write(read_shard_rows(whole)[::-1], recorded=recorded)
+    assert report("compact", cache)["dropped_rows"] == NUM_PAIRS
+    assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
+    assert len(opened.shards.paths()) == 1
 
 
 def test_nothing_is_deleted_under_a_training(cache: Path, littered: list[Path], tmp_path: Path) -> None:
