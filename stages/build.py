@@ -107,7 +107,8 @@ class Build:
         with cache.building(self._config.mixture), scratch_folder(cache.path / "tmp") as scratch:
             damaged = damaged_shards(cache)
             known = cache.shards.key_index(without=damaged)
-            collected = left_out_before(cache, self._config, self._collect(known, scratch))
+            reusable = self._reusable(cache, known, damaged)
+            collected = left_out_before(cache, self._config, self._collect(reusable, scratch))
             self._say_what_is_to_do(collected)
             content = mixture_content(cache, self._config, collected, known=known, warn=say)
             outcome = self._score(cache, collected, scratch, job)
@@ -121,9 +122,13 @@ class Build:
         """Refuses what the build would refuse, and writes nothing."""
         check_name(self._config.mixture)
         cache = ReferenceCache.planned(self._config.cache, description_of(self._reference))
-        known = cache.shards.key_index(without=damaged_shards(cache)) if cache else None
+        known = reusable = None
+        if cache is not None:
+            damaged = damaged_shards(cache)
+            known = cache.shards.key_index(without=damaged)
+            reusable = self._reusable(cache, known, damaged)
         with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
-            collected = self._collect(known, Path(scratch))
+            collected = self._collect(reusable, Path(scratch))
         if cache is None or known is None:
             content = new_content(collected)
         else:
@@ -132,9 +137,15 @@ class Build:
         self._say_what_is_to_do(collected)
         return self._report(collected, content, ScoringOutcome())
 
-    def _collect(self, known: KeyIndex | None, scratch: Path) -> CollectedPairs:
+    def _reusable(self, cache: ReferenceCache, known: KeyIndex, damaged: list[Path]) -> KeyIndex:
+        """The keys whose rows have all that this build asks for."""
+        if not self._config.token_logps:
+            return known
+        return cache.shards.key_index(without=damaged, with_token_logps=True)
+
+    def _collect(self, reusable: KeyIndex | None, scratch: Path) -> CollectedPairs:
         datasets = open_datasets(self._config)
-        return collect_datasets(self._config, self._reference, datasets, known=known, scratch=scratch)
+        return collect_datasets(self._config, self._reference, datasets, known=reusable, scratch=scratch)
 
     def _say_what_is_to_do(self, collected: CollectedPairs) -> None:
         say(
@@ -160,6 +171,7 @@ class Build:
             trust_remote_code=self._config.trust_remote_code,
             zero_stage=self._config.zero_stage,
             tokens_per_batch=self._config.tokens_per_batch,
+            token_logps=self._config.token_logps,
             spool=str((scratch / SPOOL).resolve()),
             order=waiting.spool_indices[order].tolist(),
             longest=int(waiting.spool_indices[waiting.lengths.argmax()]) if units else -1,

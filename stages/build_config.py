@@ -52,6 +52,9 @@ class BuildConfig:
         maximum=1.0,
     )
 
+    token_logps: bool = setting(
+        False, help="Also keep the log-probability of each scored token; pairs without them are scored again."
+    )
     drop_nonfinite: bool = setting(
         False,
         help="Leave pairs out of the mixture that the reference gives no finite log-probability, or one of exactly 0.",

@@ -45,6 +45,7 @@ class ScoringPlan:
         trust_remote_code: Whether the model's own Python code may run.
         zero_stage: 3 where the weights are partitioned over all scoring processes, else 0.
         tokens_per_batch: Token budget of one forward pass; None to go by the device.
+        token_logps: Whether the log-probability of each scored token is kept too.
         spool: The file with the pairs' tokens.
         order: Spool indices in the order the units cut through.
         longest: Spool index of the longest pair: it is tried first.
@@ -60,6 +61,7 @@ class ScoringPlan:
     trust_remote_code: bool
     zero_stage: int
     tokens_per_batch: int | None
+    token_logps: bool
     spool: str
     order: list[int]
     longest: int

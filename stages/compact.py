@@ -114,7 +114,7 @@ def _kinds(cache: ReferenceCache, index: KeyIndex) -> Iterator[tuple[JsonObject,
     kept = np.bincount(index.shard_numbers, minlength=len(index.shards))
     for number, shard in enumerate(index.shards):
         with cache.shards.open(cache.shards.path_of(shard)) as reader:
-            kind = canonical_bytes(reader.recorded)
+            kind = canonical_bytes([reader.recorded, reader.has_token_logps])
             recorded[kind] = reader.recorded
             if kept[number] < shard.num_rows:
                 loses_rows[kind].append(number)

@@ -61,6 +61,7 @@ def mixture_content(
         warn(f"warning: mixture {config.mixture} is written anew: {error.found}")
         return content
     is_whole = {shard.file_name for shard in existing.shards} <= {path.name for path in cache.shards.paths()}
+    is_whole &= existing.has_token_logps or not config.token_logps
     if config.extend:
         extended = _extended(existing, content, known)
         return replace(extended, is_new=extended.is_new or not is_whole)

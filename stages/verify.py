@@ -75,6 +75,7 @@ class _Walk:
     path: Path
     findings: list[Finding] = field(default_factory=list)
     shards: list[tuple[ShardRef, Keys]] = field(default_factory=list)
+    with_token_logps: set[str] = field(default_factory=set)
     mixtures: dict[str, Mixture] = field(default_factory=dict)
     index: KeyIndex = field(default_factory=lambda: build_key_index([]))
     rescored: RescoreReport | None = None
@@ -85,7 +86,7 @@ class _Walk:
             return
         cache = ReferenceCache.open(self.path)
         self._walk_shards(cache)
-        self.index = build_key_index(self.shards)
+        self.index = build_key_index(self.shards, with_token_logps=self.with_token_logps)
         if rescoring is not None:
             self._rescore(cache, rescoring)
         self._walk_mixtures(cache)
@@ -167,6 +168,8 @@ class _Walk:
                     raise DpoCacheError(f"{len(wrong)} of {shard.num_rows} rows: {', '.join(wrong[:10])}")
                 ref = ShardRef(sha256=path.stem, num_rows=shard.num_rows, num_bytes=shard.num_bytes)
                 self.shards.append((ref, shard.keys()))
+                if shard.has_token_logps:
+                    self.with_token_logps.add(ref.sha256)
         except UnreadableFileError:
             raise
         except DpoCacheError as error:

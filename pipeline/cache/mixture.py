@@ -46,6 +46,7 @@ class Mixture:
         sources: The datasets, in the order ``source`` counts them.
         dropped: What was not used and why.
         shards: The shards that hold its rows, in the order ``shard`` counts them: by digest.
+        has_token_logps: Whether all of its pairs have log-probabilities per token.
         table: The rows.
     """
 
@@ -60,6 +61,7 @@ class Mixture:
     sources: list[JsonObject]
     dropped: JsonObject
     shards: list[ShardRef]
+    has_token_logps: bool
     table: MixtureTable
 
     def shared_prefix_lengths(self) -> npt.NDArray[np.int32]:
@@ -111,7 +113,9 @@ def write_mixture(
         raise DpoCacheError(f"mixture {name} would have no pairs")
     rows, repeats = rows.in_mixture_order()
     places = _places(rows.example_keys, key_index, name)
-    used, shards = np.unique(key_index.shard_numbers[places], return_inverse=True)
+    used, used_numbers = np.unique(key_index.shard_numbers[places], return_inverse=True)
+    by_digest = np.argsort([key_index.shards[number].sha256 for number in used.tolist()])
+    shards = np.argsort(by_digest)[used_numbers]
     table = write_table(
         cache_path,
         rows,
@@ -131,7 +135,8 @@ def write_mixture(
         tokenization=tokenization,
         sources=sources,
         dropped=dropped,
-        shards=[key_index.shards[int(number)] for number in used],
+        shards=[key_index.shards[number] for number in used[by_digest].tolist()],
+        has_token_logps=bool(key_index.has_token_logps[used].all()),
         table=table,
     )
     write_pointer(cache_path, mixture)
@@ -177,6 +182,7 @@ def pointer_bytes(mixture: Mixture) -> bytes:
             "dropped": mixture.dropped,
             "shards": [[shard.sha256, shard.num_rows, shard.num_bytes] for shard in mixture.shards],
             "table": {"sha256": mixture.table.sha256, "num_bytes": mixture.table.num_bytes},
+            **({"token_logps": True} if mixture.has_token_logps else {}),
         }
     )
 
@@ -210,6 +216,7 @@ def read_mixture(cache_path: Path, name: str) -> Mixture:
         sources=_objects(pointer, "sources", path),
         dropped=take(pointer, "dropped", dict, source=path),
         shards=[_shard_ref(entry, path) for entry in take(pointer, "shards", list, source=path)],
+        has_token_logps="token_logps" in pointer and take(pointer, "token_logps", bool, source=path),
         table=MixtureTable(
             path=path.parent / f"{table_sha256}.parquet",
             sha256=table_sha256,

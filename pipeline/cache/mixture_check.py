@@ -42,7 +42,7 @@ def check_mixture(cache: ReferenceCache, mixture: Mixture) -> None:
         try:
             if hash_now:
                 verify_shard(path)
-            with _open_as_stated(cache, path, shard) as reader:
+            with _open_as_stated(cache, mixture, path, shard) as reader:
                 values, tokens = _values_and_tokens(reader, path, wanted, rows)
             unscored.append(wanted[tokens < 1])
             is_bad = unusable_values(values)
@@ -135,8 +135,11 @@ def _rows_of_batch(
     return keys[order], shards[order], rows[order]
 
 
-def _open_as_stated(cache: ReferenceCache, path: Path, shard: ShardRef) -> ShardReader:
+def _open_as_stated(cache: ReferenceCache, mixture: Mixture, path: Path, shard: ShardRef) -> ShardReader:
     reader = cache.shards.open(path)
+    if mixture.has_token_logps and not reader.has_token_logps:
+        reader.close()
+        raise DpoCacheError(f"{path} has no log-probabilities per token, which the pointer {mixture.name}.json states")
     if (reader.num_rows, reader.num_bytes) != (shard.num_rows, shard.num_bytes):
         reader.close()
         raise DpoCacheError(

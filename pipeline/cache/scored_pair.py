@@ -59,6 +59,11 @@ class ScoredPair:
     chosen_token_logps: npt.NDArray[np.float32] | None = None
     rejected_token_logps: npt.NDArray[np.float32] | None = None
 
+    @property
+    def has_token_logps(self) -> bool:
+        """Whether the values per token are kept, which they are for both sides or for neither."""
+        return self.chosen_token_logps is not None and self.rejected_token_logps is not None
+
 
 def values_of(rows: Sequence[ScoredPair]) -> dict[str, npt.NDArray[np.float64]]:
     """The values of some rows as columns."""

@@ -89,32 +89,36 @@ class ShardFolder:
 
     # ---- where each key stands ----
 
-    def key_index(self, *, without: Collection[Path] = ()) -> KeyIndex:
+    def key_index(self, *, without: Collection[Path] = (), with_token_logps: bool = False) -> KeyIndex:
         """Where each key stands. Of the shards only footers and keys are read.
 
         Args:
             without: Shards that :meth:`survey` found unusable. One that has been written anew since, as scoring its
                 rows again does, counts.
+            with_token_logps: Only of shards with log-probabilities per token.
 
         Raises:
             DpoCacheError: A shard cannot be read or belongs to another reference; :meth:`survey` finds those that
                 can.
         """
-        return self.index_of(
-            path for path in self.paths() if path not in without or isinstance(self._examine(path), ShardRef)
-        )
+        usable = (path for path in self.paths() if path not in without or isinstance(self._examine(path), ShardRef))
+        return self.index_of(usable, with_token_logps=with_token_logps)
 
-    def index_of(self, paths: Iterable[Path]) -> KeyIndex:
-        """Where each key of these shards stands.
+    def index_of(self, paths: Iterable[Path], *, with_token_logps: bool = False) -> KeyIndex:
+        """Where each key of these shards stands; see :meth:`key_index`.
 
         Raises:
             DpoCacheError: As :meth:`key_index`.
         """
-        indexed = []
+        indexed, detailed = [], set()
         for path in paths:
             with self.open(path) as shard:
+                if shard.has_token_logps:
+                    detailed.add(path.stem)
+                elif with_token_logps:
+                    continue
                 indexed.append((_ref_of(shard), shard.keys()))
-        return build_key_index(indexed)
+        return build_key_index(indexed, with_token_logps=detailed)
 
     # ---- new shards ----
 

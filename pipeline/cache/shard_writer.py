@@ -18,7 +18,7 @@ from .example_key import KEY_BYTES, KEY_VERSION, canonical_scored_mask, keys_arr
 from .format_version import FORMAT_VERSION
 from .parquet_file import KEY_COLUMN, parquet_bytes
 from .scored_pair import VALUE_COLUMNS, ScoredPair, unusable_in_words, unusable_values, values_of
-from .shard_file import SCHEMA, ShardRef, list_of
+from .shard_file import SCHEMA, TOKEN_LOGPS_KEY, ShardRef, list_of
 
 MAX_ROW_GROUP_PAIRS = 512
 MAX_ROW_GROUP_IDS = 32_768
@@ -55,6 +55,8 @@ def write_shard(
     row_groups = list(_row_group_bounds(rows))
     assert len(row_groups) <= MAX_ROW_GROUPS, "rows are cut into units first"
     _refuse_unusable_values(rows)
+    has_token_logps = {row.has_token_logps for row in rows}
+    assert len(has_token_logps) == 1, "all rows of a shard have log-probabilities per token, or none"
     content = parquet_bytes(
         (_table(rows[start:stop]) for start, stop in row_groups),
         SCHEMA,
@@ -64,6 +66,7 @@ def write_shard(
             "dpo_cache.key_version": str(KEY_VERSION),
             "dpo_cache.scoring_version": str(scoring_version),
             "dpo_cache.recorded": canonical_bytes(dict(recorded)).decode(),
+            **({TOKEN_LOGPS_KEY: "true"} if True in has_token_logps else {}),
         },
         rows_per_group=MAX_ROW_GROUP_PAIRS,
     )

@@ -12,7 +12,7 @@ from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.scoring import batching
 from dpo_cache.pipeline.scoring.batching import plan_batches
 from dpo_cache.pipeline.scoring.layouts import padded_batch, prefix_shared_batch
-from dpo_cache.pipeline.scoring.prompt_group import PromptGroup, group_by_prompt
+from dpo_cache.pipeline.scoring.prompt_group import PromptGroup, group_by_prompt, prompt_group
 from dpo_cache.pipeline.scoring.scoring_batch import Layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,7 +84,7 @@ def test_a_prompt_with_very_many_pairs_is_split_by_looking_at_each_pair_a_few_ti
     ]
     [group] = group_by_prompt(pairs)
     looked_at: list[int] = []
-    make_group = batching.prompt_group
+    make_group = prompt_group
 
     def counted(pairs: Sequence[TokenPair], indices: Iterable[int]) -> PromptGroup:
         looked_at.extend(indices := tuple(indices))

@@ -67,10 +67,7 @@ def test_the_largest_footer_of_a_shard_that_compresses_to_nothing_can_be_read(tm
     prompt, random = np.full(16_400, 7, dtype=np.int32), np.random.RandomState(0)
     rows = [
         make_row(
-            TokenPair(prompt_ids=prompt, chosen_ids=np.array([number, 1], np.int32), rejected_ids=prompt[:1]),
-            random,
-            chosen_token_logps=None,
-            rejected_token_logps=None,
+            TokenPair(prompt_ids=prompt, chosen_ids=np.array([number, 1], np.int32), rejected_ids=prompt[:1]), random
         )
         for number in range(MAX_ROW_GROUPS)
     ]
