@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..pipeline.cache.reference_identity import ReferenceIdentity, identify_reference
+from ..pipeline.cache.reference_identity import ReferenceIdentity, code_that_runs, identify_reference
 from ..pipeline.data.tokenization_settings import TokenizationSettings
 from ..pipeline.scoring.model_loading import load_config, resolve_attention
 from ..pipeline.scoring.pair_scorer import SCORING_VERSION
@@ -55,6 +55,8 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
     tokenizer = find_model_folder(config.tokenizer, None, files=TOKENIZER_FILES) if config.tokenizer else model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if config.trust_remote_code:
+        code_that_runs(model.folder)  # refuses code from elsewhere before any of it is fetched
     model_config = load_config(model.folder, trust_remote_code=config.trust_remote_code)
     attention = resolve_attention(config.attn_implementation, model_config, device)
     return BuildReference(
@@ -70,6 +72,7 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
             attention=attention,
             scoring_version=SCORING_VERSION,
             quantization=config.quantization,
+            trust_remote_code=config.trust_remote_code,
         ),
         tokenization=TokenizationSettings(
             tokenizer=_lasting_name(tokenizer),

@@ -130,6 +130,8 @@ def read_bounded(path: Path, *, max_bytes: int) -> bytes:
             if status.st_size > max_bytes:
                 raise DpoCacheError(f"{path} has {status.st_size} bytes", expected=f"at most {max_bytes}")
             return stream.read(max_bytes)
+    except FileNotFoundError as error:
+        raise DpoCacheError(f"{path} is missing") from error
     except (OSError, MemoryError) as error:
         raise read_fault(path, error) from error
 

@@ -320,6 +320,18 @@ def test_a_reference_that_moved_is_named_and_another_is_refused(cache: Path, ref
     assert report("verify", cache, "--rescore", 5, "--model", reference)["rescored"]["pairs"] == 5
 
 
+def test_values_that_code_of_the_models_own_computed_are_scored_again_only_by_that_code(
+    reference: Path, tmp_path: Path
+) -> None:
+    cache = make_cache(tmp_path / "cache", remote_code_sha256="d" * 64)
+    fill_cache(cache, make_rows(3), shard_rows=3)
+    message = refusal("verify", cache.path, "--rescore", 1, "--model", reference)
+    assert "computed by Python code that came with the model, and it does not run unasked" in message
+    assert "--trust-remote-code" in message
+    message = refusal("verify", cache.path, "--rescore", 1, "--model", reference, "--trust-remote-code")
+    assert f"remote_code_sha256: cached '{'d' * 64}', asked for None" in message
+
+
 # ---- gc and compact --------------------------------------------------------------------------------------------------
 
 
