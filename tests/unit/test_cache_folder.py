@@ -163,9 +163,13 @@ def test_another_folder_of_the_same_reference_can_be_united_with_this_one(tmp_pa
     fill_cache(ours, rows[:25], shard_rows=10)
     fill_cache(theirs, rows[15:], shard_rows=10, name="held-out")
     for path in theirs.shards.paths():
-        ours.shards.import_copy(path)
-        ours.shards.import_copy(path)  # again changes nothing
+        assert ours.shards.import_copy(path)
     ours.import_mixture(theirs.read_mixture("held-out"))
+    files = {path: path.stat().st_ino for path in ours.path.rglob("*") if path.is_file()}
+    assert not any(ours.shards.import_copy(path) for path in theirs.shards.paths())
+    ours.import_mixture(theirs.read_mixture("held-out"))
+    ours.shards.write(rows[:10])
+    assert {path: path.stat().st_ino for path in files} == files, "a training may be reading what was written over"
     assert ours.mixture_names() == ["held-out", "train"]
     for name in ours.mixture_names():
         check_mixture(ours, ours.read_mixture(name))
