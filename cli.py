@@ -315,7 +315,7 @@ def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> No
 @cache_argument
 @json_option
 def compact_command(cache: Path, as_json: bool) -> None:
-    """Drop rows that stand in several shards; refused while something builds or trains.
+    """Drop rows that stand in several shards, and join small shards; refused while something builds or trains.
 
     \b
     Example:

@@ -17,19 +17,28 @@ import torch
 from torch.distributed import DistError
 
 from ..errors import DpoCacheError
-from ..pipeline.cache.cache_folder import ReferenceCache, refuse_other_content
+from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.cache.mixture import check_name
 from ..pipeline.scoring.quantization import require_bitsandbytes
-from .build_cache import damaged_shards, open_cache, recorded_environment, scratch_folder, wait_until_visible
+from .build_cache import (
+    damaged_shards,
+    description_of,
+    open_cache,
+    recorded_environment,
+    scratch_folder,
+    wait_until_visible,
+)
 from .build_config import BuildConfig
 from .build_datasets import SPOOL, collect_datasets, open_datasets
 from .build_plan import ScoringPlan, cut_units
 from .build_reference import resolve_reference
 from .build_report import BuildReport
 from .job_store import JobStore, store_lost
+from .left_out import in_words, keys_by_reason
 from .library_output import quiet_libraries
-from .mixture_change import MixtureContent, mixture_content
+from .mixture_change import left_out_before, mixture_content, new_content
+from .mixture_content import MixtureContent
 from .pair_collection import CollectedPairs
 from .ranks import Ranks, ranks_from_environment
 from .scoring_job import ScoringOutcome, follow_scoring, lead_scoring
@@ -97,36 +106,52 @@ class Build:
         cache = open_cache(self._config, self._reference, recorded=recorded_environment(self._reference))
         with cache.building(self._config.mixture), scratch_folder(cache.path / "tmp") as scratch:
             damaged = damaged_shards(cache)
-            collected = self._collect(cache.shards.key_index(without=damaged), scratch)
-            content = mixture_content(cache, self._config, collected, warn=say)
+            known = cache.shards.key_index(without=damaged)
+            reusable = self._reusable(cache, known, damaged)
+            collected = left_out_before(cache, self._config, self._collect(reusable, scratch))
+            self._say_what_is_to_do(collected)
+            content = mixture_content(cache, self._config, collected, known=known, warn=say)
             outcome = self._score(cache, collected, scratch, job)
             wait_until_visible(cache, outcome.shards)
-            mixture = self._write_mixture(cache, content, outcome, without=damaged)
-            return self._report(collected, outcome, training_pairs=len(mixture.rows))
+            self._refuse_unusable(outcome)
+            content = content.without(keys_by_reason(outcome.unusable))
+            content.write(cache, self._config.mixture, without=damaged)
+            return self._report(collected, content, outcome)
 
     def _dry_run(self) -> BuildReport:
         """Refuses what the build would refuse, and writes nothing."""
         check_name(self._config.mixture)
-        refuse_other_content(self._config.cache)
-        cache: ReferenceCache | None = None
-        known: KeyIndex | None = None
-        if (self._config.cache / "cache.json").exists():
-            cache = ReferenceCache.open(self._config.cache)
-            cache.require_reference(self._reference.identity)
-            known = cache.shards.key_index(without=damaged_shards(cache))
+        cache = ReferenceCache.planned(self._config.cache, description_of(self._reference))
+        known = reusable = None
+        if cache is not None:
+            damaged = damaged_shards(cache)
+            known = cache.shards.key_index(without=damaged)
+            reusable = self._reusable(cache, known, damaged)
         with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
-            collected = self._collect(known, Path(scratch))
-        rows = mixture_content(cache, self._config, collected, warn=say).rows if cache else collected.rows
-        return self._report(collected, ScoringOutcome(), training_pairs=len(rows))
+            collected = self._collect(reusable, Path(scratch))
+        if cache is None or known is None:
+            content = new_content(collected)
+        else:
+            collected = left_out_before(cache, self._config, collected)
+            content = mixture_content(cache, self._config, collected, known=known, warn=say)
+        self._say_what_is_to_do(collected)
+        return self._report(collected, content, ScoringOutcome())
 
-    def _collect(self, known: KeyIndex | None, scratch: Path) -> CollectedPairs:
+    def _reusable(self, cache: ReferenceCache, known: KeyIndex, damaged: list[Path]) -> KeyIndex:
+        """The keys whose rows have all that this build asks for."""
+        if not self._config.token_logps:
+            return known
+        return cache.shards.key_index(without=damaged, with_token_logps=True)
+
+    def _collect(self, reusable: KeyIndex | None, scratch: Path) -> CollectedPairs:
         datasets = open_datasets(self._config)
-        collected = collect_datasets(self._config, self._reference, datasets, known=known, scratch=scratch)
+        return collect_datasets(self._config, self._reference, datasets, known=reusable, scratch=scratch)
+
+    def _say_what_is_to_do(self, collected: CollectedPairs) -> None:
         say(
             f"{collected.num_distinct} distinct pairs: {collected.num_reused} in the cache, "
             f"{len(collected.waiting)} to score"
         )
-        return collected
 
     def _score(
         self, cache: ReferenceCache, collected: CollectedPairs, scratch: Path, job: JobStore | None
@@ -146,6 +171,7 @@ class Build:
             trust_remote_code=self._config.trust_remote_code,
             zero_stage=self._config.zero_stage,
             tokens_per_batch=self._config.tokens_per_batch,
+            token_logps=self._config.token_logps,
             spool=str((scratch / SPOOL).resolve()),
             order=waiting.spool_indices[order].tolist(),
             longest=int(waiting.spool_indices[waiting.lengths.argmax()]) if units else -1,
@@ -162,36 +188,31 @@ class Build:
             total_tokens=int(waiting.lengths.sum()),
         )
 
-    def _write_mixture(
-        self, cache: ReferenceCache, content: MixtureContent, outcome: ScoringOutcome, *, without: list[Path]
-    ) -> MixtureContent:
-        if outcome.nonfinite and not self._config.drop_nonfinite:
-            named = ", ".join(key.hex() for key in outcome.nonfinite[:10])
+    def _refuse_unusable(self, outcome: ScoringOutcome) -> None:
+        if outcome.unusable and not self._config.drop_nonfinite:
             raise DpoCacheError(
-                f"the reference gives {len(outcome.nonfinite)} pairs no finite log-probability: {named}",
-                expected="finite values; all other pairs are scored and stay",
+                f"the reference gives values that cannot be used: {in_words(outcome.unusable)}",
+                expected="finite sums below zero; all other pairs are scored and stay",
                 next_step="look at those pairs and at the model; --drop-nonfinite leaves them out of the mixture",
             )
-        content = content.without(outcome.nonfinite)
-        content.write(cache, self._config.mixture, without=without)
-        return content
 
-    def _report(self, collected: CollectedPairs, outcome: ScoringOutcome, *, training_pairs: int) -> BuildReport:
+    def _report(self, collected: CollectedPairs, content: MixtureContent, outcome: ScoringOutcome) -> BuildReport:
         return BuildReport(
             cache=self._config.cache,
             mixture=self._config.mixture,
             dry_run=self._config.dry_run,
-            training_pairs=training_pairs,
+            training_pairs=len(content.rows),
+            already_there=content.already_there,
             distinct_pairs=collected.num_distinct,
             pairs_reused=collected.num_reused,
-            pairs_scored=len(collected.waiting) - len(outcome.nonfinite),
+            pairs_scored=len(collected.waiting) - len(outcome.unusable),
             reference_forwards=outcome.forwards,
             tokens=outcome.tokens,
             seconds=time.monotonic() - self._started,
             scoring_seconds=outcome.seconds,
             forward_seconds=outcome.forward_seconds,
             forward_share=outcome.forward_share,
-            dropped=collected.dropped,
+            dropped=collected.without(keys_by_reason(outcome.unusable)).dropped,
             truncated=collected.truncated,
             warnings=outcome.faults,
         )

@@ -38,17 +38,20 @@ def open_cache(config: BuildConfig, reference: BuildReference, *, recorded: dict
     Raises:
         DpoCacheError: It is one of another reference, or no cache.
     """
-    vocabulary = PairTokenizer(reference.tokenization).description()["vocabulary_sha256"]
-    cache = ReferenceCache.create(
-        config.cache,
-        CacheDescription(identity=reference.identity, vocabulary_sha256=vocabulary, recorded=recorded),
-    )
-    if cache.vocabulary_sha256 != vocabulary:
+    description = description_of(reference, recorded=recorded)
+    cache = ReferenceCache.create(config.cache, description)
+    if (vocabulary := description.vocabulary_sha256) != cache.vocabulary_sha256:
         say(
             f"warning: the tokenizer's vocabulary ({vocabulary[:12]}…) is not the one this cache was begun with "
             f"({cache.vocabulary_sha256[:12]}…): the same ids may stand for other words"
         )
     return cache
+
+
+def description_of(reference: BuildReference, *, recorded: dict[str, Any] | None = None) -> CacheDescription:
+    """What a cache that begins with this reference says of itself."""
+    vocabulary = PairTokenizer(reference.tokenization).description()["vocabulary_sha256"]
+    return CacheDescription(identity=reference.identity, vocabulary_sha256=vocabulary, recorded=recorded or {})
 
 
 def recorded_environment(reference: BuildReference) -> dict[str, Any]:

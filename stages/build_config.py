@@ -21,8 +21,8 @@ class BuildConfig:
     )
     cache: Path = setting(help="Folder of the cache; created if there is none.")
     mixture: str = setting("train", help="Name under which training finds these pairs in the cache.")
-    replace: bool = setting(False, help="Let the mixture of this name now mean this dataset.")
-    extend: bool = setting(False, help="Add these pairs to the mixture of this name.")
+    replace: bool = setting(False, help="Let the mixture of this name now mean these pairs.")
+    extend: bool = setting(False, help="Add to the mixture of this name the rows that it does not have yet.")
 
     model_revision: str | None = setting(None, help="Revision of a model on the Hub.")
     adapter: str | None = setting(
@@ -52,8 +52,12 @@ class BuildConfig:
         maximum=1.0,
     )
 
+    token_logps: bool = setting(
+        False, help="Also keep the log-probability of each scored token; pairs without them are scored again."
+    )
     drop_nonfinite: bool = setting(
-        False, help="Leave pairs out of the mixture that the reference gives no finite log-probability."
+        False,
+        help="Leave pairs out of the mixture that the reference gives no finite log-probability, or one of exactly 0.",
     )
 
     dtype: str | None = setting(
@@ -69,7 +73,7 @@ class BuildConfig:
     quantization: str | None = setting(
         None, help="Score with the model's weights quantized, for `dpo-train --use-qlora`.", choices=("nf4",)
     )
-    trust_remote_code: bool = setting(False, help="Run Python code that comes with the model.")
+    trust_remote_code: bool = setting(False, help="Run Python code that comes with the model or the tokenizer.")
 
     num_workers: int | None = setting(None, help="Scoring processes [default: one a GPU, one on a CPU].", minimum=1)
     tokens_per_batch: int | None = setting(

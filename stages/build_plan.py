@@ -14,6 +14,8 @@ from .pair_collection import SpooledPairs
 UNITS_PER_WORKER = 16
 MIN_UNIT_TOKENS = 16_384
 MAX_UNIT_TOKENS = 1_048_576
+MAX_UNIT_PAIRS = 262_144
+"""With the bound on tokens it bounds the row groups of a shard, and with them its footer, whatever the pairs are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,7 @@ class ScoringPlan:
         trust_remote_code: Whether the model's own Python code may run.
         zero_stage: 3 where the weights are partitioned over all scoring processes, else 0.
         tokens_per_batch: Token budget of one forward pass; None to go by the device.
+        token_logps: Whether the log-probability of each scored token is kept too.
         spool: The file with the pairs' tokens.
         order: Spool indices in the order the units cut through.
         longest: Spool index of the longest pair: it is tried first.
@@ -58,6 +61,7 @@ class ScoringPlan:
     trust_remote_code: bool
     zero_stage: int
     tokens_per_batch: int | None
+    token_logps: bool
     spool: str
     order: list[int]
     longest: int
@@ -79,8 +83,9 @@ def cut_units(waiting: SpooledPairs, *, num_workers: int) -> tuple[npt.NDArray[n
     """Order pairs by prompt hash and key, and cut the order into units of alike cost.
 
     Pairs of one prompt stay in one unit, so that the prompt, and an answer standing in several pairs, is scored
-    once. Hash order mixes sources and lengths, which makes units alike and leaves the shards shuffled. Units
-    shrink with the job, so that small builds share out evenly too, and are bounded, so that a kill costs little.
+    once; a prompt with more pairs than two units hold goes on in the next one. Hash order mixes sources and lengths,
+    which makes units alike and leaves the shards shuffled. Units shrink with the job, so that small builds share out
+    evenly too, and are bounded, so that a kill costs little.
 
     Args:
         waiting: The pairs to be scored.
@@ -89,17 +94,22 @@ def cut_units(waiting: SpooledPairs, *, num_workers: int) -> tuple[npt.NDArray[n
     Returns:
         The places of the pairs in that order, and the units as ranges of it.
     """
-    order = np.lexsort((waiting.keys, waiting.prompt_hashes)).astype(np.int64)
+    unit_tokens = int(waiting.lengths.sum()) // (num_workers * UNITS_PER_WORKER)
+    return cut_into(waiting, unit_tokens=min(max(unit_tokens, MIN_UNIT_TOKENS), MAX_UNIT_TOKENS))
+
+
+def cut_into(pairs: SpooledPairs, *, unit_tokens: int) -> tuple[npt.NDArray[np.int64], list[Unit]]:
+    """As :func:`cut_units`, into units of at least ``unit_tokens`` tokens but for the last."""
+    order = np.lexsort((pairs.keys, pairs.prompt_hashes)).astype(np.int64)
     if len(order) == 0:
         return order, []
-    ordered_hashes, ordered_lengths = waiting.prompt_hashes[order], waiting.lengths[order]
-    unit_tokens = int(ordered_lengths.sum()) // (num_workers * UNITS_PER_WORKER)
-    unit_tokens = min(max(unit_tokens, MIN_UNIT_TOKENS), MAX_UNIT_TOKENS)
+    ordered_hashes, ordered_lengths = pairs.prompt_hashes[order], pairs.lengths[order]
     units: list[Unit] = []
     start, tokens = 0, 0
     for place in range(len(order)):
         same_prompt = place > 0 and ordered_hashes[place] == ordered_hashes[place - 1]
-        if tokens >= unit_tokens and not same_prompt:
+        is_full = tokens >= (2 * unit_tokens if same_prompt else unit_tokens) or place - start == MAX_UNIT_PAIRS
+        if is_full:
             units.append(Unit(start=start, stop=place))
             start, tokens = place, 0
         tokens += int(ordered_lengths[place])

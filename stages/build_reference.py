@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..pipeline.cache.reference_identity import ReferenceIdentity, identify_reference
+from ..pipeline.cache.reference_identity import ReferenceIdentity, code_that_runs, identify_reference
 from ..pipeline.data.tokenization_settings import TokenizationSettings
 from ..pipeline.scoring.model_loading import load_config, resolve_attention
 from ..pipeline.scoring.pair_scorer import SCORING_VERSION
 from .build_config import BuildConfig
-from .model_folder import ModelFolder, find_model_folder
+from .model_folder import TOKENIZER_FILES, ModelFolder, find_model_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +52,11 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
     """
     model = find_model_folder(config.model, config.model_revision)
     adapter = find_model_folder(config.adapter, config.adapter_revision) if config.adapter else None
+    tokenizer = find_model_folder(config.tokenizer, None, files=TOKENIZER_FILES) if config.tokenizer else model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if config.trust_remote_code:
+        code_that_runs(model.folder)  # refuses code from elsewhere before any of it is fetched
     model_config = load_config(model.folder, trust_remote_code=config.trust_remote_code)
     attention = resolve_attention(config.attn_implementation, model_config, device)
     return BuildReference(
@@ -69,13 +72,16 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
             attention=attention,
             scoring_version=SCORING_VERSION,
             quantization=config.quantization,
+            trust_remote_code=config.trust_remote_code,
         ),
         tokenization=TokenizationSettings(
-            tokenizer=config.tokenizer or str(model.folder),
+            tokenizer=_lasting_name(tokenizer),
+            tokenizer_revision=tokenizer.commit,
             chat_template=config.chat_template,
             max_seq_length=config.max_seq_length,
             truncation=config.truncation,  # type: ignore[arg-type]  # checked against its choices
             mask=config.mask,  # type: ignore[arg-type]
+            trust_remote_code=config.trust_remote_code,
         ),
     )
 

@@ -18,6 +18,7 @@ class BuildReport:
         mixture: The mixture's name.
         dry_run: Whether it only said what it would do.
         training_pairs: Pairs of the mixture, repeats included.
+        already_there: Of this build's rows, those that the mixture had before ``--extend``.
         distinct_pairs: Distinct pairs among this build's rows.
         pairs_reused: Distinct pairs the cache held already.
         pairs_scored: Distinct pairs scored now; to be scored, in a dry run.
@@ -36,6 +37,7 @@ class BuildReport:
     mixture: str
     dry_run: bool
     training_pairs: int
+    already_there: int
     distinct_pairs: int
     pairs_reused: int
     pairs_scored: int
@@ -58,7 +60,9 @@ class BuildReport:
         lines = [f"warning: {warning}" for warning in self.warnings]
         if self.dropped:
             dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-            lines.append(f"rows that make no pair: {dropped}")
+            lines.append(f"rows that are not used: {dropped}")
+        if self.already_there:
+            lines.append(f"{self.already_there} rows were in mixture {self.mixture} already")
         if self.dry_run:
             lines.append(
                 f"would score {self.pairs_scored} pairs and reuse {self.pairs_reused}; nothing was loaded or written"

@@ -55,6 +55,7 @@ class ExplainReport:
         tokens: For each mixture of the cache whose tokens were made otherwise, the settings that differ.
         sources: The datasets' rows.
         dropped: Rows that make no pair, by reason.
+        without_token_logps: Pairs that the cache has without the log-probabilities per token that are asked for.
     """
 
     cache: Path
@@ -64,6 +65,7 @@ class ExplainReport:
     tokens: dict[str, list[Difference]]
     sources: list[SourceReuse]
     dropped: dict[str, int]
+    without_token_logps: int = 0
 
     @property
     def reused_pairs(self) -> int:
@@ -77,6 +79,7 @@ class ExplainReport:
             "distinct_pairs": self.distinct_pairs,
             "pairs_reused": self.reused_pairs,
             "pairs_with_known_tokens": self.known_pairs,
+            "pairs_without_token_logps": self.without_token_logps,
             "reference_differs_in": _json_of(self.reference),
             "tokens_differ_in": {name: _json_of(fields) for name, fields in self.tokens.items()},
             "sources": [
@@ -114,7 +117,9 @@ class ExplainReport:
         for name, fields in self.tokens.items():
             yield f"tokens     made otherwise than those of mixture {name}:"
             yield from _in_lines(fields)
-        if not self.tokens and self.known_pairs < self.distinct_pairs:
+        if self.without_token_logps:
+            yield f"values     {self.without_token_logps:,} pairs are in the cache without log-probabilities per token"
+        if not self.tokens and self.known_pairs + self.without_token_logps < self.distinct_pairs:
             yield "tokens     made as the cache's own: the other pairs are new to it"
 
 
@@ -130,7 +135,8 @@ def explain(config: BuildConfig) -> ExplainReport:
     quiet_libraries()
     cache = ReferenceCache.open(config.cache)
     reference = resolve_reference(config)
-    known = cache.shards.key_index(without=damaged_shards(cache))
+    damaged = damaged_shards(cache)
+    known = cache.shards.key_index(without=damaged, with_token_logps=config.token_logps)
     with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
         collected = collect_datasets(config, reference, open_datasets(config), known=known, scratch=Path(scratch))
     is_known = known.find(collected.rows.example_keys) >= 0
@@ -147,7 +153,12 @@ def explain(config: BuildConfig) -> ExplainReport:
         tokens={name: fields for name, fields in tokens.items() if fields} if all(tokens.values()) else {},
         sources=[_source_reuse(dataset, number, collected, is_known) for number, dataset in enumerate(config.dataset)],
         dropped=collected.dropped,
+        without_token_logps=_num_without_token_logps(cache, collected, damaged) if config.token_logps else 0,
     )
+
+
+def _num_without_token_logps(cache: ReferenceCache, collected: CollectedPairs, damaged: list[Path]) -> int:
+    return int((cache.shards.key_index(without=damaged).find(collected.waiting.keys) >= 0).sum())
 
 
 def _token_differences(cached: dict[str, Any], ours: dict[str, Any]) -> list[Difference]:

@@ -127,11 +127,17 @@ def _refuse_mask(pair: ScoredPair, mixture: Mixture) -> None:
     if canonical_scored_mask(pair.pair) is None:
         return
     mask = (mixture.tokenization.get("settings") or {}).get("mask")
+    next_step = "build the mixture with --mask last-turn under another --mixture name, and export that"
+    if mask == "last-turn":
+        next_step = (
+            "one of its answers goes on from a thought that the chat template opens, and the other does not: leave "
+            "such rows out of the dataset"
+        )
     raise DpoCacheError(
-        f"the pair {pair.key.hex()} scores {pair.chosen_tokens} tokens of its prompt and chosen answer, which has "
-        f"{len(pair.pair.chosen_ids)} (mixture {mixture.name}, mask {mask})",
+        f"the pair {pair.key.hex()} does not score all tokens of its answers and no others (mixture {mixture.name}, "
+        f"mask {mask})",
         expected="pairs of which every answer token is scored and no other: TRL's collator knows no mask",
-        next_step="build the mixture with --mask last-turn under another --mixture name, and export that",
+        next_step=next_step,
     )
 
 

@@ -12,7 +12,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
-from ..pipeline.cache.mixture import Mixture
+from ..pipeline.cache.mixture import Mixture, pointer_bytes
 from ..pipeline.cache.remote_cache import RemoteCache, num_bytes
 from ..pipeline.cache.remote_files import RemoteFiles
 from ..pipeline.cache.shard_file import ShardRef, verify_shard
@@ -27,20 +27,24 @@ MAX_BATCHES = 100
 """The Hub allows some hundred commits an hour; larger caches have larger batches."""
 
 
+MAX_CARD_BYTES = 16 << 20
+
+
 class HubDataset:
     """One branch of it.
 
-    Args:
+    Attributes:
         repo_id: ``ORG/NAME``.
         revision: The branch.
+        url: The dataset's page.
     """
 
     def __init__(self, repo_id: str, revision: str) -> None:
         disable_progress_bars()  # ours is the one that tells how far the whole is
         self._api = HfApi()
         self._place: dict[str, Any] = {"repo_id": repo_id, "repo_type": "dataset"}
-        self._repo_id = repo_id
-        self._revision = revision
+        self.repo_id = repo_id
+        self.revision = revision
         self._files: dict[str, str | None] = {}
         """What is there, with the SHA-256 of each file that is stored as a large one."""
         self._commit: str | None = None
@@ -54,17 +58,17 @@ class HubDataset:
             DpoCacheError: The Hub refuses, or others would see what is not meant for them.
         """
         with refusals_explained(
-            f"nothing can be uploaded to {self._repo_id}",
+            f"nothing can be uploaded to {self.repo_id}",
             expected=LOGGED_IN,
             next_step="run `hf auth login`, and check the name",
         ):
             self._api.whoami()
-            make_writable(self._api, self._repo_id, repo_type="dataset", private=not public, branch=self._revision)
+            make_writable(self._api, self.repo_id, repo_type="dataset", private=not public, branch=self.revision)
             is_private = bool(self._api.repo_info(**self._place).private)
         if public == is_private:
             is_now, flag = ("private", "without --public") if is_private else ("public", "with --public")
             raise DpoCacheError(
-                f"{self._repo_id} is there already, and it is {is_now}",
+                f"{self.repo_id} is there already, and it is {is_now}",
                 next_step=f"push {flag}, or change its visibility in its settings: {self.url}/settings",
             )
         return is_private
@@ -75,15 +79,15 @@ class HubDataset:
         Raises:
             DpoCacheError: They are of another reference.
         """
-        with refusals_explained(f"{self._repo_id} cannot be read"):
-            self._commit = self._api.repo_info(**self._place, revision=self._revision).sha
-            entries = list(self._api.list_repo_tree(**self._place, recursive=True, revision=self._revision))
+        with refusals_explained(f"{self.repo_id} cannot be read"):
+            self._commit = self._api.repo_info(**self._place, revision=self.revision).sha
+            entries = list(self._api.list_repo_tree(**self._place, recursive=True, revision=self.revision))
         for entry in entries:
             if isinstance(entry, RepoFile):
                 self._files[entry.path] = entry.lfs.sha256 if entry.lfs else None
-        files = RemoteFiles.open(f"hf://datasets/{self._repo_id}@{self._revision.replace('/', '%2F')}")
+        files = RemoteFiles.open(f"hf://datasets/{self.repo_id}@{self.revision.replace('/', '%2F')}")
         if "README.md" in self._files:
-            files.fetch("README.md", folder / "README.md")
+            files.fetch("README.md", folder / "README.md", max_bytes=MAX_CARD_BYTES)
             self._card = (folder / "README.md").read_text(encoding="utf-8")
         if "cache.json" not in self._files:
             return []
@@ -98,7 +102,7 @@ class HubDataset:
     def upload_shards(self, cache: ReferenceCache, shards: Sequence[ShardRef]) -> None:
         """Send shards, a commit for each batch; ``cache.json`` goes with the first, so that it says whose they are."""
         done = 0
-        with Progress(num_bytes(shards), unit="B", title=f"push {self._repo_id}") as progress:
+        with Progress(num_bytes(shards), unit="B", title=f"push {self.repo_id}") as progress:
             for batch in _batches(shards):
                 paths = [cache.shards.path_of(shard) for shard in batch]
                 for path in paths:
@@ -109,13 +113,16 @@ class HubDataset:
                 progress.reach(done)
 
     def upload_pointers(self, cache: ReferenceCache, ours: Sequence[Mixture], all_there: Sequence[Mixture]) -> None:
-        """Send tables, pointers and card in one commit: there is no moment in which one is there without the others."""
+        """Send tables, pointers and card in one commit: there is no moment in which one is there without the others.
+
+        The pointers are those that were read, not what their files say by now.
+        """
         names = ", ".join(mixture.name for mixture in ours)
         tables = [mixture.table.path for mixture in ours]
-        pointers = [cache.path / "mixtures" / f"{mixture.name}.json" for mixture in ours]
-        branch = None if self._revision == MAIN_BRANCH else self._revision
-        card = cache_card(self._repo_id, cache, all_there, branch=branch, previous=self._card)
-        operations = [_addition(cache, path) for path in [*self._cache_json(cache), *tables, *pointers]]
+        branch = None if self.revision == MAIN_BRANCH else self.revision
+        card = cache_card(self.repo_id, cache, all_there, branch=branch, previous=self._card)
+        operations = [_addition(cache, path) for path in [*self._cache_json(cache), *tables]]
+        operations += [CommitOperationAdd(f"mixtures/{mixture.name}.json", pointer_bytes(mixture)) for mixture in ours]
         operations.append(CommitOperationAdd("README.md", card.encode()))
         # Only on top of what the card was made from: somebody else may be uploading another mixture.
         self._send(operations, f"Mixture {names}", parent_commit=self._commit)
@@ -125,10 +132,10 @@ class HubDataset:
 
     def _send(self, operations: list[CommitOperationAdd], message: str, **more: Any) -> None:
         with refusals_explained(
-            f"the upload to {self._repo_id} failed", next_step="the same command goes on from there"
+            f"the upload to {self.repo_id} failed", next_step="the same command goes on from there"
         ):
             commit = self._api.create_commit(
-                **self._place, operations=operations, commit_message=message, revision=self._revision, **more
+                **self._place, operations=operations, commit_message=message, revision=self.revision, **more
             )
         self._commit = commit.oid
         self._files |= {operation.path_in_repo: None for operation in operations}

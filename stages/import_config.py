@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .build_config import BuildConfig
 from .setting import setting
 
-NOT_IMPORTED = ("drop_nonfinite", "num_workers", "tokens_per_batch", "zero_stage", "dry_run")
+NOT_IMPORTED = ("drop_nonfinite", "token_logps", "num_workers", "tokens_per_batch", "zero_stage", "dry_run")
 """Settings of a build that only scoring has a use for."""
 
 

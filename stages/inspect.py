@@ -114,6 +114,7 @@ def _mixture_json(mixture: Mixture) -> dict[str, Any]:
         "sources": mixture.sources,
         "tokenization": mixture.tokenization,
         "shards": len(mixture.shards),
+        "token_logps": mixture.has_token_logps,
     }
 
 
@@ -127,6 +128,7 @@ def _mixture_lines(mixture: Mixture) -> list[str]:
         f"           {mixture.num_pairs:,} pairs{distinct}, {tokens:,} tokens, "
         f"{tokens / mixture.num_pairs:,.0f} a pair",
         f"           max length {settings.get('max_seq_length')}, {settings.get('truncation')}, {settings.get('mask')}",
+        *(["           with the log-probability of each scored token"] if mixture.has_token_logps else []),
         f"           dropped: {dropped}",
         *(f"           from {source.get('path')} ({source.get('picked_rows')} rows)" for source in mixture.sources),
     ]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
-from ..pipeline.cache.canonical_json import canonical_bytes
 from ..pipeline.cache.mixture import Mixture
-from ..pipeline.cache.mixture_rows import MixtureRows
-from .mixture_change import MixtureContent, differing_settings, in_words
+from .mixture_change import differing_settings, in_words
+from .mixture_content import MixtureContent
+from .mixture_union import canonical_order, united
 from .progress import Progress
 
 
@@ -26,9 +23,10 @@ class MergeReport:
 
     Attributes:
         cache: The united cache.
-        shards: Shards copied.
+        shards: Shards copied: those that were not there yet.
         pairs: Distinct pairs the cache holds now.
         mixtures: Training pairs of each mixture that was brought or united.
+        changed: Those of the mixtures that are new or have new rows.
         warnings: What was left behind.
     """
 
@@ -36,6 +34,7 @@ class MergeReport:
     shards: int
     pairs: int
     mixtures: dict[str, int]
+    changed: list[str]
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -45,8 +44,12 @@ class MergeReport:
     def text(self) -> str:
         """For an 80-column terminal."""
         lines = [f"warning: {warning}" for warning in self.warnings]
-        lines.append(f"{self.cache}: {self.pairs:,} distinct pairs, after copying {self.shards} shards")
-        lines += [f"mixture {name}: {pairs:,} training pairs" for name, pairs in self.mixtures.items()]
+        copied = f"after copying {self.shards} shards" if self.shards else "no shard is new"
+        lines.append(f"{self.cache}: {self.pairs:,} distinct pairs, {copied}")
+        lines += [
+            f"mixture {name}: {pairs:,} training pairs{'' if name in self.changed else ', nothing new'}"
+            for name, pairs in self.mixtures.items()
+        ]
         return "\n".join(lines)
 
 
@@ -61,8 +64,9 @@ class _Part:
 def merge(source_paths: Sequence[Path], path: Path) -> MergeReport:
     """Copy the shards of all sources into one cache and unite mixtures of one name.
 
-    The united mixture has the rows of all parts, the same that one build of all the parts' datasets would have: a
-    dataset that stands in several parts counts once, so merging again changes nothing.
+    The united mixture has the rows of all parts, the same that one build of all the parts' datasets would have,
+    whatever the order of the sources: a dataset that stands in several parts counts once, so merging again changes
+    nothing.
 
     Args:
         source_paths: The caches to bring in; they stay as they are.
@@ -83,14 +87,14 @@ def merge(source_paths: Sequence[Path], path: Path) -> MergeReport:
         for name in sorted({part.mixture.name for part in parts}):
             locks.enter_context(cache.building(name))
         # Before anything is copied: parts that do not fit together are refused here.
-        united = {name: _united(of_name, cache) for name, of_name in _parts_by_name(cache, parts).items()}
+        contents = {name: _united(of_name, cache) for name, of_name in _parts_by_name(cache, parts).items()}
         shards, warnings = 0, _warnings_about_vocabularies(cache, sources)
         for source in sources:
             copied, left = _copy_shards(source, cache)
             shards += copied
             warnings += left
         index = cache.shards.key_index(without=[shard.path for shard in cache.shards.survey().unusable])
-        for name, content in united.items():
+        for name, content in contents.items():
             if content.is_new:
                 cache.write_mixture(
                     name,
@@ -104,7 +108,8 @@ def merge(source_paths: Sequence[Path], path: Path) -> MergeReport:
         cache=str(path),
         shards=shards,
         pairs=len(index),
-        mixtures={name: len(content.rows) for name, content in united.items()},
+        mixtures={name: len(content.rows) for name, content in contents.items()},
+        changed=sorted(name for name, content in contents.items() if content.is_new),
         warnings=warnings,
     )
 
@@ -119,7 +124,7 @@ def _require_reference_of(first: ReferenceCache, source: ReferenceCache) -> None
 
 
 def _parts_by_name(cache: ReferenceCache, parts: Sequence[_Part]) -> dict[str, list[_Part]]:
-    """Mixtures of one name, the one that the cache has already first."""
+    """Mixtures of one name, with the one that the cache has already."""
     by_name: dict[str, list[_Part]] = {}
     for part in parts:
         name = part.mixture.name
@@ -131,64 +136,40 @@ def _parts_by_name(cache: ReferenceCache, parts: Sequence[_Part]) -> dict[str, l
 
 
 def _united(parts: Sequence[_Part], cache: ReferenceCache) -> MixtureContent:
-    """All rows of the parts' datasets; of a dataset that stands in several, those of the first."""
-    in_place = parts[0].cache is cache
+    """The mixture that one build of all the parts' datasets makes, in whatever order the parts were listed."""
     first = parts[0].mixture
-    sources: list[dict[str, Any]] = []
-    known: set[tuple[bytes, int]] = set()
-    rows: list[MixtureRows] = []
-    dropped: Counter[str] = Counter()
-    for part in parts:
-        mixture = part.mixture
-        differing = differing_settings(first.tokenization, mixture.tokenization)
+    for part in parts[1:]:
+        differing = differing_settings(first.tokenization, part.mixture.tokenization)
         if differing:
             raise DpoCacheError(
-                f"mixture {mixture.name} of {part.cache.path} was made with other tokens than that of "
+                f"mixture {first.name} of {part.cache.path} was made with other tokens than that of "
                 f"{parts[0].cache.path}: {in_words(differing)}",
                 expected="the same settings for all pairs of a mixture",
                 next_step="build that part again with the same settings, or under another --mixture name",
             )
-        new_number = np.full(len(mixture.sources), -1, dtype=np.int32)
-        of_this_part = _numbered(mixture.sources)
-        for number, source in enumerate(mixture.sources):
-            if of_this_part[number] not in known:
-                new_number[number] = len(sources)
-                sources.append(source)
-        known.update(of_this_part)
-        if (new_number >= 0).any():
-            part_rows = mixture.rows()
-            renumbered = replace(part_rows, sources=new_number[part_rows.sources])
-            rows.append(renumbered.take(np.flatnonzero(renumbered.sources >= 0)))
-            dropped += Counter(mixture.dropped)
-    return MixtureContent(
-        rows=MixtureRows.concatenate(rows),
-        tokenization=first.tokenization,
-        sources=sources,
-        dropped=dict(dropped),
-        is_new=not in_place or len(sources) > len(first.sources),
-    )
-
-
-def _numbered(sources: Sequence[dict[str, Any]]) -> list[tuple[bytes, int]]:
-    """Each dataset's record, and how many of the same stand before it: to name one twice is to train on it twice."""
-    records = [canonical_bytes(source) for source in sources]
-    return [(record, records[:number].count(record)) for number, record in enumerate(records)]
+    contents = [MixtureContent.of(part.mixture) for part in parts]
+    whole = united(canonical_order(contents))
+    if parts[0].cache is not cache:
+        return whole
+    before = contents[0]
+    num_added = len(whole.rows) - len(before.rows)
+    return whole if num_added or len(whole.sources) > len(before.sources) else before
 
 
 def _copy_shards(source: ReferenceCache, cache: ReferenceCache) -> tuple[int, list[str]]:
-    """Copy what is sound; what a mixture needs has to be."""
+    """Copy what is sound and not there yet; what a mixture needs has to be sound."""
     needed = {shard.file_name for name in source.mixture_names() for shard in source.read_mixture(name).shards}
-    paths, warnings = source.shards.paths(), []
+    paths, copied, warnings = source.shards.paths(), 0, []
     with Progress(len(paths), unit="shard", title=f"copy {source.path}") as progress:
         for done, path in enumerate(paths, start=1):
             try:
-                cache.shards.import_copy(path)
+                copied += cache.shards.import_copy(path)
             except DpoCacheError as error:
                 if path.name in needed:
                     raise
                 warnings.append(f"not copied: {error.found}")
             progress.reach(done)
-    return len(paths) - len(warnings), warnings
+    return copied, warnings
 
 
 def _warnings_about_vocabularies(cache: ReferenceCache, sources: Sequence[ReferenceCache]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from ..errors import DpoCacheError, first_line
 
-WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+MODEL_FILES = ["*.safetensors", *TOKENIZER_FILES]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +32,15 @@ class ModelFolder:
     adapter: ModelFolder | None = None
 
 
-def find_model_folder(path_or_id: str, revision: str | None) -> ModelFolder:
+def find_model_folder(
+    path_or_id: str, revision: str | None, *, files: Sequence[str] = tuple(MODEL_FILES)
+) -> ModelFolder:
     """The local folder of a model, downloaded from the Hub where it is an id.
+
+    Args:
+        path_or_id: The folder or the id.
+        revision: Branch, tag or commit on the Hub; None for the main branch.
+        files: Which files are needed, as patterns of their names.
 
     Raises:
         DpoCacheError: No such folder, and no such model on the Hub or in its local copy.
@@ -50,7 +59,7 @@ def find_model_folder(path_or_id: str, revision: str | None) -> ModelFolder:
             expected="a folder with config.json and safetensors weights, or a Hub id",
         )
     try:
-        snapshot = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=WANTED_FILES))
+        snapshot = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=list(files)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as missing:
         raise DpoCacheError(
             f"there is no folder {path_or_id}, and the Hub has no such model for you: {first_line(missing)}",

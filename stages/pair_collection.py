@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..pipeline.data.token_pair import TokenPair
 from ..pipeline.data.tokenization_settings import TokenizationSettings
 from ..pipeline.data.tokenized_rows import TokenizedChunk, source_format, tokenize_rows
 from ..pipeline.data.unusable_row import UnusableRow
+from .left_out import DROPPED, KeysByReason, dropped_rows, without_pairs
 from .progress import Progress
 
 CHUNK_ROWS = 512
@@ -84,9 +85,8 @@ class CollectedPairs:
         waiting: The distinct pairs that the cache does not hold; their tokens lie in the spool.
         num_distinct: Distinct pairs among ``rows``.
         num_source_rows: Distinct rows read from the sources.
-        dropped: Rows that make no pair, by reason.
         truncated: Rows with a side longer than the limit, by side.
-        sources: What each source was, for the mixture's record.
+        sources: What each source was and what of it is not used, for the mixture's record.
         tokenization: How the tokens were made, for the mixture's record.
     """
 
@@ -94,15 +94,33 @@ class CollectedPairs:
     waiting: SpooledPairs
     num_distinct: int
     num_source_rows: int
-    dropped: dict[str, int]
     truncated: dict[str, int]
     sources: list[dict[str, Any]]
     tokenization: dict[str, Any]
 
     @property
+    def dropped(self) -> dict[str, int]:
+        """Rows that are not used, by reason."""
+        return dropped_rows(self.sources)
+
+    @property
     def num_reused(self) -> int:
         """Distinct pairs that the cache holds already."""
         return self.num_distinct - len(self.waiting)
+
+    def without(self, keys: KeysByReason) -> CollectedPairs:
+        """The same without the pairs of these keys, which are recorded and counted as dropped."""
+        if not keys:
+            return self
+        rows, sources = without_pairs(self.rows, self.sources, keys)
+        stays = np.isin(self.waiting.keys, rows.example_keys)
+        return replace(
+            self,
+            rows=rows,
+            sources=sources,
+            waiting=self.waiting.take(np.flatnonzero(stays)),
+            num_distinct=len(np.unique(rows.example_keys)),
+        )
 
 
 def collect_pairs(
@@ -174,7 +192,7 @@ class _Collector:
         self._writer = writer
         self._parts: list[MixtureRows] = []
         self._spooled: list[SpooledPairs] = []
-        self._dropped: Counter[str] = Counter()
+        self._dropped: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._truncated: Counter[str] = Counter()
         self._say_unusable = say_unusable
         self._num_source_rows = 0
@@ -187,7 +205,7 @@ class _Collector:
         source_rows: list[int] = []
         for row, result in zip(chunk.source_rows.tolist(), chunk.results, strict=True):
             if isinstance(result, UnusableRow):
-                self._dropped[result.reason] += 1
+                self._dropped[source][result.reason] += 1
                 self._say_unusable(f"{source_name} row {row}: {result}")
             else:
                 pairs.append(result)
@@ -211,9 +229,12 @@ class _Collector:
 
     def collected(self, sources: list[dict[str, Any]], tokenization: dict[str, Any]) -> CollectedPairs:
         """Everything that was taken in."""
+        records = [
+            {**source, DROPPED: dict(sorted(self._dropped[number].items()))} for number, source in enumerate(sources)
+        ]
         if not self._parts:
             raise DpoCacheError(
-                f"none of {self._num_source_rows} rows makes a pair: {_listed(self._dropped)}",
+                f"none of {self._num_source_rows} rows makes a pair: {_listed(dropped_rows(records))}",
                 next_step="look at the rows: dpo-cache build … --verbose",
             )
         rows = MixtureRows.concatenate(self._parts)
@@ -222,9 +243,8 @@ class _Collector:
             waiting=SpooledPairs.concatenate(self._spooled).distinct(),
             num_distinct=len(np.unique(rows.example_keys)),
             num_source_rows=self._num_source_rows,
-            dropped=dict(sorted(self._dropped.items())),
             truncated=dict(sorted(self._truncated.items())),
-            sources=sources,
+            sources=records,
             tokenization=tokenization,
         )
 

@@ -100,6 +100,7 @@ def check_policy(config: TrainConfig, reference: ReferenceIdentity, model: Model
         attention=reference.attention,
         scoring_version=SCORING_VERSION,
         quantization=reference.quantization,
+        trust_remote_code=config.trust_remote_code,
     )
     found = differences(reference, identity)
     if found and not config.allow_other_policy:

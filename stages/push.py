@@ -71,6 +71,8 @@ def push(
 ) -> PushReport:
     """Upload mixtures and the shards they name, and no others; what is there already is not sent again.
 
+    Meanwhile others may build, and nobody may delete.
+
     Args:
         path: The cache.
         repo_id: ``ORG/NAME``; the repository is made if there is none.
@@ -79,15 +81,23 @@ def push(
         mixture_names: Only these; all of the cache where there are none.
 
     Raises:
-        DpoCacheError: A mixture is not whole; the Hub does not know the user or does not let them write there; the
-            repository holds another reference, or is public without ``public``; or an upload failed. What was sent
-            before stays, and no pointer to anything that was not.
+        DpoCacheError: A mixture is not whole; something deletes in the cache; the Hub does not know the user or does
+            not let them write there; the repository holds another reference, or is public without ``public``; or an
+            upload failed. What was sent before stays, and no pointer to anything that was not.
     """
     cache = ReferenceCache.open(path)
-    mixtures = [cache.read_mixture(name) for name in dict.fromkeys(mixture_names or cache.mixture_names())]
-    if not mixtures:
-        raise DpoCacheError(f"{path} has no mixture yet: no build has finished", next_step="run dpo-cache build again")
-    repository = HubDataset(repo_id, revision)
+    with cache.in_use_by("an upload"):
+        # As they are now: whatever a build makes of these names meanwhile, these pointers are uploaded, after all that
+        # they name.
+        mixtures = [cache.read_mixture(name) for name in dict.fromkeys(mixture_names or cache.mixture_names())]
+        if not mixtures:
+            raise DpoCacheError(
+                f"{path} has no mixture yet: no build has finished", next_step="run dpo-cache build again"
+            )
+        return _upload(cache, mixtures, HubDataset(repo_id, revision), public=public)
+
+
+def _upload(cache: ReferenceCache, mixtures: Sequence[Mixture], repository: HubDataset, *, public: bool) -> PushReport:
     private = repository.prepare(public=public)
     with tempfile.TemporaryDirectory() as look:
         there = repository.cache_there(Path(look), cache)
@@ -99,8 +109,8 @@ def push(
         others = [mixture for mixture in there if mixture.name not in {ours.name for ours in mixtures}]
         repository.upload_pointers(cache, mixtures, sorted([*mixtures, *others], key=lambda one: one.name))
     return PushReport(
-        repo_id=repo_id,
-        revision=revision,
+        repo_id=repository.repo_id,
+        revision=repository.revision,
         url=repository.url,
         private=private,
         mixtures={mixture.name: mixture.num_pairs for mixture in mixtures},
@@ -113,9 +123,13 @@ def push(
 
 def _warnings(cache: ReferenceCache, mixtures: Sequence[Mixture]) -> list[str]:
     """Names of folders in sealed files cannot be changed without breaking the seal."""
-    paths = [str(cache.recorded.get("model"))]
-    paths += [str(source.get("path")) for mixture in mixtures for source in mixture.sources]
-    local = [path for path in dict.fromkeys(paths) if Path(path).is_absolute() or path.startswith((".", "~"))]
+    named = [cache.recorded.get("model"), cache.recorded.get("adapter")]
+    for mixture in mixtures:
+        settings = mixture.tokenization.get("settings") or {}
+        named += [settings.get("tokenizer"), settings.get("chat_template")]
+        named += [source.get("path") for source in mixture.sources]
+    paths = [path for path in dict.fromkeys(named) if isinstance(path, str)]
+    local = [path for path in paths if Path(path).is_absolute() or path.startswith((".", "~"))]
     if not local:
         return []
     return [

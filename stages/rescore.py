@@ -178,6 +178,11 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
     adapter_name = cache.recorded.get("adapter")
     adapter = find_model_folder(str(adapter_name), cache.recorded.get("adapter_commit")) if adapter_name else None
     ours = cache.identity
+    if ours.remote_code_sha256 and not settings.trust_remote_code:
+        raise DpoCacheError(
+            "the values were computed by Python code that came with the model, and it does not run unasked",
+            next_step=f"dpo-cache verify {cache.path} --rescore {settings.pairs} --trust-remote-code",
+        )
     cache.require_reference(
         identify_reference(
             model.folder,
@@ -187,6 +192,7 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
             attention=ours.attention,
             scoring_version=SCORING_VERSION,
             quantization=ours.quantization,
+            trust_remote_code=settings.trust_remote_code,
         )
     )
     return PairScorer(

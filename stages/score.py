@@ -15,14 +15,15 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import DistError
 
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.example_key import example_key
 from ..pipeline.cache.pair_spool import PairSpool
-from ..pipeline.cache.scored_pair import VALUE_COLUMNS, ScoredPair, unusable_values
+from ..pipeline.cache.scored_pair import ScoredPair
 from ..pipeline.data.token_pair import TokenPair
 from ..pipeline.scoring.batching import CPU_FILL_TOKENS, plan_batches
 from ..pipeline.scoring.flops import ModelCost
@@ -30,12 +31,13 @@ from ..pipeline.scoring.layout_choice import choose_layout
 from ..pipeline.scoring.layouts import empty_batch, scoring_batch
 from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import PairScorer
-from ..pipeline.scoring.scoring_batch import ScoringBatch
+from ..pipeline.scoring.scoring_batch import ScoringBatch, token_logps_of_sides
 from .background import ReadAhead, WriteBehind
 from .build_plan import ScoringPlan
 from .devices import device_of_rank, memory_explained
 from .heartbeat import Heartbeat, process_name
 from .job_store import StoreAddress, store_lost
+from .left_out import unusable_pairs
 from .library_output import quiet_libraries
 from .scoring_meter import ScoringMeter
 from .token_budget import TokenBudget
@@ -96,17 +98,30 @@ class LaidOutBatch:
     ends_unit: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PairValues:
+    """What the reference says of a pair.
+
+    Attributes:
+        sums: Chosen, rejected, and the same over the common tokens.
+        token_logps: Of each scored token, chosen and rejected; None where they are not kept.
+    """
+
+    sums: Sequence[float]
+    token_logps: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class ScoredUnit:
     """What is known of a unit so far.
 
     Attributes:
         pairs: Pairs by their place in the unit.
-        values: Their four sums: chosen, rejected, and the same over the common tokens.
+        values: What the reference says of each.
     """
 
     pairs: dict[int, TokenPair] = field(default_factory=dict)
-    values: dict[int, list[float]] = field(default_factory=dict)
+    values: dict[int, PairValues] = field(default_factory=dict)
 
 
 class ScoringWorker:
@@ -202,29 +217,39 @@ class ScoringWorker:
                 self._score([places[member] for member in members], part, scoring_batch(part, self._layout), unit)
             return
         unit.pairs.update(zip(places, pairs, strict=True))
-        unit.values.update(zip(places, values.tolist(), strict=True))
+        unit.values.update(zip(places, values, strict=True))
         self._counting.add("forwards", 1)
         self._counting.add("tokens", sum(pair.shared_prefix_tokens for pair in pairs))
 
     @torch.inference_mode()
-    def _forward(self, tensors: ScoringBatch) -> Tensor:
-        """The four sums of each pair, shape (pairs, 4), on the host: the device is done when it returns."""
-        logps = self._scorer(tensors.to(self._device, non_blocking=True))
+    def _forward(self, tensors: ScoringBatch) -> list[PairValues]:
+        """The values of each pair, on the host: the device is done when it returns."""
+        tensors = tensors.to(self._device, non_blocking=True)
+        logps = self._scorer(tensors)
         columns = (
             logps.chosen_logps_B,
             logps.rejected_logps_B,
             logps.chosen_common_logps_B,
             logps.rejected_common_logps_B,
         )
-        return torch.stack(columns, dim=1).cpu()
+        sums = torch.stack(columns, dim=1).tolist()
+        if not self._plan.token_logps:
+            return [PairValues(sums=sums_of_pair, token_logps=None) for sums_of_pair in sums]
+        sides = [side.float().cpu().numpy() for side in token_logps_of_sides(logps.token_logps_N, tensors)]
+        chosen, rejected = sides[: tensors.num_pairs], sides[tensors.num_pairs :]
+        return [
+            PairValues(sums=sums_of_pair, token_logps=(of_chosen, of_rejected))
+            for sums_of_pair, of_chosen, of_rejected in zip(sums, chosen, rejected, strict=True)
+        ]
 
     def _write(self, number: int, unit: ScoredUnit) -> None:
-        """Write a unit's shard, in the writing thread; pairs without finite values are reported instead."""
+        """Write a unit's shard, in the writing thread; pairs whose values are refused are reported instead."""
         rows = [_scored_pair(unit.pairs[place], unit.values[place]) for place in sorted(unit.pairs)]
-        unusable = unusable_values({name: np.array([getattr(row, name) for row in rows]) for name in VALUE_COLUMNS})
-        self._finishing.report_nonfinite([row.key for row, is_bad in zip(rows, unusable, strict=True) if is_bad])
-        usable = [row for row, is_bad in zip(rows, unusable, strict=True) if not is_bad]
-        shard = None
+        unusable = unusable_pairs(rows)
+        self._finishing.report_unusable(unusable)
+        refused = {pair.key for pair in unusable}
+        usable = [row for row in rows if row.key.hex() not in refused]
+        shard = ""
         if usable:
             recorded = {"layout": str(self._layout), "device": self._device.type}
             shard = self._cache.shards.write(usable, recorded=recorded).file_name
@@ -245,8 +270,9 @@ def load_scorer(plan: ScoringPlan, device: torch.device) -> nn.Module:
     return PairScorer(model).eval()
 
 
-def _scored_pair(pair: TokenPair, values: Sequence[float]) -> ScoredPair:
-    chosen, rejected, chosen_common, rejected_common = values
+def _scored_pair(pair: TokenPair, values: PairValues) -> ScoredPair:
+    chosen, rejected, chosen_common, rejected_common = values.sums
+    chosen_token_logps, rejected_token_logps = values.token_logps or (None, None)
     return ScoredPair(
         key=example_key(pair),
         pair=pair,
@@ -256,6 +282,8 @@ def _scored_pair(pair: TokenPair, values: Sequence[float]) -> ScoredPair:
         ref_rejected_common_logps=rejected_common,
         chosen_tokens=pair.chosen_tokens,
         rejected_tokens=pair.rejected_tokens,
+        chosen_token_logps=chosen_token_logps,
+        rejected_token_logps=rejected_token_logps,
     )
 
 

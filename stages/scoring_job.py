@@ -13,6 +13,7 @@ from .build_plan import ScoringPlan
 from .child_processes import python_command, run_children, threads_for
 from .heartbeat import process_name
 from .job_store import RUN_AGAIN, JobStore, StoreAddress, store_lost
+from .left_out import UnusablePair
 from .progress import Progress
 from .ranks import Ranks
 from .scoring_meter import meter_reading
@@ -30,7 +31,7 @@ class ScoringOutcome:
         forward_seconds: What forward passes took, of all scoring processes together.
         forward_share: Share of the scoring processes' time that forward passes took, from first batch to last.
         shards: Names of the shards that were written.
-        nonfinite: Keys of pairs that have no finite negative log-probability; nothing was written for them.
+        unusable: Pairs whose log-probabilities are refused; nothing was written for them.
         faults: What scoring processes that failed had to say; the others did their work.
     """
 
@@ -40,7 +41,7 @@ class ScoringOutcome:
     forward_seconds: float = 0.0
     forward_share: float = 0.0
     shards: tuple[str, ...] = ()
-    nonfinite: tuple[bytes, ...] = ()
+    unusable: tuple[UnusablePair, ...] = ()
     faults: tuple[str, ...] = ()
 
 
@@ -98,7 +99,7 @@ def lead_scoring(
         forward_seconds=queue.add("forward_us", 0) / 1e6,
         forward_share=queue.add("forward_us", 0) / max(1, queue.add("turn_us", 0)),
         shards=tuple(queue.finished_shards()),
-        nonfinite=tuple(queue.nonfinite_keys()),
+        unusable=tuple(queue.unusable_pairs()),
         faults=tuple(faults),
     )
 

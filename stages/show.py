@@ -176,7 +176,8 @@ def decoder_of(mixture: Mixture | None) -> tuple[Decode, str | None]:
         return _ids_in_words, "no mixture says which tokenizer made these tokens: here are their ids"
     try:
         settings = mixture.tokenization["settings"]
-        tokenizer = load_tokenizer(settings["tokenizer"], settings["tokenizer_revision"])
+        # Whatever the mixture says: a cache may come from anyone, and none of its words runs code.
+        tokenizer = load_tokenizer(settings["tokenizer"], settings["tokenizer_revision"], trust_remote_code=False)
         if vocabulary_sha256(tokenizer) != mixture.tokenization["vocabulary_sha256"]:
             raise DpoCacheError("it has another vocabulary by now")
     except (DpoCacheError, KeyError, TypeError) as error:

@@ -55,7 +55,7 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
         datasets = open_datasets(config)
         known = cache.shards.key_index(without=damaged)
         collected = collect_datasets(config, reference, datasets, known=known, scratch=scratch)
-        content = mixture_content(cache, config, collected, warn=say)
+        content = mixture_content(cache, config, collected, known=known, warn=say)
         if source.keys is None:
             source = with_keys(source_path, source, collected.rows, datasets)
         waiting = _WaitingValues(

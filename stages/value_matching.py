@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DpoCacheError
-from ..pipeline.cache.example_key import Keys, name_keys
+from ..pipeline.cache.example_key import Keys
 from ..pipeline.cache.mixture_rows import MixtureRows
+from ..pipeline.cache.scored_pair import unusable_in_words, whole_values
 from ..pipeline.data.dataset_source import DatasetSource
 from .value_source import SourceValues
 
@@ -71,7 +72,7 @@ def matched_values(path: Path, source: SourceValues, keys: Keys) -> npt.NDArray[
     if unusable.any():
         raise DpoCacheError(
             f"{path} holds values that are not finite or not below zero for {int(unusable.sum())} pairs: "
-            f"{name_keys(keys[unusable])}",
+            f"{unusable_in_words(keys[unusable], whole_values(*values[unusable].T))}",
             expected="log-probabilities",
         )
     return values

@@ -21,6 +21,7 @@ from ..pipeline.cache.mixture import MIXTURE_NAME, Mixture
 from ..pipeline.cache.mixture_check import check_mixture
 from ..pipeline.cache.parquet_file import KEY_COLUMN, file_sha256, reading
 from ..pipeline.cache.shard_file import SHARD_NAME, ShardReader, ShardRef, verify_shard
+from ..pipeline.cache.unreadable_file import UnreadableFileError
 from .local_copy import local_copy
 from .location import Location, is_address
 from .progress import Progress
@@ -38,14 +39,23 @@ def verify_cache(location: Location, *, repair: bool = False, rescoring: Rescore
 
     Raises:
         DpoCacheError: There is no cache; or it is in use, or only to be read, where it is to be repaired; or the
-            reference that is to score again is not the one that scored.
+            reference that is to score again is not the one that scored; or a file could not be read, which is no
+            finding: nothing has been taken away then.
     """
     if repair and is_address(location):
         raise DpoCacheError(
             f"{location} is read-only: --repair works on folders",
             next_step=f"pull a copy, repair that, and upload it again: dpo-cache pull {location} DIR",
         )
-    path = local_copy(location)
+    try:
+        return _verify(local_copy(location), repair=repair, rescoring=rescoring)
+    except MemoryError as error:
+        raise DpoCacheError(
+            "there is not enough memory to verify the cache", next_step="free some (free -h), then try again"
+        ) from error
+
+
+def _verify(path: Path, *, repair: bool, rescoring: RescoreSettings | None) -> VerifyReport:
     walk = _Walk(path)
     if not repair:
         walk.look(rescoring)
@@ -65,6 +75,7 @@ class _Walk:
     path: Path
     findings: list[Finding] = field(default_factory=list)
     shards: list[tuple[ShardRef, Keys]] = field(default_factory=list)
+    with_token_logps: set[str] = field(default_factory=set)
     mixtures: dict[str, Mixture] = field(default_factory=dict)
     index: KeyIndex = field(default_factory=lambda: build_key_index([]))
     rescored: RescoreReport | None = None
@@ -75,7 +86,7 @@ class _Walk:
             return
         cache = ReferenceCache.open(self.path)
         self._walk_shards(cache)
-        self.index = build_key_index(self.shards)
+        self.index = build_key_index(self.shards, with_token_logps=self.with_token_logps)
         if rescoring is not None:
             self._rescore(cache, rescoring)
         self._walk_mixtures(cache)
@@ -118,6 +129,8 @@ class _Walk:
             return True  # opening it tells that there is no cache
         try:
             read_sealed_json(source, max_bytes=MAX_CACHE_JSON_BYTES)
+        except UnreadableFileError:
+            raise
         except DpoCacheError as error:
             self._find(
                 FindingKind.DAMAGED_CACHE_JSON,
@@ -155,6 +168,10 @@ class _Walk:
                     raise DpoCacheError(f"{len(wrong)} of {shard.num_rows} rows: {', '.join(wrong[:10])}")
                 ref = ShardRef(sha256=path.stem, num_rows=shard.num_rows, num_bytes=shard.num_bytes)
                 self.shards.append((ref, shard.keys()))
+                if shard.has_token_logps:
+                    self.with_token_logps.add(ref.sha256)
+        except UnreadableFileError:
+            raise
         except DpoCacheError as error:
             self._find(kind, path, error.found)
 
@@ -180,6 +197,8 @@ class _Walk:
         name = pointer.stem
         try:
             mixture = self.mixtures[name] = cache.read_mixture(name)
+        except UnreadableFileError:
+            raise
         except DpoCacheError as error:
             self._find(FindingKind.DAMAGED_POINTER, pointer, error.found, mixture=name)
             return
@@ -189,6 +208,8 @@ class _Walk:
         try:
             check_mixture(cache, mixture)
             _check_counts(mixture)
+        except UnreadableFileError:
+            raise
         except DpoCacheError as error:
             self._find(FindingKind.BROKEN_MIXTURE, pointer, error.found, mixture=name)
 
@@ -217,7 +238,7 @@ def _entries(folder: Path) -> list[Path]:
         entries = sorted(folder.iterdir()) if folder.exists() else []
     for path in entries:
         if path.exists() and not os.access(path, os.R_OK):
-            # Not damage: a repair must not take away what another user wrote.
+            # Not damage: a repair must not take away what another user wrote. Told before hours of looking.
             raise DpoCacheError(f"you may not read {path}", next_step=f"ask its owner for: chmod a+r {path}")
     return entries
 

@@ -52,12 +52,12 @@ def make_pair(random: np.random.RandomState, *, masked: bool = False, prompt: Se
     return TokenPair(prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2], scored_mask=mask)
 
 
-def make_row(pair: TokenPair, random: np.random.RandomState, **changes: object) -> ScoredPair:
-    """A pair with made-up values; every fourth key keeps them per token."""
-    key = example_key(pair)
-    kept = key[0] % 4 == 0
+def make_row(
+    pair: TokenPair, random: np.random.RandomState, *, token_logps: bool = False, **changes: object
+) -> ScoredPair:
+    """A pair with made-up values, on request with those of each token, which then add up to the others."""
     fields: dict[str, object] = {
-        "key": key,
+        "key": example_key(pair),
         "pair": pair,
         "ref_chosen_logps": -float(random.rand()) - 0.5,
         "ref_rejected_logps": -float(random.rand()) - 0.5,
@@ -65,16 +65,22 @@ def make_row(pair: TokenPair, random: np.random.RandomState, **changes: object) 
         "ref_rejected_common_logps": 0.0,
         "chosen_tokens": pair.chosen_tokens,
         "rejected_tokens": pair.rejected_tokens,
-        "chosen_token_logps": -random.rand(pair.chosen_tokens).astype(np.float32) if kept else None,
-        "rejected_token_logps": -random.rand(pair.rejected_tokens).astype(np.float32) if kept else None,
     }
+    if token_logps:
+        common = min(pair.chosen_tokens, pair.rejected_tokens)
+        for side, tokens in (("chosen", pair.chosen_tokens), ("rejected", pair.rejected_tokens)):
+            of_each = -random.rand(tokens).astype(np.float32) - np.float32(0.1)
+            fields[f"{side}_token_logps"] = of_each
+            fields[f"ref_{side}_logps"] = float(of_each.sum(dtype=np.float64))
+            fields[f"ref_{side}_common_logps"] = float(of_each[:common].sum(dtype=np.float64))
     return ScoredPair(**(fields | changes))  # type: ignore[arg-type]
 
 
-def make_rows(num_rows: int, *, seed: int = 0) -> list[ScoredPair]:
+def make_rows(num_rows: int, *, seed: int = 0, token_logps: bool = False) -> list[ScoredPair]:
     """Distinct rows, a third of them with a mask."""
     random = np.random.RandomState(seed)
-    return [make_row(make_pair(random, masked=index % 3 == 0), random) for index in range(num_rows)]
+    pairs = [make_pair(random, masked=index % 3 == 0) for index in range(num_rows)]
+    return [make_row(pair, random, token_logps=token_logps) for pair in pairs]
 
 
 def mixture_rows(rows: Sequence[ScoredPair], *, source: int = 0) -> MixtureRows:

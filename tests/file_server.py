@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
@@ -24,6 +24,8 @@ class FileServer:
         lists_folders: Whether it lists what is in a folder.
         drop: Cut so many answers with a Parquet file off in their middle.
         hold: Let requests for Parquet files wait until this is set, after so many that went through.
+        endless: Paths that are answered with zeros for as long as somebody listens, and with no word on their size.
+        sent_bytes: How many of those went out.
         requests: How often each path was asked for.
     """
 
@@ -33,6 +35,8 @@ class FileServer:
     drop: int = 0
     hold: threading.Event = field(default_factory=threading.Event)
     hold_after: int | None = None
+    endless: set[str] = field(default_factory=set)
+    sent_bytes: int = 0
     requests: Counter[str] = field(default_factory=Counter)
 
     def shard_requests(self) -> Counter[str]:
@@ -61,9 +65,19 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.state.requests[self.path] += 1
+        if self.path in self.state.endless:
+            self._go_on()
+            return
         if self.path.endswith(".parquet") and self._fails():
             return
         super().do_GET()
+
+    def _go_on(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            while self.state.sent_bytes < 1 << 30:
+                self.state.sent_bytes += self.wfile.write(bytes(1 << 16))
 
     def list_directory(self, path: Any) -> Any:
         if self.state.lists_folders:

@@ -111,13 +111,17 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def plain_logps(folder: Path, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> float:
-    """The log-probability of an answer, as plainly as it can be written: one row, no mask, full logits."""
+    """The log-probability of an answer, as plainly as it can be written."""
+    return float(plain_token_logps(folder, prompt_ids, answer_ids).double().sum())
+
+
+def plain_token_logps(folder: Path, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> torch.Tensor:
+    """The log-probability of each token of an answer: one row, no mask, full logits."""
     model = _loaded(folder)
     ids = torch.tensor([[*prompt_ids, *answer_ids]])
     with torch.no_grad():
-        token_logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-    scored = token_logps[len(prompt_ids) - 1 :].gather(1, ids[0, len(prompt_ids) :, None])
-    return float(scored.double().sum())
+        token_logps: torch.Tensor = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return token_logps[len(prompt_ids) - 1 :].gather(1, ids[0, len(prompt_ids) :, None])[:, 0]
 
 
 def rendered_pair(folder: Path, row: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:

@@ -13,11 +13,19 @@ import numpy.typing as npt
 
 from ...errors import DpoCacheError
 from ..data.token_pair import TokenPair
-from .cache_json import CacheDescription, is_damaged, read_description, write_description
+from .cache_json import (
+    WRITE_AGAIN,
+    CacheDescription,
+    has_description,
+    read_description,
+    salvaged_identity,
+    write_description,
+)
 from .canonical_json import JsonObject
-from .durable_file import make_folder_durably, remove_durably, settle_folder, write_durably
+from .digest_named_file import write_digest_named
+from .durable_file import make_folder_durably, remove_durably, settle_folder
 from .example_key import KEY_BYTES, example_key
-from .folder_lock import building_lock, creation_lock, fetching_lock, maintenance_lock, training_lock
+from .folder_lock import building_lock, creation_lock, fetching_lock, maintenance_lock, reading_lock
 from .key_index import KeyIndex
 from .mixture import MIXTURE_NAME, Mixture, check_name, read_mixture, write_mixture, write_pointer
 from .mixture_rows import MixtureRows
@@ -25,10 +33,11 @@ from .pair_lookup import PairLookup
 from .pair_order import epoch_order
 from .pair_stream import PairStream
 from .parquet_file import reading
-from .reference_identity import ReferenceIdentity, differences
+from .reference_identity import ReferenceIdentity, differences, in_words
 from .scored_pair import ScoredPair
 from .shard_file import ShardReader
 from .shard_folder import ShardFolder, verified_chunks
+from .unreadable_file import UnreadableFileError
 
 _SUBFOLDERS = ("shards", "mixtures", "tmp")
 _READ_PAIRS = 1024
@@ -61,12 +70,12 @@ class ReferenceCache:
     def create(cls, path: Path, description: CacheDescription) -> ReferenceCache:
         """Make a cache, or open the one that stands there if it is of the same reference.
 
-        Once this returns, everything visible in it survives a power cut, whoever wrote it. A damaged
-        ``cache.json`` is written anew where the shards say that the cache is of this reference.
+        Once this returns, everything visible in it survives a power cut, whoever wrote it. A ``cache.json`` that is
+        damaged or missing is written anew where the shards say that the cache is of this reference.
 
         Raises:
-            DpoCacheError: The folder holds something else, or a cache of another reference (naming every field
-                that differs), or cannot be written.
+            DpoCacheError: The folder holds something else, or a cache or shards of another reference (naming every
+                field that differs, where that can be known), or cannot be written.
         """
         refuse_other_content(path)
         make_folder_durably(path)
@@ -74,13 +83,29 @@ class ReferenceCache:
             _refuse_link(path / name)
             make_folder_durably(path / name)
         with creation_lock(path / "tmp"):
-            if not (path / "cache.json").exists() or _is_damaged_cache_of(path, description.identity):
+            if not has_description(path):
+                _refuse_shards_of_others(path, description.identity)
                 write_description(path, description)
         cache = cls.open(path)
         cache.require_reference(description.identity)
         for folder in (path, path / "shards", path / "mixtures"):
             settle_folder(folder)
         return cache
+
+    @classmethod
+    def planned(cls, path: Path, description: CacheDescription) -> ReferenceCache | None:
+        """The cache that :meth:`create` would open, as it is now; None where it would begin one. Nothing is written.
+
+        Raises:
+            DpoCacheError: As :meth:`create`.
+        """
+        refuse_other_content(path)
+        if has_description(path):
+            cache = cls.open(path)
+            cache.require_reference(description.identity)
+            return cache
+        _refuse_shards_of_others(path, description.identity)
+        return cls(path, description) if path.exists() else None
 
     @classmethod
     def open(cls, path: Path | str) -> ReferenceCache:
@@ -91,6 +116,8 @@ class ReferenceCache:
         """
         path = Path(path)
         if not (path / "cache.json").exists():
+            if _shards_in(path):
+                raise DpoCacheError(f"cache.json of {path} is missing", next_step=WRITE_AGAIN)
             raise DpoCacheError(
                 f"there is no cache in {path}: cache.json is missing",
                 next_step=f"make one with: dpo-cache build --cache {path} --model … --dataset …",
@@ -107,9 +134,8 @@ class ReferenceCache:
         """
         found = differences(self.identity, identity)
         if found:
-            fields = "; ".join(f"{name}: cached {ours!r}, asked for {theirs!r}" for name, ours, theirs in found)
             raise DpoCacheError(
-                f"{self.path} holds the values of another reference ({fields})",
+                f"{self.path} holds the values of another reference ({in_words(found)})",
                 next_step="use another --cache folder for this reference, or the model it was built with",
             )
 
@@ -256,7 +282,7 @@ class ReferenceCache:
             raise DpoCacheError(f"{len(missing)} shards of mixture {mixture.name} are missing: {missing[0]}, …")
         mixture.table.verify()
         destination = self.path / "mixtures" / mixture.table.path.name
-        write_durably(destination, verified_chunks(mixture.table.path), temporary_folder=self.path / "tmp")
+        write_digest_named(destination, verified_chunks(mixture.table.path), temporary_folder=self.path / "tmp")
         write_pointer(self.path, mixture)
 
     def retire_mixture(self, name: str) -> None:
@@ -270,10 +296,14 @@ class ReferenceCache:
         return building_lock(self.path / "tmp", mixture_name)
 
     def training(self) -> AbstractContextManager[None]:
-        """The lock of a training, where one can be had; see :func:`~.folder_lock.training_lock`."""
+        """The lock of a training, where one can be had; see :func:`~.folder_lock.reading_lock`."""
+        return self.in_use_by("a training")
+
+    def in_use_by(self, work: str) -> AbstractContextManager[None]:
+        """The lock of what reads for hours, where one can be had; see :func:`~.folder_lock.reading_lock`."""
         with suppress(DpoCacheError):  # a copy of a cache may lack a folder that was empty, and be read-only
             make_folder_durably(self.path / "tmp")
-        return training_lock(self.path / "tmp")
+        return reading_lock(self.path / "tmp", work)
 
     @contextmanager
     def fetching(self) -> Iterator[Path]:
@@ -316,18 +346,43 @@ def refuse_other_content(path: Path) -> None:
         )
 
 
-def _is_damaged_cache_of(path: Path, identity: ReferenceIdentity) -> bool:
-    """Whether ``cache.json`` is damaged and every shard that can be read is of this reference."""
-    if not is_damaged(path):
-        return False
-    references = {_reference_of(shard) for shard in (path / "shards").iterdir()}
-    return references <= {identity.digest, None}
+def _refuse_shards_of_others(path: Path, identity: ReferenceIdentity) -> None:
+    """Refuse a folder without a readable ``cache.json`` whose shards are not, or not all, of this reference.
+
+    A shard says whose it is. One that cannot be read says nothing: its rows are scored again.
+
+    Raises:
+        DpoCacheError: Naming the other reference, and the fields that differ where a damaged ``cache.json`` still
+            says what it is.
+    """
+    others = sorted({_reference_of(shard) for shard in _shards_in(path)} - {identity.digest, None}, key=str)
+    if not others:
+        return
+    state = "damaged" if (path / "cache.json").exists() else "missing"
+    salvaged = salvaged_identity(path)
+    fields = ""
+    if salvaged is not None and salvaged.digest in others:
+        fields = f" ({in_words(differences(salvaged, identity))})"
+    raise DpoCacheError(
+        f"cache.json of {path} is {state}, and its shards hold values of the reference {str(others[0])[:16]}…; this "
+        f"one is {identity.digest[:16]}…{fields}",
+        next_step="build once with the reference that they are of, which writes cache.json again and keeps them; for "
+        "this one, use another --cache folder",
+    )
+
+
+def _shards_in(path: Path) -> list[Path]:
+    folder = path / "shards"
+    with reading(folder):
+        return sorted(folder.iterdir()) if folder.exists() else []
 
 
 def _reference_of(shard: Path) -> str | None:
     try:
         with ShardReader(shard) as reader:
             return reader.reference_id
+    except UnreadableFileError:
+        raise
     except DpoCacheError:
         return None
 

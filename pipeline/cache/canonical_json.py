@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ...errors import DpoCacheError
 from .durable_file import write_durably
+from .unreadable_file import read_fault
 
 MAX_DEPTH = 32
 _SEAL_START = b'{"sha256":"'
@@ -41,11 +42,15 @@ def canonical_bytes(value: object) -> bytes:
 
 def write_sealed_json(path: Path, value: JsonObject, *, temporary_folder: Path) -> None:
     """Write ``value`` durably, sealed with the SHA-256 of its canonical bytes."""
+    write_durably(path, sealed_bytes(value), temporary_folder=temporary_folder)
+
+
+def sealed_bytes(value: JsonObject) -> bytes:
+    """The bytes of a sealed file."""
     assert value
     assert "sha256" not in value
     body = canonical_bytes(value)
-    seal = _SEAL_START + hashlib.sha256(body).hexdigest().encode() + _SEAL_END
-    write_durably(path, seal + body[1:], temporary_folder=temporary_folder)
+    return _SEAL_START + hashlib.sha256(body).hexdigest().encode() + _SEAL_END + body[1:]
 
 
 def read_sealed_json(path: Path, *, max_bytes: int) -> JsonObject:
@@ -112,7 +117,8 @@ def read_bounded(path: Path, *, max_bytes: int) -> bytes:
     """The whole of a regular file.
 
     Raises:
-        DpoCacheError: It is missing, special or too large.
+        DpoCacheError: It is missing, special, too large or (:class:`~.unreadable_file.UnreadableFileError`) cannot be
+            read now.
     """
     try:
         # Not blocking: a pipe in the place of a file must not hang the reader.
@@ -124,8 +130,10 @@ def read_bounded(path: Path, *, max_bytes: int) -> bytes:
             if status.st_size > max_bytes:
                 raise DpoCacheError(f"{path} has {status.st_size} bytes", expected=f"at most {max_bytes}")
             return stream.read(max_bytes)
-    except OSError as error:
-        raise DpoCacheError(f"cannot read {path}: {error.strerror or error}") from error
+    except FileNotFoundError as error:
+        raise DpoCacheError(f"{path} is missing") from error
+    except (OSError, MemoryError) as error:
+        raise read_fault(path, error) from error
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:

@@ -1,8 +1,8 @@
 """Advisory locks on a cache folder, held by open files: whoever dies lets go.
 
-Builders share ``tmp/cache.lock`` and hold ``tmp/mixture-<name>.lock`` alone; trainings share ``tmp/cache.lock`` and
-``tmp/training.lock``; what deletes (gc, repair, compact) holds ``tmp/cache.lock`` alone. Lock files are never deleted,
-or two processes could hold two files of one name.
+Builders share ``tmp/cache.lock`` and hold ``tmp/mixture-<name>.lock`` alone. What reads for hours (a training, an
+upload) shares ``tmp/cache.lock`` and ``tmp/training.lock``. What deletes (gc, repair, compact) holds ``tmp/cache.lock``
+alone. Lock files are never deleted, or two processes could hold two files of one name.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def maintenance_lock(temporary_folder: Path, work: str) -> Iterator[None]:
 
 
 @contextmanager
-def training_lock(temporary_folder: Path) -> Iterator[None]:
-    """Held while a training reads: others may train and build, nobody may delete.
+def reading_lock(temporary_folder: Path, work: str) -> Iterator[None]:
+    """Held by what reads for hours (``work`` says what): others may read and build, nobody may delete.
 
     Reading needs no lock. Where none can be had (a read-only folder without lock files, a file system that knows no
     locks), none is held.
@@ -75,10 +75,10 @@ def training_lock(temporary_folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError as error:
                 if name == CACHE_LOCK and error.errno in _IN_USE:
-                    raise _refused(temporary_folder / name, error, "a training") from error
+                    raise _refused(temporary_folder / name, error, work) from error
             else:
                 if name == TRAINING_LOCK:
-                    _describe(file, "a training")
+                    _describe(file, work)
         yield
 
 
@@ -149,7 +149,7 @@ def _refused(path: Path, error: OSError, work: str) -> DpoCacheError:
 
 
 def _holders(path: Path) -> list[str]:
-    """Who holds a lock: the file says it; of a shared one, the locks of mixtures and trainings do."""
+    """Who holds a lock: the file says it; of a shared one, the locks of mixtures and of readers do."""
     candidates = [path]
     if path.name == CACHE_LOCK:
         candidates += sorted(path.parent.glob("mixture-*.lock"))

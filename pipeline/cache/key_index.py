@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +20,17 @@ class KeyIndex:
         keys: Ascending, shape (K,).
         shard_numbers: Position in ``shards`` of the shard that holds each key, shape (K,).
         rows: Row number in that shard, shape (K,).
-        shards: The indexed shards, by ascending digest.
-        num_duplicates: Rows that other shards hold too; the lowest digest wins.
+        shards: The indexed shards, in the order in which they count: those with log-probabilities per token first,
+            then by ascending digest.
+        has_token_logps: Whether each of ``shards`` has log-probabilities per token, shape (shards,).
+        num_duplicates: Rows that other shards hold too; the first counts.
     """
 
     keys: Keys
     shard_numbers: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int32]
     shards: Sequence[ShardRef]
+    has_token_logps: npt.NDArray[np.bool_]
     num_duplicates: int
 
     def __len__(self) -> int:
@@ -47,18 +50,20 @@ class KeyIndex:
         return places
 
 
-def build_key_index(shards: Sequence[tuple[ShardRef, Keys]]) -> KeyIndex:
+def build_key_index(shards: Sequence[tuple[ShardRef, Keys]], *, with_token_logps: Collection[str] = ()) -> KeyIndex:
     """Index shards by key.
 
     Args:
-        shards: Each with the keys of its rows in order. A key in several resolves to the lowest digest.
+        shards: Each with the keys of its rows in order. A key in several resolves to one with log-probabilities per
+            token if there is one, and among equals to the lowest digest.
+        with_token_logps: Digests of the shards that have log-probabilities per token.
     """
-    shards = sorted(shards, key=lambda entry: entry[0].sha256)
+    shards = sorted(shards, key=lambda entry: (entry[0].sha256 not in with_token_logps, entry[0].sha256))
     lengths = [len(keys) for _, keys in shards]
     keys = np.concatenate([keys for _, keys in shards]) if shards else np.empty(0, dtype=f"S{KEY_BYTES}")
     numbers = np.repeat(np.arange(len(shards), dtype=np.int32), lengths)
     rows = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths] or [np.empty(0, dtype=np.int32)])
-    order = np.argsort(keys, kind="stable")  # stable: among equal keys the lowest digest stays first
+    order = np.argsort(keys, kind="stable")  # stable: among equal keys the first shard stays first
     keys = keys[order]
     first = np.ones(len(keys), dtype=np.bool_)
     first[1:] = keys[1:] != keys[:-1]
@@ -68,5 +73,6 @@ def build_key_index(shards: Sequence[tuple[ShardRef, Keys]]) -> KeyIndex:
         shard_numbers=numbers[order],
         rows=rows[order],
         shards=[ref for ref, _ in shards],
+        has_token_logps=np.array([ref.sha256 in with_token_logps for ref, _ in shards], dtype=np.bool_),
         num_duplicates=int(len(first) - first.sum()),
     )

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DpoCacheError
-from .canonical_json import JsonObject, read_sealed_json, take, write_sealed_json
-from .durable_file import settle_folder
+from .canonical_json import JsonObject, read_sealed_json, sealed_bytes, take
+from .durable_file import settle_folder, write_durably
 from .example_key import Keys, name_keys
 from .format_version import FORMAT_VERSION, require_format_version
 from .key_index import KeyIndex
@@ -46,6 +46,7 @@ class Mixture:
         sources: The datasets, in the order ``source`` counts them.
         dropped: What was not used and why.
         shards: The shards that hold its rows, in the order ``shard`` counts them: by digest.
+        has_token_logps: Whether all of its pairs have log-probabilities per token.
         table: The rows.
     """
 
@@ -60,6 +61,7 @@ class Mixture:
     sources: list[JsonObject]
     dropped: JsonObject
     shards: list[ShardRef]
+    has_token_logps: bool
     table: MixtureTable
 
     def shared_prefix_lengths(self) -> npt.NDArray[np.int32]:
@@ -78,14 +80,21 @@ class Mixture:
         return longest
 
     def rows(self) -> MixtureRows:
-        """All training pairs as columns, as :func:`write_mixture` takes them."""
+        """All training pairs as columns, as :func:`write_mixture` takes them.
+
+        Raises:
+            DpoCacheError: The table is damaged, or a row of it is of a dataset that the pointer does not list.
+        """
+        sources = self.table.column("source")
+        if not 0 <= sources.min() <= sources.max() < len(self.sources):
+            raise DpoCacheError(f"{self.table.path} names a dataset that the pointer {self.name}.json does not list")
         return MixtureRows(
             example_keys=self.table.column(KEY_COLUMN),
             prompt_hashes=self.table.column("prompt_hash"),
             prompt_lengths=self.table.column("prompt_length"),
             chosen_lengths=self.table.column("chosen_length"),
             rejected_lengths=self.table.column("rejected_length"),
-            sources=self.table.column("source"),
+            sources=sources,
             source_rows=self.table.column("source_row"),
         )
 
@@ -112,7 +121,9 @@ def write_mixture(
         raise DpoCacheError(f"mixture {name} would have no pairs")
     rows, repeats = rows.in_mixture_order()
     places = _places(rows.example_keys, key_index, name)
-    used, shards = np.unique(key_index.shard_numbers[places], return_inverse=True)
+    used, used_numbers = np.unique(key_index.shard_numbers[places], return_inverse=True)
+    by_digest = np.argsort([key_index.shards[number].sha256 for number in used.tolist()])
+    shards = np.argsort(by_digest)[used_numbers]
     table = write_table(
         cache_path,
         rows,
@@ -132,7 +143,8 @@ def write_mixture(
         tokenization=tokenization,
         sources=sources,
         dropped=dropped,
-        shards=[key_index.shards[int(number)] for number in used],
+        shards=[key_index.shards[number] for number in used[by_digest].tolist()],
+        has_token_logps=bool(key_index.has_token_logps[used].all()),
         table=table,
     )
     write_pointer(cache_path, mixture)
@@ -140,11 +152,30 @@ def write_mixture(
 
 
 def write_pointer(cache_path: Path, mixture: Mixture) -> None:
-    """Write a mixture's pointer; everything that it names must be there."""
+    """Write a mixture's pointer; everything that it names must be there.
+
+    Raises:
+        DpoCacheError: It would be larger than a reader accepts, or the disk refused.
+    """
+    content = pointer_bytes(mixture)
+    if len(content) > MAX_POINTER_BYTES:
+        raise DpoCacheError(
+            f"the pointer of mixture {mixture.name} would have {len(content):,} bytes",
+            expected=f"at most {MAX_POINTER_BYTES:,}",
+            next_step="make mixtures of fewer datasets or pairs, under names of their own",
+        )
     # A shard of another builder may be visible before it is durable; its name must not be lost once we point at it.
     settle_folder(cache_path / "shards")
-    write_sealed_json(
-        cache_path / "mixtures" / f"{mixture.name}.json",
+    path = cache_path / "mixtures" / f"{mixture.name}.json"
+    if path.is_file() and path.read_bytes() == content:
+        settle_folder(path.parent)
+    else:
+        write_durably(path, content, temporary_folder=cache_path / "tmp")
+
+
+def pointer_bytes(mixture: Mixture) -> bytes:
+    """A mixture's pointer as it is written: the same bytes for the same mixture."""
+    return sealed_bytes(
         {
             "format_version": FORMAT_VERSION,
             "name": mixture.name,
@@ -159,8 +190,8 @@ def write_pointer(cache_path: Path, mixture: Mixture) -> None:
             "dropped": mixture.dropped,
             "shards": [[shard.sha256, shard.num_rows, shard.num_bytes] for shard in mixture.shards],
             "table": {"sha256": mixture.table.sha256, "num_bytes": mixture.table.num_bytes},
-        },
-        temporary_folder=cache_path / "tmp",
+            **({"token_logps": True} if mixture.has_token_logps else {}),
+        }
     )
 
 
@@ -193,6 +224,7 @@ def read_mixture(cache_path: Path, name: str) -> Mixture:
         sources=_objects(pointer, "sources", path),
         dropped=take(pointer, "dropped", dict, source=path),
         shards=[_shard_ref(entry, path) for entry in take(pointer, "shards", list, source=path)],
+        has_token_logps="token_logps" in pointer and take(pointer, "token_logps", bool, source=path),
         table=MixtureTable(
             path=path.parent / f"{table_sha256}.parquet",
             sha256=table_sha256,

@@ -16,8 +16,9 @@ from ...errors import DpoCacheError
 from .cache_folder import ReferenceCache
 from .example_key import Keys, name_keys
 from .mixture import Mixture
-from .scored_pair import COMMON_COLUMNS, VALUE_COLUMNS, unusable_values
+from .scored_pair import COMMON_COLUMNS, VALUE_COLUMNS, PairValues, unusable_in_words, unusable_values
 from .shard_file import ShardReader, ShardRef, verify_shard
+from .unreadable_file import UnreadableFileError
 
 HASH_AT_ONCE_BYTES = 1 << 30
 """Up to here (a second or two) all shards are hashed at once; beyond, each before its first row is used."""
@@ -35,25 +36,36 @@ def check_mixture(cache: ReferenceCache, mixture: Mixture) -> None:
     """
     _check_table(mixture)
     hash_now = sum(shard.num_bytes for shard in mixture.shards) <= HASH_AT_ONCE_BYTES
-    unusable: list[Keys] = []
+    unscored: list[Keys] = []
+    unusable: list[tuple[Keys, PairValues]] = []
     for shard, path, wanted, rows in _by_shard(cache, mixture):
         try:
             if hash_now:
                 verify_shard(path)
-            with _open_as_stated(cache, path, shard) as reader:
-                unusable.append(wanted[_unusable_rows(reader, path, wanted, rows)])
+            with _open_as_stated(cache, mixture, path, shard) as reader:
+                values, tokens = _values_and_tokens(reader, path, wanted, rows)
+            unscored.append(wanted[tokens < 1])
+            is_bad = unusable_values(values)
+            unusable.append((wanted[is_bad], {name: column[is_bad] for name, column in values.items()}))
+        except UnreadableFileError:
+            raise
         except DpoCacheError as error:
             raise DpoCacheError(
                 f"mixture {mixture.name} lacks {len(wanted)} pairs ({name_keys(wanted)}): {error.found}",
                 expected=error.expected,
                 next_step=f"score them again with: dpo-cache verify --repair {cache.path}, then dpo-cache build",
             ) from error
-    unusable_keys = np.concatenate(unusable)
-    if len(unusable_keys):
+    remedy = f"score them again with: dpo-cache verify --repair {cache.path}, then dpo-cache build"
+    if len(keys := np.concatenate(unscored)):
         raise DpoCacheError(
-            f"{len(unusable_keys)} pairs of mixture {mixture.name} have reference values that are missing, not "
-            f"finite or not below zero: {name_keys(unusable_keys)}",
-            next_step=f"score them again with: dpo-cache verify --repair {cache.path}, then dpo-cache build",
+            f"{len(keys)} pairs of mixture {mixture.name} count no scored token: {name_keys(keys)}", next_step=remedy
+        )
+    if len(keys := np.concatenate([bad_keys for bad_keys, _ in unusable])):
+        values = {name: np.concatenate([columns[name] for _, columns in unusable]) for name in VALUE_COLUMNS}
+        raise DpoCacheError(
+            f"{len(keys)} pairs of mixture {mixture.name} have reference values that are missing, not finite or not "
+            f"below zero: {unusable_in_words(keys, values)}",
+            next_step=remedy,
         )
 
 
@@ -123,8 +135,11 @@ def _rows_of_batch(
     return keys[order], shards[order], rows[order]
 
 
-def _open_as_stated(cache: ReferenceCache, path: Path, shard: ShardRef) -> ShardReader:
+def _open_as_stated(cache: ReferenceCache, mixture: Mixture, path: Path, shard: ShardRef) -> ShardReader:
     reader = cache.shards.open(path)
+    if mixture.has_token_logps and not reader.has_token_logps:
+        reader.close()
+        raise DpoCacheError(f"{path} has no log-probabilities per token, which the pointer {mixture.name}.json states")
     if (reader.num_rows, reader.num_bytes) != (shard.num_rows, shard.num_bytes):
         reader.close()
         raise DpoCacheError(
@@ -134,15 +149,14 @@ def _open_as_stated(cache: ReferenceCache, path: Path, shard: ShardRef) -> Shard
     return reader
 
 
-def _unusable_rows(
+def _values_and_tokens(
     reader: ShardReader, path: Path, wanted: npt.NDArray[np.bytes_], rows: npt.NDArray[np.int32]
-) -> npt.NDArray[np.bool_]:
+) -> tuple[PairValues, npt.NDArray[np.int32]]:
+    """The values of these rows, which must have the wanted keys, and the scored tokens of the side with fewer."""
     if not 0 <= rows.min() <= rows.max() < reader.num_rows:
         raise DpoCacheError(f"{path} has {reader.num_rows} rows; row {int(rows.max())} is asked for")
     elsewhere = reader.keys()[rows] != wanted
     if elsewhere.any():
         raise DpoCacheError(f"{path} holds other keys in {int(elsewhere.sum())} of these rows")
-    values = {name: reader.numbers(name)[rows] for name in VALUE_COLUMNS}
-    counts = np.minimum(reader.numbers("chosen_tokens")[rows], reader.numbers("rejected_tokens")[rows])
-    unusable: npt.NDArray[np.bool_] = unusable_values(values) | (counts < 1)
-    return unusable
+    tokens = np.minimum(reader.numbers("chosen_tokens")[rows], reader.numbers("rejected_tokens")[rows])
+    return {name: reader.numbers(name)[rows] for name in VALUE_COLUMNS}, tokens

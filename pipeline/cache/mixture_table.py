@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ...errors import DpoCacheError
-from .durable_file import write_durably
+from .digest_named_file import write_digest_named
 from .example_key import KEY_BYTES, KEY_VERSION, Keys
 from .format_version import FORMAT_VERSION
 from .mixture_rows import MixtureRows
@@ -178,7 +178,7 @@ def write_table(
         num_rows=len(rows),
         block_rows=BLOCK_ROWS,
     )
-    write_durably(table.path, memoryview(content), temporary_folder=cache_path / "tmp")
+    write_digest_named(table.path, memoryview(content), temporary_folder=cache_path / "tmp")
     return table
 
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from ...errors import DpoCacheError, first_line
 from .example_key import KEY_BYTES, Keys
 from .parquet_footer import check_pages, leaves_of, read_footer
+from .unreadable_file import read_fault
 
 KEY_COLUMN = "example_key"
 
@@ -94,6 +95,10 @@ class ParquetReader:
         if not self._file.schema_arrow.equals(schema.remove_metadata()):
             raise ValueError("its columns are not those of this format")
 
+    def num_values(self, name: str) -> int:
+        """Entries of one column, those of its lists together."""
+        return int(self._chunks[:, self._names.index(name), 3].sum())
+
     def read(self, row_groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
         """Decode row groups, all columns or those named, after checking what their pages promise."""
         names = self._names if columns is None else columns
@@ -129,9 +134,9 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except DpoCacheError:
         raise
-    except FileNotFoundError as error:
-        raise DpoCacheError(f"{path} is missing", next_step="restore it from a copy, or build again") from error
-    except (OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError, pa.ArrowException) as error:
+    except (OSError, MemoryError) as error:
+        raise read_fault(path, error) from error
+    except (ValueError, KeyError, IndexError, OverflowError, pa.ArrowException) as error:
         raise DpoCacheError(
             f"{path} cannot be read: {first_line(error)}",
             next_step=f"find all damage with: dpo-cache verify {path.parent.parent}",

@@ -22,7 +22,9 @@ import pyarrow as pa
 from .thrift_compact import LIST, STRUCT, Struct, read_field_head, read_list_head, read_struct, read_value
 
 MAX_FOOTER_BYTES = 1 << 26
-"""And no more than a quarter of the file beyond the first 64 KiB: in memory a footer takes many times its size."""
+MAX_SMALL_FOOTER_BYTES = 1 << 20
+"""Beyond so much, a footer may take no more than a quarter of the file: in memory it takes many times its size. A shard
+of ours has at most 1,024 row groups, each with less than 1 KiB in the footer; their pages may compress to less."""
 MAX_ROW_GROUP_ROWS = 1 << 16
 MAX_CHUNK_VALUES = 1 << 26
 """The longest list column of one row group: 64 Mi token ids, far above any context length."""
@@ -87,7 +89,7 @@ def read_footer(file: int, *, file_bytes: int, schema: pa.Schema) -> ParquetFoot
     if file_bytes < 12 or tail[4:] != _MAGIC or os.pread(file, 4, 0) != _MAGIC:
         raise ValueError("it is not a Parquet file, or cut short")
     footer_bytes = int.from_bytes(tail[:4], "little")
-    if footer_bytes > min(MAX_FOOTER_BYTES, (1 << 16) + file_bytes // 4, file_bytes - 12):
+    if footer_bytes > min(MAX_FOOTER_BYTES, MAX_SMALL_FOOTER_BYTES + file_bytes // 4, file_bytes - 12):
         raise ValueError("its footer claims more bytes than it may have")
     data = os.pread(file, footer_bytes, file_bytes - 8 - footer_bytes)
     if len(data) != footer_bytes:

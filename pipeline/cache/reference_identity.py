@@ -48,6 +48,12 @@ HARMLESS_ADAPTER_KEYS = frozenset(
 )  # fmt: skip
 
 
+_OPTIONAL_MEMBERS = frozenset({"quantization", "remote_code_sha256"})
+"""Absent from JSON where they say nothing, so that references that need none keep the identity they had."""
+_CLASSES_THAT_RUN = ("AutoConfig", "AutoModelForCausalLM")
+"""Entries of ``auto_map`` from which a model is loaded here."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceIdentity:
     """What a reference's values depend on.
@@ -62,6 +68,8 @@ class ReferenceIdentity:
         scoring_version: Version of our scoring code.
         quantization: What the weights were quantized to after they had :attr:`weight_dtype`, such as ``nf4``; None
             for weights as they are, which then has no member in JSON.
+        remote_code_sha256: Digest of the Python code that came with the model and computed its values; None, without a
+            member in JSON, where a class of transformers did.
     """
 
     weights_sha256: str
@@ -72,6 +80,7 @@ class ReferenceIdentity:
     attention: str
     scoring_version: int
     quantization: str | None = None
+    remote_code_sha256: str | None = None
 
     @property
     def digest(self) -> str:
@@ -81,9 +90,7 @@ class ReferenceIdentity:
     def to_json(self) -> JsonObject:
         """The identity as ``cache.json`` holds it."""
         members = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.quantization is None:
-            del members["quantization"]
-        return members
+        return {name: value for name, value in members.items() if value is not None or name not in _OPTIONAL_MEMBERS}
 
     @property
     def precision(self) -> str:
@@ -99,10 +106,11 @@ class ReferenceIdentity:
         Raises:
             DpoCacheError: A field is missing, unknown, or of another type.
         """
-        unknown = sorted((set(value) | {"quantization"}) ^ {field.name for field in fields(cls)})
+        unknown = sorted((set(value) | _OPTIONAL_MEMBERS) ^ {field.name for field in fields(cls)})
         if unknown:
             raise DpoCacheError(f"{source}: the identity lacks or does not know the field {unknown[0][:100]!r}")
         adapter = value["adapter_sha256"]
+        optional = {name: take(value, name, str, source=source) for name in _OPTIONAL_MEMBERS if name in value}
         return cls(
             weights_sha256=take(value, "weights_sha256", str, source=source),
             adapter_sha256=None if adapter is None else take(value, "adapter_sha256", str, source=source),
@@ -111,7 +119,7 @@ class ReferenceIdentity:
             compute_dtype=take(value, "compute_dtype", str, source=source),
             attention=take(value, "attention", str, source=source),
             scoring_version=take(value, "scoring_version", int, source=source),
-            quantization=take(value, "quantization", str, source=source) if "quantization" in value else None,
+            **optional,
         )
 
 
@@ -123,6 +131,11 @@ def differences(ours: ReferenceIdentity, theirs: ReferenceIdentity) -> list[tupl
     return _different_members(ours.to_json(), theirs.to_json(), prefix="")
 
 
+def in_words(differing: list[tuple[str, Any, Any]]) -> str:
+    """Fields in which a cache's identity, the first value, differs from the one that was asked for."""
+    return "; ".join(f"{name}: cached {ours!r}, asked for {theirs!r}" for name, ours, theirs in differing)
+
+
 def identify_reference(
     model_folder: Path,
     *,
@@ -132,11 +145,18 @@ def identify_reference(
     attention: str,
     scoring_version: int,
     quantization: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ReferenceIdentity:
     """Identify a reference from the files of a local model folder, without loading it.
 
+    Args:
+        model_folder: The model.
+        adapter_folder: A peft adapter on top of it.
+        weight_dtype, compute_dtype, attention, scoring_version, quantization: As in :class:`ReferenceIdentity`.
+        trust_remote_code: Whether Python code that comes with the model runs where transformers has a class too.
+
     Raises:
-        DpoCacheError: Weights or configuration are missing or damaged.
+        DpoCacheError: Weights or configuration are missing or damaged, or code from another repository would run.
     """
     return ReferenceIdentity(
         weights_sha256=weights_digest(model_folder),
@@ -147,18 +167,56 @@ def identify_reference(
         attention=attention,
         scoring_version=scoring_version,
         quantization=quantization,
+        remote_code_sha256=_remote_code_digest(model_folder) if trust_remote_code else None,
     )
 
 
-def _config_that_counts(model_folder: Path) -> JsonObject:
+def _read_config(model_folder: Path) -> JsonObject:
     path = model_folder / "config.json"
-    config = parse_object(read_bounded(path, max_bytes=MAX_CONFIG_BYTES), source=path)
-    counted = _without(config, HARMLESS_CONFIG_KEYS)
+    return parse_object(read_bounded(path, max_bytes=MAX_CONFIG_BYTES), source=path)
+
+
+def _remote_code_digest(model_folder: Path) -> str | None:
+    """Digest of the names and bytes of all Python files of the folder; None where none of them is the model."""
+    entries = code_that_runs(model_folder)
+    if not entries:
+        return None
+    files = [
+        [file.relative_to(model_folder).as_posix(), _code_sha256(file)]
+        for file in sorted(model_folder.rglob("*.py"), key=lambda file: file.relative_to(model_folder).as_posix())
+    ]
+    return hashlib.sha256(canonical_bytes([entries, files])).hexdigest()
+
+
+def code_that_runs(model_folder: Path) -> JsonObject:
+    """The entries of ``auto_map`` whose code is the model, if code that comes with it may run.
+
+    Raises:
+        DpoCacheError: The code lies in another repository, whose bytes may change at any time.
+    """
+    auto_map = _read_config(model_folder).get("auto_map")
+    if not isinstance(auto_map, dict):
+        return {}
+    entries = {name: auto_map[name] for name in _CLASSES_THAT_RUN if name in auto_map}
+    for entry in entries.values():
+        if "--" in str(entry):
+            raise DpoCacheError(
+                f"{model_folder}/config.json takes the model's code from another repository: {entry!r}",
+                expected="code that lies beside the weights, so that its bytes are part of the reference",
+                next_step="copy that repository's *.py files into the folder and name them in auto_map without what "
+                "stands before '--'; or leave --trust-remote-code out, where transformers has a class for the model",
+            )
+    return entries
+
+
+def _code_sha256(file: Path) -> str:
+    return hashlib.sha256(read_bounded(file, max_bytes=MAX_CONFIG_BYTES)).hexdigest()
+
+
+def _config_that_counts(model_folder: Path) -> JsonObject:
+    counted = _without(_read_config(model_folder), HARMLESS_CONFIG_KEYS)
     if "auto_map" in counted:  # the model brings its own code, and that computes the log-probabilities
-        counted["auto_map_code_sha256"] = {
-            code.name: hashlib.sha256(read_bounded(code, max_bytes=MAX_CONFIG_BYTES)).hexdigest()
-            for code in sorted(model_folder.glob("*.py"))
-        }
+        counted["auto_map_code_sha256"] = {code.name: _code_sha256(code) for code in sorted(model_folder.glob("*.py"))}
     return counted
 
 

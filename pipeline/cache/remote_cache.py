@@ -16,8 +16,8 @@ from pathlib import Path
 
 from ...errors import DpoCacheError
 from .cache_folder import ReferenceCache
-from .cache_json import CacheDescription
-from .mixture import MIXTURE_NAME, Mixture, check_name
+from .cache_json import MAX_CACHE_JSON_BYTES, CacheDescription
+from .mixture import MAX_POINTER_BYTES, MIXTURE_NAME, Mixture, check_name
 from .mixture_check import check_mixture
 from .remote_files import MissingRemoteFileError, RemoteFiles, UnreachableError
 from .shard_file import ShardRef, verify_shard
@@ -68,7 +68,7 @@ class RemoteCache:
             (folder / subfolder).mkdir(exist_ok=True)
         with self._explained():
             try:
-                files.fetch("cache.json", folder / "cache.json")
+                files.fetch("cache.json", folder / "cache.json", max_bytes=MAX_CACHE_JSON_BYTES)
             except MissingRemoteFileError as error:
                 raise DpoCacheError(
                     f"there is no cache at {files.address}: no cache.json, or you may not see it",
@@ -106,7 +106,8 @@ class RemoteCache:
         check_name(name)
         try:
             with self._explained():
-                self.files.fetch(f"mixtures/{name}.json", self.folder / "mixtures" / f"{name}.json")
+                pointer = self.folder / "mixtures" / f"{name}.json"
+                self.files.fetch(f"mixtures/{name}.json", pointer, max_bytes=MAX_POINTER_BYTES)
                 return self.cache.read_mixture(name)
         except MissingRemoteFileError as error:
             listed = self.listed_names()
@@ -122,7 +123,9 @@ class RemoteCache:
             DpoCacheError: It is missing or damaged.
         """
         with self._explained():
-            self.files.fetch(f"mixtures/{mixture.table.path.name}", mixture.table.path)
+            table = mixture.table
+            _require_room(self.folder, table.num_bytes)
+            self.files.fetch(f"mixtures/{table.path.name}", table.path, max_bytes=table.num_bytes)
             mixture.table.verify()
 
     def fetch_shards(self, shards: Collection[ShardRef]) -> None:
@@ -131,10 +134,12 @@ class RemoteCache:
         Raises:
             DpoCacheError: One is missing or damaged.
         """
+        _require_room(self.folder, num_bytes(shards))
         with self._explained():
             for shard in shards:
-                self.files.fetch(f"shards/{shard.file_name}", self.folder / "shards" / shard.file_name)
-                verify_shard(self.folder / "shards" / shard.file_name)
+                path = self.folder / "shards" / shard.file_name
+                self.files.fetch(f"shards/{shard.file_name}", path, max_bytes=shard.num_bytes)
+                verify_shard(path)
 
     def copy_mixtures(
         self,
@@ -206,7 +211,7 @@ class RemoteCache:
     def _fetch_shard(self, cache: ReferenceCache, shard: ShardRef) -> None:
         fetched = self.folder / "shards" / shard.file_name
         try:
-            self.files.fetch(f"shards/{shard.file_name}", fetched)
+            self.files.fetch(f"shards/{shard.file_name}", fetched, max_bytes=shard.num_bytes)
             _adopt(cache, shard, fetched)
         finally:
             fetched.unlink(missing_ok=True)

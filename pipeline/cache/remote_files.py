@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
+from fsspec.callbacks import NoOpCallback
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from ...errors import DpoCacheError, first_line
@@ -98,17 +99,28 @@ class RemoteFiles:
         except (MissingRemoteFileError, RefusedError):
             return []
 
-    def fetch(self, name: str, destination: Path) -> None:
+    def fetch(self, name: str, destination: Path, *, max_bytes: int) -> None:
         """Copy a file as it is; after a failure ``destination`` may hold a part of it.
 
+        Args:
+            name: Its path below the address.
+            destination: Where it goes.
+            max_bytes: A larger file is given up as soon as that shows.
+
         Raises:
+            DpoCacheError: It is larger.
             MissingRemoteFileError: There is none.
             UnreachableError: It cannot be read, after several attempts where another one could help.
         """
 
+        bound = _Bound(f"{self.address}/{name}", max_bytes)
+
         def copy() -> None:
+            path = f"{self._root}/{name}"
             try:
-                self._filesystem.get_file(f"{self._root}/{name}", str(destination))
+                if "file" in self._protocols:  # it is copied without a word on its progress
+                    bound.check_local(self._filesystem.info(path))
+                self._filesystem.get_file(path, str(destination), callback=bound.of_one_attempt())
             except OSError as error:
                 if error.errno not in _DISK_FAULTS:
                     raise
@@ -118,6 +130,11 @@ class RemoteFiles:
                 ) from error
 
         self._attempt(copy, name)
+
+    @property
+    def _protocols(self) -> tuple[str, ...]:
+        protocol = self._filesystem.protocol
+        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
     def _attempt(self, action: Callable[[], Result], what: str) -> Result:
         where = what if what == self.address else f"{self.address}/{what}"
@@ -144,6 +161,42 @@ class RemoteFiles:
                     ) from error
                 time.sleep(pause_s)
         raise AssertionError("the last attempt returns or raises")
+
+
+class _Bound(NoOpCallback):  # type: ignore[misc]
+    """Ends a copy that grows beyond what it may have: at the start where the server tells its size, else on the way.
+
+    The client for the Hub takes its quick ways only with callbacks of this class or of a progress bar's.
+    """
+
+    def __init__(self, where: str, max_bytes: int) -> None:
+        super().__init__()
+        self._where = where
+        self._max_bytes = max_bytes
+
+    def of_one_attempt(self) -> _Bound:
+        """A new one, which has counted nothing yet."""
+        return _Bound(self._where, self._max_bytes)
+
+    def check_local(self, info: dict[str, Any]) -> None:
+        """Refuse what is too large, or a pipe or device, which has no size."""
+        if info.get("type") != "file":
+            raise DpoCacheError(f"{self._where} is not a regular file")
+        self.set_size(info["size"])
+
+    def set_size(self, size: int | None) -> None:
+        """Told by the server before the first byte, where it tells."""
+        if size is not None and size > self._max_bytes:
+            raise self._too_large(f"{size:,} bytes")
+
+    def relative_update(self, inc: int = 1) -> None:
+        """Told of each part that was copied."""
+        self.value += inc
+        if self.value > self._max_bytes:
+            raise self._too_large("more bytes than it may have")
+
+    def _too_large(self, has: str) -> DpoCacheError:
+        return DpoCacheError(f"{self._where} has {has}", expected=f"at most {self._max_bytes:,}")
 
 
 def _options(protocol: str) -> dict[str, Any]:

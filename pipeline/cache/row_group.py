@@ -11,13 +11,17 @@ import pyarrow as pa
 from ..data.token_pair import TokenPair
 from .example_key import key_at
 from .parquet_file import KEY_COLUMN, keys_of, numbers_of, one_array
-from .scored_pair import VALUE_COLUMNS, ScoredPair, unusable_values
+from .scored_pair import VALUE_COLUMNS, ScoredPair, unusable_in_words, unusable_values
+
+SUM_TOLERANCE = 1e-6
+"""How far values per token may be from adding up to the sum beside them: in nats, or as a share of a larger sum. Both
+come of the same numbers; only the order in which they were added may differ."""
 
 
 class RowGroup:
     """Decoded rows of a shard as numpy arrays; a pair is taken out as views, without a copy."""
 
-    def __init__(self, table: pa.Table, *, first_row: int) -> None:
+    def __init__(self, table: pa.Table, *, first_row: int, has_token_logps: bool) -> None:
         self.first_row = first_row
         self.num_bytes: int = table.nbytes
         columns = {name: one_array(table.column(name)) for name in table.column_names}
@@ -32,6 +36,11 @@ class RowGroup:
         self._chosen_tokens = numbers_of(columns["chosen_tokens"])
         self._rejected_tokens = numbers_of(columns["rejected_tokens"])
         self._check()
+        for side, token_logps, tokens in (
+            ("chosen", self._chosen_token_logps, self._chosen_tokens),
+            ("rejected", self._rejected_token_logps, self._rejected_tokens),
+        ):
+            self._check_token_logps(side, token_logps, tokens, are_there=has_token_logps)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -62,19 +71,26 @@ class RowGroup:
                 raise ValueError("a prompt or answer has no tokens")
             if len(ids.values) and ids.values.min() < 0:
                 raise ValueError("a token id is negative")
-        unusable = unusable_values(self._values)
-        if unusable.any():
-            raise ValueError(
-                f"{int(unusable.sum())} pairs have reference values that are not finite or not below zero, "
-                f"the first {key_at(self.keys, int(unusable.argmax())).hex()}"
-            )
+        if unusable_values(self._values).any():
+            raise ValueError(unusable_in_words(self.keys, self._values))
         self._check_counts()
-        for token_logps, tokens in (
-            (self._chosen_token_logps, self._chosen_tokens),
-            (self._rejected_token_logps, self._rejected_tokens),
-        ):
-            if (~token_logps.absent & (token_logps.lengths != tokens)).any():
-                raise ValueError("there are not as many values per token as scored tokens")
+
+    def _check_token_logps(
+        self, side: str, token_logps: _Lists, tokens: npt.NDArray[np.int32], *, are_there: bool
+    ) -> None:
+        """As many as scored tokens, none above zero, and adding up to the sums; or none at all."""
+        if (token_logps.absent == are_there).any():
+            raise ValueError("values per token are there for some rows, or against what the footer says")
+        if not are_there:
+            return
+        if (token_logps.lengths != tokens).any():
+            raise ValueError("there are not as many values per token as scored tokens")
+        common = np.minimum(self._chosen_tokens, self._rejected_tokens)
+        for name, counts in ((f"ref_{side}_logps", tokens), (f"ref_{side}_common_logps", common)):
+            sums, stated = token_logps.sums_of_first(counts), self._values[name]
+            agrees = np.abs(sums - stated) <= SUM_TOLERANCE * np.maximum(1.0, np.abs(stated))
+            if not (agrees | np.isnan(stated)).all() or not (token_logps.values <= 0).all():
+                raise ValueError(f"values per token do not add up to {name}")
 
     def _check_counts(self) -> None:
         """Scored counts equal what the masks say; a mask covers its pair and never the first token."""
@@ -115,6 +131,12 @@ class _Lists:
 
     def __getitem__(self, index: int) -> npt.NDArray[Any]:
         return self.values[self._starts[index] : self._stops[index]]
+
+    def sums_of_first(self, counts: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        """The sum of the first so many entries of each list, which has as many."""
+        totals = np.concatenate([[0.0], np.cumsum(self.values, dtype=np.float64)])
+        sums: npt.NDArray[np.float64] = totals[self._starts + counts] - totals[self._starts]
+        return sums
 
     def get(self, index: int) -> npt.NDArray[Any] | None:
         return None if self.absent[index] else self[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -20,7 +21,11 @@ CACHED_BYTES = 256 << 20
 """Decoded row groups kept: a window of the epoch order of pairs of about 4,000 tokens."""
 MAX_IDLE_READS = 16_384
 """Pairs of a window of the epoch order: what none of as many reads needed will not be needed soon."""
-MAX_OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = 1024
+"""And no more than a quarter of the files that this process may have open. Where many builds have added to a mixture,
+the order of an epoch goes through the shards of all of them all the time."""
+MAX_OPEN_ROW_GROUPS = 8192
+"""Of all open shards together: each takes some 13 KiB of memory."""
 
 
 class _Sized(Protocol):
@@ -88,6 +93,8 @@ class RowReader:
         self._shards = shards
         self._row_groups: RecentlyUsed[tuple[int, int], RowGroup] = RecentlyUsed(cached_bytes)
         self._open_shards: OrderedDict[int, ShardReader] = OrderedDict()
+        self._open_row_groups = 0
+        self._max_open = _max_open_shards()
         self._verified: set[int] = set()
 
     def num_rows(self, shard: int) -> int:
@@ -120,10 +127,18 @@ class RowReader:
         if shard is None:
             shard = self._cache.shards.open(self._verified_path(number))
             self._open_shards[number] = shard
-            if len(self._open_shards) > MAX_OPEN_SHARDS:
-                self._open_shards.popitem(last=False)[1].close()
+            self._open_row_groups += len(shard.group_starts)
+            self._close_oldest()
         self._open_shards.move_to_end(number)
         return shard
+
+    def _close_oldest(self) -> None:
+        while len(self._open_shards) > 1 and (
+            len(self._open_shards) > self._max_open or self._open_row_groups > MAX_OPEN_ROW_GROUPS
+        ):
+            _, oldest = self._open_shards.popitem(last=False)
+            self._open_row_groups -= len(oldest.group_starts)
+            oldest.close()
 
     def _verified_path(self, number: int) -> Path:
         assert 0 <= number < len(self._shards)
@@ -132,3 +147,8 @@ class RowReader:
             verify_shard(path)
             self._verified.add(number)
         return path
+
+
+def _max_open_shards() -> int:
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_OPEN_SHARDS if allowed == resource.RLIM_INFINITY else min(MAX_OPEN_SHARDS, max(1, allowed // 4))

@@ -1,14 +1,15 @@
-"""A scored pair: token ids, what the reference says of them, and which values no reference can have given."""
+"""A scored pair: token ids, what the reference says of them, and which values are refused."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ..data.token_pair import TokenPair
+from .example_key import MAX_NAMED_KEYS, Keys, key_at
 
 VALUE_COLUMNS = (
     "ref_chosen_logps",
@@ -17,6 +18,16 @@ VALUE_COLUMNS = (
     "ref_rejected_common_logps",
 )
 COMMON_COLUMNS = VALUE_COLUMNS[2:]
+PairValues = Mapping[str, npt.NDArray[np.float64]]
+"""The columns of :data:`VALUE_COLUMNS`, of the same pairs in the same order."""
+
+NO_FINITE_LOGPS = "no-finite-logps"
+PROBABILITY_ONE = "probability-one"
+_MEANINGS = {
+    NO_FINITE_LOGPS: "pairs have no finite log-probability below zero",
+    PROBABILITY_ONE: "pairs have a log-probability of exactly 0.0, that is probability 1 for every scored token, "
+    "which a model that is right hardly ever gives",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -48,11 +59,28 @@ class ScoredPair:
     chosen_token_logps: npt.NDArray[np.float32] | None = None
     rejected_token_logps: npt.NDArray[np.float32] | None = None
 
+    @property
+    def has_token_logps(self) -> bool:
+        """Whether the values per token are kept, which they are for both sides or for neither."""
+        return self.chosen_token_logps is not None and self.rejected_token_logps is not None
 
-def unusable_values(values: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.bool_]:
-    """Which rows hold a value no reference can have given.
 
-    A sum of log-probabilities is finite and below zero; exactly zero is what a missing value looks like. The
+def values_of(rows: Sequence[ScoredPair]) -> dict[str, npt.NDArray[np.float64]]:
+    """The values of some rows as columns."""
+    return {name: np.array([getattr(row, name) for row in rows], dtype=np.float64) for name in VALUE_COLUMNS}
+
+
+def whole_values(chosen: npt.NDArray[np.float64], rejected: npt.NDArray[np.float64]) -> PairValues:
+    """Whole sums alone, as columns: those over the common part are not known."""
+    unknown = np.full(len(chosen), np.nan)
+    return dict(zip(VALUE_COLUMNS, (chosen, rejected, unknown, unknown), strict=True))
+
+
+def unusable_values(values: PairValues) -> npt.NDArray[np.bool_]:
+    """Which rows hold a value that is refused.
+
+    A sum of log-probabilities is finite and below zero. Exactly zero would mean the probability 1 for every scored
+    token: rounding can make that of a model that is very sure, but mostly it is what a missing value looks like. The
     sums over the common part may be zero: they can stand for a single token the reference was sure of. And they may
     be NaN, which means that nobody knows them: imported rows come with whole sums alone. Scoring cannot make one
     NaN without the whole sum, which is over the same tokens and more.
@@ -65,3 +93,33 @@ def unusable_values(values: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArra
         else:
             unusable |= ~(np.isfinite(value) & (value < 0))
     return unusable
+
+
+def unusable_reasons(values: PairValues) -> dict[str, npt.NDArray[np.bool_]]:
+    """For each reason, which rows :func:`unusable_values` refuses for it: a row has one at most."""
+    nearly = {name: np.where(value == 0, -1.0, value) for name, value in values.items()}
+    not_finite = unusable_values(nearly)
+    return {NO_FINITE_LOGPS: not_finite, PROBABILITY_ONE: unusable_values(values) & ~not_finite}
+
+
+def unusable_in_words(keys: Keys, values: PairValues) -> str:
+    """How many of these pairs are refused for which reason, and the first of them with their values.
+
+    Args:
+        keys: At least one of them is of a pair that :func:`unusable_values` refuses.
+        values: The columns of :data:`VALUE_COLUMNS`, in the same order.
+    """
+    return "; ".join(
+        f"{int(rows.sum())} {_MEANINGS[reason]}: {_named(keys, values, np.flatnonzero(rows))}"
+        for reason, rows in unusable_reasons(values).items()
+        if rows.any()
+    )
+
+
+def _named(keys: Keys, values: PairValues, rows: npt.NDArray[np.int64]) -> str:
+    chosen, rejected = (values[name] for name in VALUE_COLUMNS[:2])
+    named = [
+        f"{key_at(keys, row).hex()} (chosen {chosen[row]:g}, rejected {rejected[row]:g})"
+        for row in rows[:MAX_NAMED_KEYS].tolist()
+    ]
+    return ", ".join([*named, *(["…"] if len(rows) > MAX_NAMED_KEYS else [])])

@@ -21,6 +21,8 @@ from .row_group import RowGroup
 from .scored_pair import ScoredPair
 
 SHARD_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
+TOKEN_LOGPS_KEY = "dpo_cache.token_logps"
+"""In the footer of a shard that has log-probabilities per token, with the value ``true``."""
 
 
 def list_of(kind: pa.DataType) -> pa.DataType:
@@ -81,6 +83,16 @@ class ShardReader:
         self.group_starts = self._parquet.group_starts
 
     @property
+    def has_token_logps(self) -> bool:
+        """Whether all rows have log-probabilities per token; else none has."""
+        return self._parquet.metadata.get(TOKEN_LOGPS_KEY) == "true"
+
+    @property
+    def num_ids(self) -> int:
+        """Token ids of all rows."""
+        return sum(self._parquet.num_values(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+    @property
     def recorded(self) -> JsonObject:
         """How the rows were scored."""
         return parse_object(self._parquet.metadata.get("dpo_cache.recorded", "{}").encode(), source=self.path)
@@ -106,7 +118,11 @@ class ShardReader:
             DpoCacheError: Something in it contradicts itself or the format.
         """
         with reading(self.path):
-            return RowGroup(self._parquet.read([group]), first_row=int(self.group_starts[group]))
+            return RowGroup(
+                self._parquet.read([group]),
+                first_row=int(self.group_starts[group]),
+                has_token_logps=self.has_token_logps,
+            )
 
     def close(self) -> None:
         self._parquet.close()

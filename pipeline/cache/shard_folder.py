@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DpoCacheError
-from .durable_file import adopt_durably, write_durably
+from .digest_named_file import write_digest_named
+from .durable_file import adopt_durably
 from .key_index import KeyIndex, build_key_index
 from .parquet_file import reading
 from .reference_identity import ReferenceIdentity
 from .scored_pair import ScoredPair
 from .shard_file import SHARD_NAME, ShardReader, ShardRef, verify_shard
 from .shard_writer import write_shard
+from .unreadable_file import UnreadableFileError
 
 _COPY_BYTES = 1 << 20
 
@@ -74,7 +76,11 @@ class ShardFolder:
         return shard
 
     def survey(self) -> ShardSurvey:
-        """Hash every shard and open it: which ones can be relied on, and what is wrong with the others."""
+        """Hash every shard and open it: which ones can be relied on, and what is wrong with the others.
+
+        Raises:
+            UnreadableFileError: The system could not read one: that is no reason to score its rows again.
+        """
         found = [self._examine(path) for path in self._entries()]
         return ShardSurvey(
             usable=[shard for shard in found if isinstance(shard, ShardRef)],
@@ -83,32 +89,36 @@ class ShardFolder:
 
     # ---- where each key stands ----
 
-    def key_index(self, *, without: Collection[Path] = ()) -> KeyIndex:
+    def key_index(self, *, without: Collection[Path] = (), with_token_logps: bool = False) -> KeyIndex:
         """Where each key stands. Of the shards only footers and keys are read.
 
         Args:
             without: Shards that :meth:`survey` found unusable. One that has been written anew since, as scoring its
                 rows again does, counts.
+            with_token_logps: Only of shards with log-probabilities per token.
 
         Raises:
             DpoCacheError: A shard cannot be read or belongs to another reference; :meth:`survey` finds those that
                 can.
         """
-        return self.index_of(
-            path for path in self.paths() if path not in without or isinstance(self._examine(path), ShardRef)
-        )
+        usable = (path for path in self.paths() if path not in without or isinstance(self._examine(path), ShardRef))
+        return self.index_of(usable, with_token_logps=with_token_logps)
 
-    def index_of(self, paths: Iterable[Path]) -> KeyIndex:
-        """Where each key of these shards stands.
+    def index_of(self, paths: Iterable[Path], *, with_token_logps: bool = False) -> KeyIndex:
+        """Where each key of these shards stands; see :meth:`key_index`.
 
         Raises:
             DpoCacheError: As :meth:`key_index`.
         """
-        indexed = []
+        indexed, detailed = [], set()
         for path in paths:
             with self.open(path) as shard:
+                if shard.has_token_logps:
+                    detailed.add(path.stem)
+                elif with_token_logps:
+                    continue
                 indexed.append((_ref_of(shard), shard.keys()))
-        return build_key_index(indexed)
+        return build_key_index(indexed, with_token_logps=detailed)
 
     # ---- new shards ----
 
@@ -123,17 +133,19 @@ class ShardFolder:
             temporary_folder=self._cache_path / "tmp",
         )
 
-    def import_copy(self, source: Path) -> ShardRef:
+    def import_copy(self, source: Path) -> bool:
         """Copy another folder's shard of the same reference, verifying its digest on the way.
+
+        Returns:
+            Whether it was copied; one that is here and whole is left as it is.
 
         Raises:
             DpoCacheError: It is damaged, of another reference or format, or its name is no digest.
         """
-        shard = self._ref(source)
-        destination = self._folder / source.name
-        if source.resolve() != destination.resolve():
-            write_durably(destination, verified_chunks(source), temporary_folder=self._cache_path / "tmp")
-        return shard
+        self._ref(source)
+        return write_digest_named(
+            self._folder / source.name, verified_chunks(source), temporary_folder=self._cache_path / "tmp"
+        )
 
     def adopt(self, fetched: Path) -> ShardRef:
         """Take over a shard that was fetched into ``tmp/``: it becomes visible once it is verified and durable.
@@ -150,6 +162,8 @@ class ShardFolder:
         try:
             verify_shard(path)
             return self._ref(path)
+        except UnreadableFileError:
+            raise
         except DpoCacheError as error:
             return UnusableShard(path=path, reason=error.found)
 

@@ -13,16 +13,18 @@ import pyarrow as pa
 
 from ...errors import DpoCacheError
 from .canonical_json import canonical_bytes
-from .durable_file import write_durably
-from .example_key import KEY_BYTES, KEY_VERSION, canonical_scored_mask
+from .digest_named_file import write_digest_named
+from .example_key import KEY_BYTES, KEY_VERSION, canonical_scored_mask, keys_array
 from .format_version import FORMAT_VERSION
 from .parquet_file import KEY_COLUMN, parquet_bytes
-from .scored_pair import VALUE_COLUMNS, ScoredPair, unusable_values
-from .shard_file import SCHEMA, ShardRef, list_of
+from .scored_pair import VALUE_COLUMNS, ScoredPair, unusable_in_words, unusable_values, values_of
+from .shard_file import SCHEMA, TOKEN_LOGPS_KEY, ShardRef, list_of
 
 MAX_ROW_GROUP_PAIRS = 512
 MAX_ROW_GROUP_IDS = 32_768
 """Small row groups: shuffled reading decodes a whole one for a single pair."""
+MAX_ROW_GROUPS = 1024
+"""A reader takes no larger footer than these make."""
 
 
 def write_shard(
@@ -38,7 +40,8 @@ def write_shard(
 
     Args:
         shards_folder: Where the shard becomes visible, under the digest of its bytes.
-        rows: At least one, in the order they are to have. Their counts and keys must be right.
+        rows: At least one, and no more than :func:`~dpo_cache.stages.build_plan.cut_units` puts into a unit, in the
+            order they are to have. Their counts and keys must be right.
         reference_id: Digest of the reference that scored them.
         scoring_version: Version of the scoring code, in the footer for readers without ``cache.json``.
         recorded: How they were scored (library versions, hardware, batch layout). Not part of any key, but of
@@ -49,9 +52,13 @@ def write_shard(
         DpoCacheError: A value is not finite or not below zero, naming the pair; or the disk refused.
     """
     assert rows
+    row_groups = list(_row_group_bounds(rows))
+    assert len(row_groups) <= MAX_ROW_GROUPS, "rows are cut into units first"
     _refuse_unusable_values(rows)
+    has_token_logps = {row.has_token_logps for row in rows}
+    assert len(has_token_logps) == 1, "all rows of a shard have log-probabilities per token, or none"
     content = parquet_bytes(
-        (_table(rows[start:stop]) for start, stop in _row_group_bounds(rows)),
+        (_table(rows[start:stop]) for start, stop in row_groups),
         SCHEMA,
         metadata={
             "dpo_cache.format_version": str(FORMAT_VERSION),
@@ -59,22 +66,19 @@ def write_shard(
             "dpo_cache.key_version": str(KEY_VERSION),
             "dpo_cache.scoring_version": str(scoring_version),
             "dpo_cache.recorded": canonical_bytes(dict(recorded)).decode(),
+            **({TOKEN_LOGPS_KEY: "true"} if True in has_token_logps else {}),
         },
         rows_per_group=MAX_ROW_GROUP_PAIRS,
     )
     shard = ShardRef(sha256=hashlib.sha256(content).hexdigest(), num_rows=len(rows), num_bytes=content.size)
-    write_durably(shards_folder / shard.file_name, memoryview(content), temporary_folder=temporary_folder)
+    write_digest_named(shards_folder / shard.file_name, memoryview(content), temporary_folder=temporary_folder)
     return shard
 
 
 def _refuse_unusable_values(rows: Sequence[ScoredPair]) -> None:
-    unusable = unusable_values({name: np.array([getattr(row, name) for row in rows]) for name in VALUE_COLUMNS})
-    if unusable.any():
-        row = rows[int(unusable.argmax())]
-        raise DpoCacheError(
-            f"{int(unusable.sum())} pairs were scored with values that are not finite or not below zero, "
-            f"the first {row.key.hex()}: chosen {row.ref_chosen_logps}, rejected {row.ref_rejected_logps}"
-        )
+    values = values_of(rows)
+    if unusable_values(values).any():
+        raise DpoCacheError(unusable_in_words(keys_array([row.key for row in rows]), values))
 
 
 def _row_group_bounds(rows: Sequence[ScoredPair]) -> Iterator[tuple[int, int]]:

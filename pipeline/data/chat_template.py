@@ -74,6 +74,18 @@ def resolve_chat_template(tokenizer: Any, choice: str | None) -> ChatTemplate | 
     return template
 
 
+def resolve_tool_template(tokenizer: Any, choice: str | None) -> ChatTemplate | None:
+    """The template for rows with tools, where a tokenizer has one of its own and nothing was chosen.
+
+    As in ``transformers``, that is the one named ``tool_use``. None where all rows are rendered with
+    :func:`resolve_chat_template`'s.
+    """
+    own = _own_templates(tokenizer)
+    if choice is not None or "tool_use" not in own:
+        return None
+    return _dated(own["tool_use"], name="tokenizer:tool_use")
+
+
 def _chosen_template(own: dict[str, str], choice: str) -> ChatTemplate:
     if choice in PINNED_TEMPLATES:
         text = (resources.files(__package__) / "templates" / f"{choice}.jinja").read_text(encoding="utf-8")

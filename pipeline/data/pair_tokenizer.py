@@ -4,6 +4,10 @@ The prompt of a pair is the longest common token prefix of the prompt rendered a
 that the answer's header belongs to the prompt) and of both whole renderings. Everything after it is the answer, up to
 and including whatever the template writes behind the last message. Tokens are never found by comparing ids with pad.
 
+Where the generation prompt opens a thought and only one of the answers goes on from there, the pair's prompt ends
+before it. The tokens of the opening then belong to that answer and are not scored, so that each side scores the tokens
+that it would beside an answer of its own kind.
+
 The masks of open-instruct go by counts of tokens: an answer is scored from as many tokens on as its prompt has when
 rendered alone. A token in which header and answer merge, and the first tokens of an answer that does not begin as the
 generation prompt does, are then counted to the prompt.
@@ -21,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DpoCacheError
-from .chat_template import resolve_chat_template
+from .chat_template import ChatTemplate, resolve_chat_template, resolve_tool_template
 from .preference import Preference
 from .rendering import Renderer, Rendering
 from .special_tokens import SpecialTokens
@@ -40,6 +44,7 @@ class PairTokenizer:
         settings: What it was built from.
         tokenizer: The tokenizer of ``transformers``.
         chat_template: The template messages are rendered with; None where there is none.
+        tool_template: The one for rows with tools; None where that is the same.
         truncated: Rows whose ``chosen`` and whose ``rejected`` side was longer than ``max_seq_length``, whatever
             ``truncation`` then did about it.
 
@@ -49,10 +54,13 @@ class PairTokenizer:
 
     def __init__(self, settings: TokenizationSettings) -> None:
         self.settings = settings
-        self.tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_revision)
+        self.tokenizer = load_tokenizer(
+            settings.tokenizer, settings.tokenizer_revision, trust_remote_code=settings.trust_remote_code
+        )
         self.chat_template = resolve_chat_template(self.tokenizer, settings.chat_template)
         self.truncated: Counter[str] = Counter()
-        self._renderer = Renderer(self.tokenizer, self.chat_template, settings)
+        self.tool_template = resolve_tool_template(self.tokenizer, settings.chat_template)
+        self._renderer = Renderer(self.tokenizer, self.chat_template, self.tool_template, settings)
         self._specials = SpecialTokens(self.tokenizer, settings.tokenizer)
         self._refuse_doubling_template()
 
@@ -88,12 +96,10 @@ class PairTokenizer:
 
     def description(self) -> dict[str, Any]:
         """What a mixture records of how its tokens were made; nothing here is needed to read them."""
-        template = self.chat_template
         return {
             "settings": asdict(self.settings),
-            "chat_template": None
-            if template is None
-            else {"name": template.name, "sha256": template.sha256, "text": template.text},
+            "chat_template": _described(self.chat_template),
+            "tool_chat_template": _described(self.tool_template),
             "rendered_example": self._renderer.rendered_probe(),
             "tokenizer_class": type(self.tokenizer).__name__,
             "tokenizer_sha256": tokenizer_sha256(self.tokenizer),
@@ -150,15 +156,20 @@ class PairTokenizer:
         boundaries = [_common_prefix_length(prompt, answer) for answer in (chosen, rejected)]
         boundary = min(boundaries)
         by_count = self.settings.counts_tokens and is_chat
-        if boundary != max(boundaries) and not by_count:
-            raise UnusableRow("boundary-differs")
-        first_scored = len(prompt) - boundary if by_count else 0
+        if by_count:
+            first_scored = [len(prompt) - boundary] * 2
+        else:
+            if boundary != max(boundaries) and not _opens_one_only(rendering):
+                raise UnusableRow("boundary-differs")
+            first_scored = [own - boundary for own in boundaries]
         prompt_scored = self._scored_turns(rendering, token_ids, chosen)[:boundary]
         prompt, chosen, rejected = prompt[:boundary], chosen[boundary:], rejected[boundary:]
         if not is_chat:
             prompt, chosen, rejected = self._specials.around_text(prompt, chosen, rejected)
         self._refuse_unusable(prompt, chosen, rejected)
-        answers_scored = [np.arange(len(answer)) >= first_scored for answer in (chosen, rejected)]
+        answers_scored = [
+            np.arange(len(answer)) >= first for answer, first in zip((chosen, rejected), first_scored, strict=True)
+        ]
         return _token_pair((prompt, chosen, rejected), (prompt_scored, *answers_scored))
 
     def _refuse_unusable(self, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds) -> None:
@@ -213,6 +224,18 @@ class PairTokenizer:
             (pair.prompt_ids[kept], pair.chosen_ids, pair.rejected_ids),
             (pair.prompt_scored[kept], pair.chosen_scored, pair.rejected_scored),
         )
+
+
+def _opens_one_only(rendering: Rendering) -> bool:
+    """Whether one answer goes on from the generation prompt, and the other from what stands before it.
+
+    Thinking templates open a ``<think>`` in the generation prompt. An answer without a thought has none.
+    """
+    return rendering.chosen.startswith(rendering.prompt) != rendering.rejected.startswith(rendering.prompt)
+
+
+def _described(template: ChatTemplate | None) -> dict[str, str] | None:
+    return None if template is None else {"name": template.name, "sha256": template.sha256, "text": template.text}
 
 
 def _with_answers_of(pair: TokenPair, num_tokens: int) -> TokenPair:

@@ -145,6 +145,8 @@ def _json_column(row: Row, column: str, kind: type) -> Any:
             value = json.loads(value) if value.strip() else None
         except json.JSONDecodeError as error:
             raise UnusableRow("malformed-row", f"{column} is no JSON: {error}") from None
+        except RecursionError:
+            raise UnusableRow("malformed-row", f"{column} nests JSON too deeply") from None
     else:
         value = _without_nulls(value)
     if value is not None and not isinstance(value, kind):

@@ -46,12 +46,20 @@ class Renderer:
     Args:
         tokenizer: A tokenizer of ``transformers``, which knows how to run a template.
         chat_template: The template; None where there is none, which is fine for plain text.
+        tool_template: The one for rows with tools; None where that is the same.
         settings: Whether earlier answers are to be found too.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: ChatTemplate | None, settings: TokenizationSettings) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: ChatTemplate | None,
+        tool_template: ChatTemplate | None,
+        settings: TokenizationSettings,
+    ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self._tool_template = tool_template
         self._settings = settings
 
     def render(self, preference: Preference) -> Rendering | UnusableRow:
@@ -60,19 +68,24 @@ class Renderer:
         Raises:
             DpoCacheError: It holds messages, and there is no chat template.
         """
-        if isinstance(preference.prompt, str):
-            return Rendering(
-                prompt=preference.prompt,
-                chosen=f"{preference.prompt}{preference.chosen}",
-                rejected=f"{preference.prompt}{preference.rejected}",
-            )
         try:
-            return self._render_messages(preference, preference.prompt)
+            rendering = (
+                _joined_text(preference, preference.prompt)
+                if isinstance(preference.prompt, str)
+                else self._render_messages(preference, preference.prompt)
+            )
+            for text in rendering.texts():
+                text.encode()
         except UnusableRow as unusable:
             return unusable
+        except UnicodeEncodeError:  # JSON can spell what no tokenizer takes
+            return UnusableRow("lone-surrogate")
+        except RecursionError:
+            return UnusableRow("template-refused", "its values nest too deeply")
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             # Templates refuse by raise_exception (a role, an order of turns) and by failing on a missing key.
             return UnusableRow("template-refused", str(error))
+        return rendering
 
     def _render_messages(self, preference: Preference, prompt: list[Message]) -> Rendering:
         assert isinstance(preference.chosen, list)
@@ -123,7 +136,9 @@ class Renderer:
     def _apply_template(
         self, preference: Preference, messages: list[Message], *, add_generation_prompt: bool = False
     ) -> str:
-        if self._chat_template is None:
+        has_own = preference.tools is not None and self._tool_template is not None
+        template = self._tool_template if has_own else self._chat_template
+        if template is None:
             raise DpoCacheError(
                 f"the tokenizer {self._settings.tokenizer} has no chat template, and the dataset holds messages",
                 next_step="name one: --chat-template FILE_OR_NAME",
@@ -131,7 +146,7 @@ class Renderer:
         text: str = self._tokenizer.apply_chat_template(
             messages,
             tools=preference.tools,
-            chat_template=self._chat_template.text,
+            chat_template=template.text,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
             return_dict=False,
@@ -146,3 +161,7 @@ class Renderer:
         probe = Preference(prompt=_PROBE[:1], chosen=_PROBE[1:], rejected=_PROBE[1:])
         rendering = self.render(probe)
         return None if isinstance(rendering, UnusableRow) else rendering.chosen
+
+
+def _joined_text(preference: Preference, prompt: str) -> Rendering:
+    return Rendering(prompt=prompt, chosen=f"{prompt}{preference.chosen}", rejected=f"{prompt}{preference.rejected}")

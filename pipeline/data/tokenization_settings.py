@@ -23,6 +23,7 @@ class TokenizationSettings:
         truncation: What becomes of longer pairs: dropped, or the prompt cut at its left (a leading bos stays), or
             each answer cut at its right (its eos is lost then).
         mask: Score the last answer only, or every assistant's turn; either also token by token as open-instruct did.
+        trust_remote_code: Whether Python code that comes with the tokenizer may run.
     """
 
     tokenizer: str
@@ -31,6 +32,7 @@ class TokenizationSettings:
     max_seq_length: int | None = None
     truncation: Truncation = "drop"
     mask: MaskChoice = "last-turn"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for option, value, choices in (

@@ -4,27 +4,55 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
 from ...errors import DpoCacheError, first_line
 
 
-def load_tokenizer(name: str, revision: str | None) -> Any:
-    """A tokenizer of ``transformers``, from a folder or the Hub; code that comes with it is not run.
+def load_tokenizer(name: str, revision: str | None, *, trust_remote_code: bool) -> Any:
+    """A tokenizer of ``transformers``, from a folder or the Hub.
+
+    Args:
+        name: The folder or the id.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Run Python code that comes with it. Only for who said so now: what a cache names is a
+            stranger's.
 
     Raises:
-        DpoCacheError: It cannot be loaded.
+        DpoCacheError: It cannot be loaded, or not without running its code.
     """
+    revision = revision or "main"
+    folder = _folder_here(name, revision)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        # Left out, the setting would mean: ask on the terminal, and run the code after a "y".
+        return AutoTokenizer.from_pretrained(folder or name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more, with long texts
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise DpoCacheError(
+                f"the tokenizer {name} brings Python code of its own, which was not run",
+                next_step="look at the code; --trust-remote-code runs it. Or name another with --tokenizer",
+            ) from error
         raise DpoCacheError(
             f"the tokenizer {name} cannot be loaded: {first_line(error)}",
             expected="a folder with tokenizer.json, or a Hub id",
             next_step="name another with --tokenizer",
         ) from error
+
+
+def _folder_here(name: str, revision: str) -> str | None:
+    """Where the files of a tokenizer on the Hub lie on this machine already: then nobody asks the Hub for others."""
+    if Path(name).is_dir():
+        return None
+    try:
+        folder = snapshot_download(name, revision=revision, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+    return folder if (Path(folder) / "tokenizer_config.json").exists() else None
 
 
 def vocabulary_sha256(tokenizer: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 UNUSABLE_REASONS: dict[str, str] = {
     "malformed-row": "a column is missing, empty or of another type than in the rest of the dataset",
+    "lone-surrogate": "a text holds half of a character written in two parts (a lone surrogate): it is no Unicode text",
     "not-text": "a message holds an image or other content that is not text",
     "not-a-transcript": "the text does not begin with a Human or an Assistant turn",
     "no-assistant-answer": "a side does not end with an assistant's message",
@@ -16,7 +17,7 @@ UNUSABLE_REASONS: dict[str, str] = {
     "template-rewrites-history": "the template renders an earlier answer differently once messages follow, "
     "so --mask all-turns cannot find it",
     "boundary-differs": "prompt and answer share a token on one side and not on the other",
-    "nothing-scored": "all tokens of an answer count to its prompt (--mask open-instruct-last-turn)",
+    "nothing-scored": "all tokens of an answer count to its prompt",
     "double-bos": "the text itself begins with a bos, so that two would stand at the start",
     "double-eos": "the answer itself ends with an eos, so that two would stand at the end",
     "too-long": "prompt and longer answer exceed --max-seq-length (--truncation drop)",

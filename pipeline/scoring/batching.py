@@ -55,14 +55,42 @@ def split_group(
     if _computed_tokens(group, layout) <= tokens_per_batch:
         return [group]
     parts: list[PromptGroup] = []
-    indices: list[int] = []
-    for index in group.pairs:
-        grown = prompt_group(pairs, [*indices, index])
-        if indices and _computed_tokens(grown, layout) > tokens_per_batch:
-            parts.append(prompt_group(pairs, indices))
-            indices = []
-        indices.append(index)
-    return [*parts, prompt_group(pairs, indices)]
+    part = _Part(group, layout)
+    for index, sides in zip(group.pairs, zip(group.chosen, group.rejected, strict=True), strict=True):
+        if part.indices and part.computed_tokens_with(sides) > tokens_per_batch:
+            parts.append(prompt_group(pairs, part.indices))
+            part = _Part(group, layout)
+        part.add(index, sides)
+    return [*parts, prompt_group(pairs, part.indices)]
+
+
+class _Part:
+    """A part of a group as it grows; what it comes to is kept, so that a pair costs the same however many there are."""
+
+    def __init__(self, group: PromptGroup, layout: Layout) -> None:
+        self.indices: list[int] = []
+        self._group = group
+        self._layout = layout
+        self._responses: set[int] = set()
+        self._num_tokens = self._longest_sequence = len(group.prompt_ids)
+
+    def computed_tokens_with(self, sides: tuple[int, int]) -> int:
+        """What :func:`_computed_tokens` would give with one more pair, its responses given by their numbers."""
+        lengths = self._new_lengths(sides)
+        if self._layout is not Layout.PADDED:
+            return self._num_tokens + sum(lengths)
+        longest = max([self._longest_sequence, *(len(self._group.prompt_ids) + length for length in lengths)])
+        return (len(self._responses) + len(lengths)) * rounded_up(longest)
+
+    def add(self, index: int, sides: tuple[int, int]) -> None:
+        lengths = self._new_lengths(sides)
+        self._num_tokens += sum(lengths)
+        self._longest_sequence = max([self._longest_sequence, *(len(self._group.prompt_ids) + n for n in lengths)])
+        self._responses.update(sides)
+        self.indices.append(index)
+
+    def _new_lengths(self, sides: tuple[int, int]) -> list[int]:
+        return [len(self._group.responses[response]) for response in set(sides) - self._responses]
 
 
 def _computed_tokens(group: PromptGroup, layout: Layout) -> int:

@@ -207,9 +207,9 @@ def test_a_folder_with_something_else_in_it_is_no_cache(reference: Path, pairs_f
     assert "is not a cache and not empty: it holds" in fails(build(reference, pairs_file, tmp_path))
 
 
-def test_a_model_that_yields_nan_names_the_pairs_and_keeps_the_rest(
-    reference: Path, pairs_file: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def nan_model(reference: Path, tmp_path: Path) -> Path:
+    """The reference, but with no finite value for some of the pairs."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -220,11 +220,75 @@ def test_a_model_that_yields_nan_names_the_pairs_and_keeps_the_rest(
         model.model.embed_tokens.weight[poisoned] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     tokenizer.save_pretrained(tmp_path / "nan")
-    command = build(tmp_path / "nan", pairs_file, tmp_path / "cache")
+    return tmp_path / "nan"
+
+
+def test_a_model_that_yields_nan_names_the_pairs_and_keeps_the_rest(
+    nan_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    command = build(nan_model, pairs_file, cache)
     message = fails(command)
-    assert "no finite log-probability" in message
-    kept = len(logps_by_key(tmp_path / "cache"))
+    assert "no finite log-probability below zero" in message
+    assert "(chosen nan, rejected " in message
+    kept = len(logps_by_key(cache))
     assert 0 < kept < NUM_PAIRS
-    assert not (tmp_path / "cache/mixtures/train.json").exists()
+    assert not (cache / "mixtures/train.json").exists()
     report = run([*command, "--drop-nonfinite"])
     assert (report["pairs_reused"], report["training_pairs"]) == (kept, kept)
+    assert report["dropped"] == {"no-finite-logps": NUM_PAIRS - kept}
+
+
+def test_leaving_pairs_out_again_loads_no_model_and_changes_nothing(
+    nan_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    command = build(nan_model, pairs_file, cache, "--drop-nonfinite")
+    first = run(command)
+    before = {path: path.read_bytes() for path in cache.rglob("*.*") if path.parent.name != "tmp"}
+    for more in ([], ["--dry-run"], ["--extend"]):
+        again = run([*command, *more])
+        assert (again["pairs_scored"], again["reference_forwards"]) == (0, 0)
+        assert (again["training_pairs"], again["dropped"]) == (first["training_pairs"], first["dropped"])
+        assert {path: path.read_bytes() for path in cache.rglob("*.*") if path.parent.name != "tmp"} == before
+    message = fails(build(nan_model, pairs_file, cache))
+    assert f"add --drop-nonfinite to leave out {NUM_PAIRS - first['training_pairs']} as before" in message
+
+    rows = message_pairs(NUM_PAIRS)
+    more_rows = write_rows(tmp_path / "more.jsonl", [*message_pairs(6, seed=4), *rows])
+    extended = run(build(nan_model, more_rows, cache, "--drop-nonfinite", "--extend"))
+    recorded = run(dpo_cache("info", cache))["mixtures"]["train"]
+    total = recorded["dropped"]["no-finite-logps"]
+    assert total == first["dropped"]["no-finite-logps"] + extended["dropped"]["no-finite-logps"]
+    assert total >= 2 * first["dropped"]["no-finite-logps"]
+
+
+def test_a_model_that_is_too_sure_is_refused_in_words_of_its_own(
+    reference: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    """With logits blown up and one token that always wins, an answer of that token alone has probability 1."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    model = AutoModelForCausalLM.from_pretrained(reference)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[tokenizer.eos_token_id] = 100.0
+    model.save_pretrained(tmp_path / "sure")
+    tokenizer.save_pretrained(tmp_path / "sure")
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"say {number}", "chosen": "<|endoftext|>", "rejected": "no"} for number in range(3)
+    ]
+    for row in rows:
+        row["chosen"] = [{"role": "assistant", "content": "", "tool_calls": "x"}]
+        row["rejected"] = [{"role": "assistant", "content": "no"}]
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    dataset = write_rows(tmp_path / "rows.jsonl", rows)
+    command = build(tmp_path / "sure", dataset, tmp_path / "cache")
+    message = fails(command)
+    assert "3 pairs have a log-probability of exactly 0.0, that is probability 1 for every scored token" in message
+    assert "(chosen 0, rejected -" in message or "(chosen -0, rejected -" in message

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import re
@@ -24,6 +26,7 @@ from dpo_cache.cli import dpo_cache as command
 from dpo_cache.pipeline.cache import durable_file, shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import read_sealed_json, write_sealed_json
+from dpo_cache.pipeline.cache.example_key import prompt_hash_prefix
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.cache.shard_file import read_shard_rows
 from tiny_model import message_pairs, rendered_pair, write_rows, write_tiny_model
@@ -202,6 +205,37 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_damaged(cache: Path, monke
     assert shard.exists()
 
 
+def test_a_file_that_cannot_be_read_just_now_is_not_taken_for_damaged(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Disks, networks and memory fail for a moment; every kind of file, opened or half read."""
+    table = next((cache / "mixtures").glob("*.parquet"))
+    before = {path: path.read_bytes() for path in cache.rglob("*.*") if path.parent.name != "tmp"}
+    open_file, digest_file = os.open, hashlib.file_digest
+
+    def fails_to_open(path: Any, *arguments: Any, **more: Any) -> int:
+        if Path(path) == victim:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return open_file(path, *arguments, **more)
+
+    def runs_out_of_memory(stream: Any, name: str) -> Any:
+        if os.fstat(stream.fileno()).st_ino == victim.stat().st_ino:
+            raise MemoryError
+        return digest_file(stream, name)
+
+    for victim in (first_shard(cache), table, pointer(cache), cache / "cache.json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", fails_to_open)
+            message = refusal("verify", cache, "--repair")
+        assert f"{victim} could not be read: Input/output error" in message
+        assert "nothing says that it is damaged" in message
+    for victim in (first_shard(cache), table):
+        with monkeypatch.context() as patch:
+            patch.setattr(hashlib, "file_digest", runs_out_of_memory)
+            assert f"{victim} could not be read: there is not enough memory" in refusal("verify", cache, "--repair")
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_every_command_that_a_message_names_exists() -> None:
     package = Path(dpo_cache_package.__file__).parent
     sources = [path for folder in ("stages", "pipeline") for path in (package / folder).rglob("*.py")]
@@ -286,6 +320,18 @@ def test_a_reference_that_moved_is_named_and_another_is_refused(cache: Path, ref
     assert report("verify", cache, "--rescore", 5, "--model", reference)["rescored"]["pairs"] == 5
 
 
+def test_values_that_code_of_the_models_own_computed_are_scored_again_only_by_that_code(
+    reference: Path, tmp_path: Path
+) -> None:
+    cache = make_cache(tmp_path / "cache", remote_code_sha256="d" * 64)
+    fill_cache(cache, make_rows(3), shard_rows=3)
+    message = refusal("verify", cache.path, "--rescore", 1, "--model", reference)
+    assert "computed by Python code that came with the model, and it does not run unasked" in message
+    assert "--trust-remote-code" in message
+    message = refusal("verify", cache.path, "--rescore", 1, "--model", reference, "--trust-remote-code")
+    assert f"remote_code_sha256: cached '{'d' * 64}', asked for None" in message
+
+
 # ---- gc and compact --------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +395,54 @@ def test_compact_drops_the_rows_that_stand_twice_and_keeps_the_training_set(cach
     assert (found["pairs"], found["duplicates"], found["mixtures"]) == (NUM_PAIRS, 0, {"train": NUM_PAIRS})
     assert opened.read_mixture("train").digest == digest
     assert len(logps_by_key(cache)) == NUM_PAIRS
-    assert "nothing to drop" in invoke("compact", cache).stdout
+    assert "nothing to do" in invoke("compact", cache).stdout
+
+
+def test_compact_joins_the_shards_of_many_small_builds_and_changes_no_row(cache: Path) -> None:
+    """Rows that were imported stay apart from those that were scored: their shards say so."""
+    opened = ReferenceCache.open(cache)
+    rows = sorted(rows_of(cache), key=lambda row: row.key)
+    mixture = opened.read_mixture("train")
+    for path in opened.shards.paths():
+        path.unlink()
+    for number, row in enumerate(rows):
+        opened.shards.write([row], recorded={"imported": {"from": "trl"}} if number % 4 == 0 else {"device": "cpu"})
+    write_train(opened, mixture.rows(), like=mixture)
+    before = [row.key for row in opened.pairs("train")]
+    values = logps_by_key(cache)
+    assert report("compact", cache) == {
+        "cache": str(cache),
+        "dropped_rows": 0,
+        "shards_before": NUM_PAIRS,
+        "shards_after": 2,
+        "rewritten_mixtures": ["train"],
+    }
+    compacted = opened.read_mixture("train")
+    assert (compacted.digest, compacted.sources) == (mixture.digest, mixture.sources)
+    assert [row.key for row in opened.pairs("train")] == before
+    assert logps_by_key(cache) == values
+    sizes = {}
+    for path in opened.shards.paths():
+        with opened.shards.open(path) as shard:
+            sizes["imported" in shard.recorded] = shard.num_rows
+            prompts = [prompt_hash_prefix(row.pair.prompt_ids) for row in read_shard_rows(path)]
+            assert prompts == sorted(prompts)
+    assert sizes == {True: NUM_PAIRS // 4, False: NUM_PAIRS - NUM_PAIRS // 4}
+    assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
+    assert report("compact", cache)["rewritten_mixtures"] == []
+
+
+def test_a_shard_all_of_whose_rows_stand_elsewhere_goes_and_the_other_stays(cache: Path) -> None:
+    """What is written anew may be the very bytes of a shard that is there: it must not be removed as outdated."""
+    assert report("compact", cache)["shards_after"] == 1
+    opened = ReferenceCache.open(cache)
+    (whole,) = opened.shards.paths()
+    with opened.shards.open(whole) as shard:
+        recorded = shard.recorded
+    opened.shards.write(read_shard_rows(whole)[::-1], recorded=recorded)
+    assert report("compact", cache)["dropped_rows"] == NUM_PAIRS
+    assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
+    assert len(opened.shards.paths()) == 1
 
 
 def test_nothing_is_deleted_under_a_training(cache: Path, littered: list[Path], tmp_path: Path) -> None:
@@ -384,7 +477,7 @@ def part_of(whole: Path, path: Path, bounds: slice, *, name: str = "train", **ch
         key_index=part.shards.key_index(),
         **{
             "tokenization": mixture.tokenization,
-            "sources": [{"path": path.name}],
+            "sources": [{"path": path.name, "dropped": {"empty-answer": 1}}],
             "dropped": {"empty-answer": 1},
             **changes,
         },
@@ -407,8 +500,35 @@ def test_parts_that_nodes_built_merge_into_the_mixture_that_one_build_makes(
     assert united.dropped == {"empty-answer": 2}
     rows = united.rows()
     assert np.bincount(rows.sources).tolist() == [20, 20]
-    again = report("merge", parts[1], "--cache", merged)
-    assert (again["pairs"], again["mixtures"]) == (NUM_PAIRS, {"train": NUM_PAIRS})
+
+
+def test_the_order_in_which_caches_are_merged_does_not_matter_and_merging_again_touches_nothing(
+    cache: Path, tmp_path: Path
+) -> None:
+    """The parts overlap: a pair that two datasets hold is trained on twice."""
+    parts = [part_of(cache, tmp_path / f"node{start}", slice(start, start + 20)) for start in (0, 10, 20)]
+    pointers = []
+    for number, order in enumerate((parts, parts[::-1])):
+        merged = tmp_path / f"merged{number}"
+        assert report("merge", *order, "--cache", merged)["mixtures"] == {"train": 60}
+        pointers.append(pointer(merged).read_bytes())
+    assert pointers[0] == pointers[1]
+    before = {path: path.stat() for path in merged.rglob("*.*") if path.parent.name != "tmp"}
+    again = report("merge", parts[1], parts[0], "--cache", merged)
+    assert (again["shards"], again["changed"], again["mixtures"]) == (0, [], {"train": 60})
+    text = invoke("merge", parts[1], "--cache", merged).stdout
+    assert "no shard is new" in text
+    assert "mixture train: 60 training pairs, nothing new" in text
+    for path, status in before.items():
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (status.st_ino, status.st_mtime_ns)
+
+
+def test_merging_puts_a_sound_shard_in_the_place_of_a_damaged_one(cache: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    flip_in_shard(copy)
+    assert report("merge", cache, "--cache", copy)["shards"] == 1
+    assert report("verify", copy)["findings"] == []
 
 
 def test_merge_refuses_another_reference_other_tokens_and_damage_by_name(cache: Path, tmp_path: Path) -> None:

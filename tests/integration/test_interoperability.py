@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from cache_factory import make_cache, make_rows, mixture_rows
 from commands import dpo_train, fails, logps_by_key, run
 from commands_in_process import invoke, refusal, report
 from datasets import Dataset
@@ -119,6 +120,24 @@ def test_pairs_that_score_earlier_turns_are_not_exported(folder: Path) -> None:
     assert "mask all-turns" in message
     assert "--mask last-turn" in message
     assert not [path for path in folder.iterdir() if path.suffix in (".parquet", ".partial")]
+
+
+def test_an_export_of_a_pair_with_one_thought_says_what_it_is(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    row = make_rows(1)[0]  # with a mask
+    cache.shards.write([row])
+    cache.write_mixture(
+        "train",
+        mixture_rows([row]),
+        key_index=cache.shards.key_index(),
+        tokenization={"settings": {"mask": "last-turn"}},
+        sources=[{"path": "made up"}],
+        dropped={},
+    )
+    message = refusal("export", cache.path, tmp_path / "pairs.parquet")
+    assert f"the pair {row.key.hex()} does not score all tokens of its answers and no others" in message
+    assert "goes on from a thought that the chat template opens" in message
+    assert "--mask last-turn" not in message
 
 
 # ---- import ----------------------------------------------------------------------------------------------------------

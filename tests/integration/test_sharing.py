@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import dpo_cache.pipeline.cache.remote_files as remote_files
 import duckdb
 import fsspec
 import pytest
-from cache_factory import fill_cache, make_cache, make_rows
+from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from click.testing import CliRunner
 from commands import dpo_cache, dpo_train, kill_when, metrics, run
 from dpo_cache import cli
@@ -25,6 +26,9 @@ from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import write_sealed_json
 from dpo_cache.pipeline.cache.mixture import Mixture
+from dpo_cache.stages.compact import compact
+from dpo_cache.stages.gc import collect_garbage
+from dpo_cache.stages.hub_dataset import HubDataset
 from dpo_cache.stages.inspect import inspect_cache
 from dpo_cache.stages.local_copy import local_copy
 from dpo_cache.stages.pull import pull
@@ -163,6 +167,47 @@ def test_an_upload_that_broke_off_goes_on_and_leaves_no_pointer_before(
     assert pull("lab/cache", tmp_path / "theirs", revision=None).mixtures == {"train": ROWS}
 
 
+def test_what_a_build_makes_of_a_mixture_during_an_upload_is_not_uploaded(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the shards and the pointers hours may pass; meanwhile nothing that is being sent may be deleted."""
+    make_shared(tmp_path / "ours")
+    began_with = content(tmp_path / "ours")
+    upload_shards = HubDataset.upload_shards
+
+    def slowly(repository: HubDataset, cache: ReferenceCache, shards: Any) -> None:
+        upload_shards(repository, cache, shards)
+        with cache.building("train"):
+            fill_cache(cache, make_rows(ROWS + 20), shard_rows=SHARD_ROWS)
+        for delete in (compact, lambda path: collect_garbage(path, min_age_days=0, agree=lambda _: True)):
+            with pytest.raises(DpoCacheError, match="is in use by an upload"):
+                delete(cache.path)
+
+    monkeypatch.setattr(HubDataset, "upload_shards", slowly)
+    assert push(tmp_path / "ours", "lab/cache").mixtures == {"train": ROWS}
+    there = {name: data for name, data in hub.files["lab/cache", "main"].items() if name != "README.md"}
+    assert there == began_with
+    assert ReferenceCache.open(tmp_path / "ours").read_mixture("train").num_pairs == ROWS + 20
+
+
+def test_names_of_local_folders_are_warned_about_whatever_they_are_names_of(hub: HubServer, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "ours")
+    rows = make_rows(4)
+    cache.shards.write(rows)
+    settings = {"tokenizer": "/home/me/tokenizer", "chat_template": "./mine.jinja"}
+    cache.write_mixture(
+        "train",
+        mixture_rows(rows),
+        key_index=cache.shards.key_index(),
+        tokenization={"settings": settings},
+        sources=[{"path": "org/pairs"}],
+        dropped={},
+    )
+    (warning,) = push(cache.path, "lab/cache").warnings
+    assert "/home/me/tokenizer, ./mine.jinja;" in warning
+    assert "org/pairs" not in warning
+
+
 def test_pushing_again_changes_nothing_and_another_mixture_joins_under_the_same_card(
     hub: HubServer, tmp_path: Path
 ) -> None:
@@ -293,6 +338,41 @@ def test_a_pointer_that_means_other_rows_than_its_table_is_refused(web: FileServ
     assert no_mixture_can_be_used(tmp_path / "copy")
 
 
+@pytest.mark.parametrize("victim", ["cache.json", "mixtures/train.json", "table", "shard"])
+def test_a_server_that_sends_without_end_is_left_once_a_file_is_larger_than_it_may_be(
+    web: FileServer, tmp_path: Path, victim: str
+) -> None:
+    mixture = make_shared(web.folder / "cache")
+    names = {"table": f"mixtures/{mixture.table.path.name}", "shard": f"shards/{mixture.shards[3].file_name}"}
+    name = names.get(victim, victim)
+    web.endless.add(f"/cache/{name}")
+    with pytest.raises(DpoCacheError, match=f"{name} has more bytes than it may have"):
+        pull(f"{web.url}/cache", tmp_path / "copy", revision=None)
+    bound = {"cache.json": 4, "mixtures/train.json": 64}.get(victim, 0)
+    assert web.sent_bytes < (bound + 32) << 20, "what is on its way when the other side hangs up, and no more"
+    assert no_mixture_can_be_used(tmp_path / "copy")
+
+
+def test_a_file_that_its_server_says_is_too_large_is_not_begun(hub: HubServer, tmp_path: Path) -> None:
+    mixture = make_shared(tmp_path / "ours")
+    push(tmp_path / "ours", "lab/cache")
+    victim = f"shards/{mixture.shards[0].file_name}"
+    grown = hub.files["lab/cache", "main"][victim] + bytes(1000)
+    hub.commit("lab/cache", "main", {victim: grown})
+    hub.requests.clear()
+    with pytest.raises(DpoCacheError, match=f"{victim} has {len(grown):,} bytes"):
+        pull("lab/cache", tmp_path / "theirs", revision=None)
+    assert not [request for request in hub.asked(victim) if request.startswith("GET") and "resolve" in request]
+    copied = shutil.copytree(tmp_path / "ours", tmp_path / "local")
+    (copied / victim).write_bytes(grown)
+    with pytest.raises(DpoCacheError, match=f"{victim} has {len(grown):,} bytes"):
+        pull(f"file://{copied}", tmp_path / "theirs-too", revision=None)
+    (copied / victim).unlink()
+    (copied / victim).symlink_to("/dev/zero")
+    with pytest.raises(DpoCacheError, match=f"{victim} is not a regular file"):
+        pull(f"file://{copied}", tmp_path / "theirs-too", revision=None)
+
+
 def test_a_killed_pull_goes_on_where_it_was(web: FileServer, tmp_path: Path) -> None:
     make_shared(web.folder / "cache")
     copy = tmp_path / "copy"
@@ -369,7 +449,7 @@ def test_a_full_disk_ends_a_pull_at_once(web: FileServer, tmp_path: Path, monkey
 
     tries = 0
 
-    def refuse(_remote: str, _local: str) -> None:
+    def refuse(_remote: str, _local: str, **_: Any) -> None:
         nonlocal tries
         tries += 1
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -377,7 +457,7 @@ def test_a_full_disk_ends_a_pull_at_once(web: FileServer, tmp_path: Path, monkey
     files = remote_files.RemoteFiles.open(f"{web.url}/cache")
     monkeypatch.setattr(files._filesystem, "get_file", refuse)
     with pytest.raises(DpoCacheError, match=r"cannot write .*x: No space left on device"):
-        files.fetch("cache.json", tmp_path / "x")
+        files.fetch("cache.json", tmp_path / "x", max_bytes=1 << 20)
     assert tries == 1
 
 

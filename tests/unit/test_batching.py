@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.pipeline.scoring import batching
 from dpo_cache.pipeline.scoring.batching import plan_batches
 from dpo_cache.pipeline.scoring.layouts import padded_batch
-from dpo_cache.pipeline.scoring.prompt_group import group_by_prompt
+from dpo_cache.pipeline.scoring.prompt_group import PromptGroup, group_by_prompt, prompt_group
 from dpo_cache.pipeline.scoring.scoring_batch import Layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,6 +69,35 @@ def test_pairs_of_a_prompt_stay_together_and_their_shared_response_is_counted_on
     [group] = group_by_prompt(pairs)
     assert len(group.responses) == len(pairs) + 1
     assert plan_batches(pairs, Layout.PACKED, tokens_per_batch=group.num_tokens) == [list(group.pairs)]
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_a_prompt_with_very_many_pairs_is_split_by_looking_at_each_pair_a_few_times(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are filled as if each next pair had been tried, without going through the part again."""
+    prompt = np.arange(5, dtype=np.int32)
+    answers = [np.full(3, number, dtype=np.int32) for number in range(801)]
+    pairs = [
+        TokenPair(prompt_ids=prompt, chosen_ids=answers[number], rejected_ids=answers[number + 1])
+        for number in range(800)
+    ]
+    [group] = group_by_prompt(pairs)
+    looked_at: list[int] = []
+    make_group = prompt_group
+
+    def counted(pairs: Sequence[TokenPair], indices: Iterable[int]) -> PromptGroup:
+        looked_at.extend(indices := tuple(indices))
+        return make_group(pairs, indices)
+
+    monkeypatch.setattr(batching, "prompt_group", counted)
+    parts = batching.split_group(group, pairs, layout, tokens_per_batch=1024)
+    assert [index for part in parts for index in part.pairs] == list(range(800))
+    assert len(looked_at) == 800
+    for part, following in pairwise(parts):
+        assert batching._computed_tokens(part, layout) <= 1024
+        grown = make_group(pairs, [*part.pairs, following.pairs[0]])
+        assert batching._computed_tokens(grown, layout) > 1024
 
 
 @pytest.mark.parametrize("layout", [Layout.PACKED, Layout.PREFIX_SHARED])

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,14 +80,34 @@ def test_every_flipped_bit_of_cache_json_is_found(tmp_path: Path) -> None:
             ReferenceCache.open(tmp_path / "cache")
 
 
-def test_a_damaged_cache_json_is_written_anew_by_a_build_with_the_reference_of_its_shards_and_no_other(
-    tmp_path: Path,
+def spoil_seal(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'{"sha256":"', b'{"sha256":"0', 1))
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.write_bytes(b""), spoil_seal])
+def test_a_lost_or_damaged_cache_json_is_written_anew_for_the_reference_of_its_shards_and_no_other(
+    tmp_path: Path, lose: Callable[[Path], object]
 ) -> None:
     cache = make_cache(tmp_path / "cache")
     cache.shards.write(make_rows(3))
-    (cache.path / "cache.json").write_bytes(b"")
-    with pytest.raises(DpoCacheError, match="is damaged"):
-        make_cache(cache.path, attention="eager")
+    path = cache.path / "cache.json"
+    lose(path)
+    is_there = path.exists()
+    with pytest.raises(DpoCacheError, match="is damaged" if is_there else "is missing") as caught:
+        ReferenceCache.open(cache.path)
+    assert "run the dpo-cache build that made it once more" in str(caught.value)
+
+    eager = CacheDescription(identity=make_identity(attention="eager"), recorded={}, vocabulary_sha256="b" * 64)
+    for take_over in (ReferenceCache.create, ReferenceCache.planned):
+        with pytest.raises(DpoCacheError, match=f"its shards hold values of the reference {cache.reference_id[:16]}"):
+            take_over(cache.path, eager)
+    if lose is spoil_seal:  # what it says can still be read, and the shards bear it out
+        with pytest.raises(DpoCacheError, match=r"\(attention: cached 'sdpa', asked for 'eager'\)"):
+            ReferenceCache.create(cache.path, eager)
+    planned = ReferenceCache.planned(cache.path, cache.description)
+    assert planned is not None
+    assert len(planned.shards.key_index()) == 3
+    assert path.exists() == is_there
     assert len(make_cache(cache.path).shards.key_index()) == 3
 
 
@@ -142,9 +163,13 @@ def test_another_folder_of_the_same_reference_can_be_united_with_this_one(tmp_pa
     fill_cache(ours, rows[:25], shard_rows=10)
     fill_cache(theirs, rows[15:], shard_rows=10, name="held-out")
     for path in theirs.shards.paths():
-        ours.shards.import_copy(path)
-        ours.shards.import_copy(path)  # again changes nothing
+        assert ours.shards.import_copy(path)
     ours.import_mixture(theirs.read_mixture("held-out"))
+    files = {path: path.stat().st_ino for path in ours.path.rglob("*") if path.is_file()}
+    assert not any(ours.shards.import_copy(path) for path in theirs.shards.paths())
+    ours.import_mixture(theirs.read_mixture("held-out"))
+    ours.shards.write(rows[:10])
+    assert {path: path.stat().st_ino for path in files} == files, "a training may be reading what was written over"
     assert ours.mixture_names() == ["held-out", "train"]
     for name in ours.mixture_names():
         check_mixture(ours, ours.read_mixture(name))
@@ -164,6 +189,7 @@ def test_a_retired_mixture_is_gone_and_the_others_are_named(tmp_path: Path) -> N
 
 HOLD = """
 import sys, time
+from collections.abc import Callable
 from pathlib import Path
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 cache = ReferenceCache.open(Path(sys.argv[1]))
@@ -240,6 +266,7 @@ def test_nobody_removes_files_while_a_training_reads_them_and_others_may_train_a
 READ_ONLY = """
 mount -t tmpfs none {folder} && cp -r {cache} {folder}/cache && {prepare} && mount -o remount,ro {folder} &&
 {python} -c '
+from collections.abc import Callable
 from pathlib import Path
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 with ReferenceCache.open(Path("{folder}/cache")).training():
@@ -264,6 +291,7 @@ def test_a_training_needs_no_right_to_write(tmp_path: Path, prepare: str) -> Non
 
 CREATE = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from cache_factory import make_cache, make_rows

@@ -47,20 +47,25 @@ def key_of(row: dict[str, Any]) -> bytes:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """Two shards, one key in both, a mixture with repeats."""
+    """Two shards with one key in both and a mixture with repeats, and one of other pairs with values per token."""
     made = make_cache(tmp_path / "cache")
-    rows = make_rows(30)
+    rows, others = make_rows(30), make_rows(9, seed=1, token_logps=True)
     made.shards.write(rows[:20])
     made.shards.write(rows[19:])
+    made.shards.write(others)
     asked = mixture_rows(rows)
-    made.write_mixture(
-        "train",
-        MixtureRows.concatenate([asked, asked.take(np.arange(7))]),
-        key_index=made.shards.key_index(),
-        tokenization={"chat_template": "ü"},
-        sources=[{"path": "made up"}],
-        dropped={},
-    )
+    for name, pairs in (
+        ("train", MixtureRows.concatenate([asked, asked.take(np.arange(7))])),
+        ("detailed", mixture_rows(others)),
+    ):
+        made.write_mixture(
+            name,
+            pairs,
+            key_index=made.shards.key_index(),
+            tokenization={"chat_template": "ü"},
+            sources=[{"path": "made up"}],
+            dropped={},
+        )
     return made.path
 
 
@@ -100,6 +105,26 @@ def test_a_reader_written_from_the_document_finds_and_proves_every_training_pair
     assert hashlib.sha256(struct.pack("<BQ", 1, len(table)) + keys).hexdigest() == pointer["digest"]
 
 
+def test_values_per_token_stand_where_the_document_says_and_add_up(cache: Path) -> None:
+    for name, has_them in (("train", False), ("detailed", True)):
+        pointer = read_sealed(cache / "mixtures" / f"{name}.json")
+        assert pointer.get("token_logps", False) is has_them
+        for sha256, _, _ in pointer["shards"]:
+            path = cache / "shards" / f"{sha256}.parquet"
+            footer = pq.ParquetFile(path).metadata.metadata
+            assert footer.get(b"dpo_cache.token_logps") == (b"true" if has_them else None)
+            for row in read_verified(path):
+                for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
+                    values = row[f"ref_{side}_token_logps"]
+                    if not has_them:
+                        assert values is None
+                        continue
+                    assert len(values) == row[f"{side}_tokens"]
+                    assert sum(values) == pytest.approx(row[f"ref_{side}_logps"], rel=1e-6)
+                    common = sum(values[: row[f"{other}_tokens"]])
+                    assert common == pytest.approx(row[f"ref_{side}_common_logps"], rel=1e-6)
+
+
 def test_the_order_of_an_epoch_is_what_the_document_says() -> None:
     digest = "ef" * 32
     seed = hashlib.sha256(f"dpo-cache order 1|{digest}|7|2".encode()).digest()
@@ -116,7 +141,7 @@ def test_the_order_of_an_epoch_is_what_the_document_says() -> None:
 def test_the_document_names_every_column_and_member(cache: Path) -> None:
     text = DOCUMENT.read_text()
     named = set(re.findall(r"`([a-z0-9_.]+)`", text))
-    pointer = read_sealed(cache / "mixtures" / "train.json")
+    pointer = read_sealed(cache / "mixtures" / "detailed.json")
     described = read_sealed(cache / "cache.json")
     assert set(SCHEMA.names) | set(TABLE_SCHEMA.names) <= named
     assert set(pointer) | set(described) | set(described["identity"]) <= named

@@ -102,7 +102,7 @@ def test_a_file_beyond_the_limit_or_no_file_at_all_is_refused_unread(tmp_path: P
     (tmp_path / "big").write_bytes(b" " * 101)
     with pytest.raises(DpoCacheError, match="has 101 bytes"):
         read_sealed_json(tmp_path / "big", max_bytes=100)
-    with pytest.raises(DpoCacheError, match="No such file"):
+    with pytest.raises(DpoCacheError, match="none is missing"):
         read_sealed_json(tmp_path / "none", max_bytes=100)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DpoCacheError, match="not a regular file"):

@@ -40,6 +40,15 @@ def test_a_key_is_found_in_the_shard_of_lowest_digest_that_holds_it(
             assert (index.shards[index.shard_numbers[place]].sha256, int(index.rows[place])) == expected[key]
 
 
+def test_rows_with_values_per_token_count_before_those_without() -> None:
+    refs = [ShardRef(sha256=f"{number:064x}", num_rows=1, num_bytes=1) for number in range(4)]
+    entries = [(ref, keys_array([b"x" * 32])) for ref in refs]
+    index = build_key_index(entries, with_token_logps={refs[2].sha256, refs[3].sha256})
+    assert index.shards[index.shard_numbers[0]] == refs[2]
+    assert index.has_token_logps.tolist() == [True, True, False, False]
+    assert index.num_duplicates == 3
+
+
 def test_the_index_does_not_depend_on_the_order_of_the_shards() -> None:
     refs = [ShardRef(sha256=f"{number:064x}", num_rows=2, num_bytes=1) for number in range(3)]
     keys = [keys_array([bytes([number]) * 32, b"x" * 32]) for number in range(3)]

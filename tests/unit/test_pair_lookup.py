@@ -11,6 +11,7 @@ import dpo_cache
 import pytest
 from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.cache.example_key import canonical_scored_mask
 from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
 from dpo_cache.pipeline.cache.pair_order import epoch_order
 
@@ -28,7 +29,7 @@ def test_every_pair_is_found_by_its_key_and_by_its_tokens_and_mask(tmp_path: Pat
         for found in (cache.find(row.key), by_tokens):
             assert found is not None
             assert (found.key, found.ref_chosen_logps) == (row.key, row.ref_chosen_logps)
-        if mask is not None:
+        if canonical_scored_mask(pair) is not None:
             assert cache.find_tokens(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) is None
     assert cache.find(bytes(32)) is None
 

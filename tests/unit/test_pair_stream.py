@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import resource
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +23,10 @@ from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
 from dpo_cache.pipeline.cache.pair_order import epoch_order
 from dpo_cache.pipeline.cache.pair_stream import PairStream
 from dpo_cache.pipeline.cache.row_group import RowGroup
-from dpo_cache.pipeline.cache.row_reader import RecentlyUsed
+from dpo_cache.pipeline.cache.row_reader import RecentlyUsed, RowReader
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.cache.shard_file import ShardReader
+from dpo_cache.pipeline.cache.shard_folder import ShardFolder
 
 
 @pytest.fixture
@@ -146,6 +149,52 @@ def test_each_shard_is_hashed_once_and_before_its_first_row(
     for row in range(60):
         stream.read(np.array([row]))
     assert sorted(hashed) == sorted(shard.file_name for shard in mixture.shards)
+
+
+def test_the_shards_of_hundreds_of_small_builds_are_opened_once_however_an_epoch_goes_through_them(
+    cache: ReferenceCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: Counter[str] = Counter()
+    open_shard = ShardFolder.open
+
+    def counting(folder: ShardFolder, path: Path) -> ShardReader:
+        opened[path.name] += 1
+        return open_shard(folder, path)
+
+    mixture = fill_cache(cache, make_rows(300), shard_rows=1)
+    monkeypatch.setattr(ShardFolder, "open", counting)
+    stream = PairStream(cache, mixture, cached_bytes=1)
+    order = epoch_order(num_pairs=300, block_rows=16, seed=0, epoch=0, mixture_digest="x")
+    for _ in range(2):
+        for start in range(0, 300, 8):
+            stream.read(order[start : start + 8])
+    stream.close()
+    assert len(opened) == 300
+    assert set(opened.values()) == {1}
+
+
+def test_a_process_that_may_open_few_files_reads_many_shards_all_the_same(cache: ReferenceCache) -> None:
+    mixture = fill_cache(cache, make_rows(120), shard_rows=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(80, 2 * in_use), hard))
+        assert len(PairStream(cache, mixture).read(np.arange(120))) == 120
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_open_shards_are_bounded_by_the_row_groups_that_they_describe(
+    cache: ReferenceCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_reader, "MAX_OPEN_ROW_GROUPS", 10)
+    mixture = fill_cache(cache, make_rows(120), shard_rows=24)  # three row groups each
+    reader = RowReader(cache, mixture.shards)
+    for shard in range(5):
+        reader.pair(shard, 0)
+        assert sum(len(opened.group_starts) for opened in reader._open_shards.values()) == reader._open_row_groups <= 10
+    assert len(reader._open_shards) == 3
+    reader.close()
 
 
 def test_no_flipped_bit_of_a_shard_is_ever_handed_out(cache: ReferenceCache) -> None:

@@ -311,6 +311,32 @@ def test_an_opened_thought_that_no_answer_has_stays_out_of_the_prompt(make: Make
     assert marked(pair, "chosen") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Yes<|im_end|>\n⟧"
 
 
+@pytest.mark.parametrize("mask", ["last-turn", "all-turns"])
+def test_a_thought_that_only_one_answer_has_is_scored_as_beside_an_answer_of_its_own_kind(
+    make: MakeTokenizer, mask: str
+) -> None:
+    tokenizer = make(None, chat_template=THINKING, mask=mask)
+    thought, plain = "<think>a</think>A", "Certainly not"
+    mixed, swapped, both, neither = (
+        tokenizer.tokenize(chat("Hi", *answers))
+        for answers in ((thought, plain), (plain, thought), (thought, "<think>b</think>B"), (plain, "No"))
+    )
+    assert marked(mixed, "chosen") == marked(swapped, "rejected") == marked(both, "chosen")
+    assert marked(mixed, "rejected") == marked(swapped, "chosen") == marked(neither, "chosen")
+    assert marked(mixed, "chosen").endswith("assistant\n<think>⟦a</think>A<|im_end|>\n⟧")
+    assert marked(mixed, "rejected").endswith("assistant\n⟦Certainly not<|im_end|>\n⟧")
+    assert mixed.prompt_ids.tolist() == neither.prompt_ids.tolist()
+    opening = len(ids("<think>"))
+    assert not mixed.chosen_scored[:opening].any()
+    assert mixed.chosen_scored[opening:].all()
+
+
+def test_a_thought_that_is_cut_off_leaves_nothing_to_score(make: MakeTokenizer) -> None:
+    header = len(make(None, chat_template=THINKING).tokenize(chat("Hi", "Yes", "No")).prompt_ids)
+    tokenizer = fitted(make, "truncate-response-right", header + 7, template=None, chat_template=THINKING)
+    assert reason(tokenizer, chat("Hi", "<think>a</think>A", "Certainly not")) == "nothing-scored"
+
+
 def test_open_instruct_counts_an_opened_thought_to_the_prompt_whether_or_not_the_answer_has_one(
     make: MakeTokenizer,
 ) -> None:
@@ -355,6 +381,46 @@ def test_tools_reach_the_template(make: MakeTokenizer) -> None:
     preference = chat("Hi", "Yes", "No", tools=[{"name": "add"}, {"name": "sum"}])
     pair = make(None, chat_template=template).tokenize(preference)
     assert marked(pair, "chosen").startswith("add,sum;<|im_start|>user")
+
+
+def test_rows_with_tools_take_the_tokenizers_template_for_them_as_transformers_does(make: MakeTokenizer) -> None:
+    several = {"default": CHATML, "tool_use": "{{ tools | map(attribute='name') | join(',') + ';' }}" + CHATML}
+    tokenizer = make(None, chat_template=several)
+    with_tools = chat("Hi", "Yes", "No", tools=[{"name": "add"}])
+    assert marked(tokenizer.tokenize(with_tools), "chosen").startswith("add;<|im_start|>user")
+    assert marked(tokenizer.tokenize(chat("Hi", "Yes", "No")), "chosen").startswith("<|im_start|>user")
+    rendered = tokenizer.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}],
+        tools=with_tools.tools,
+        return_dict=False,
+    )
+    pair = tokenizer.tokenize(with_tools)
+    assert [*pair.prompt_ids.tolist(), *pair.chosen_ids.tolist()] == rendered
+    assert tokenizer.description()["tool_chat_template"]["name"] == "tokenizer:tool_use"
+
+
+def test_a_template_chosen_by_name_renders_rows_with_tools_too(make: MakeTokenizer) -> None:
+    several = {"default": CHATML, "tool_use": "{{ tools | map(attribute='name') | join(',') + ';' }}" + CHATML}
+    tokenizer = make("default", chat_template=several)
+    with_tools = chat("Hi", "Yes", "No", tools=[{"name": "add"}])
+    assert marked(tokenizer.tokenize(with_tools), "chosen").startswith("<|im_start|>user")
+    assert tokenizer.description()["tool_chat_template"] is None
+
+
+def test_half_a_character_makes_the_row_unusable_wherever_json_brought_it(make: MakeTokenizer) -> None:
+    template = "{%- if tools -%}{{ tools[0].name }}{%- endif -%}" + CHATML
+    tokenizer = make(None, chat_template=template)
+    assert reason(tokenizer, chat("Hi", "Yes", "No", tools=[{"name": "add \ud83d"}])) == "lone-surrogate"
+    assert reason(tokenizer, text("Hi", " Yes \ud83d", " No")) == "lone-surrogate"
+
+
+def test_values_that_nest_too_deeply_make_the_row_unusable(make: MakeTokenizer) -> None:
+    template = "{%- if tools -%}{{ tools | tojson }}{%- endif -%}" + CHATML
+    deep: Any = []
+    for _ in range(20_000):
+        deep = [deep]
+    with pytest.raises(UnusableRow, match=r"template-refused: .* nest too deeply"):
+        make(None, chat_template=template).tokenize(chat("Hi", "Yes", "No", tools=[{"deep": deep}]))
 
 
 def test_messages_without_any_template_are_refused_by_name(make: MakeTokenizer) -> None:

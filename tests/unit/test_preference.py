@@ -117,6 +117,11 @@ def test_text_parts_are_joined() -> None:
     assert read_preference(example, IMPLICIT) == read_preference(CONVERSATIONS, IMPLICIT)
 
 
+def test_json_that_nests_too_deeply_makes_the_row_unusable() -> None:
+    with pytest.raises(UnusableRow, match="tools nests JSON too deeply"):
+        read_preference({**CONVERSATIONS, "tools": "[" * 100_000 + "]" * 100_000}, IMPLICIT)
+
+
 @pytest.mark.parametrize("tools", [[{"name": "add", "default": None}], json.dumps([{"name": "add"}])])
 def test_tools_may_be_a_list_or_json(tools: Any) -> None:
     assert read_preference({**CONVERSATIONS, "tools": tools}, IMPLICIT).tools == [{"name": "add"}]

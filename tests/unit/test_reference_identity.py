@@ -67,6 +67,12 @@ def test_golden_identity() -> None:
     )
 
 
+def test_golden_identity_of_remote_code() -> None:
+    identity = make_identity(remote_code_sha256="d" * 64)
+    assert identity.to_json() == make_identity().to_json() | {"remote_code_sha256": "d" * 64}
+    assert identity.digest == "5ac744948c1c53f6c12c3f91a5d85e3e52232c66a14faf6ae106fe871495179b"
+
+
 def test_weights_as_they_are_leave_no_trace_of_quantization() -> None:
     """Caches that were begun before there was such a field are found again."""
     assert "quantization" not in make_identity().to_json()
@@ -163,6 +169,39 @@ def test_code_that_a_model_brings_along_counts(tmp_path: Path) -> None:
     ]
 
 
+def test_code_that_runs_in_the_place_of_a_class_of_transformers_is_another_reference(tmp_path: Path) -> None:
+    """With --trust-remote-code a model's own code computes the values, without it the class of its model_type."""
+    config = CONFIG | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    model = write_model(tmp_path / "model", config)
+    (model / "layers").mkdir()
+    for name in ("modeling_own.py", "layers/attention.py"):
+        (model / name).write_text("x = 1\n")
+    native, own = identify(model), identify(model, trust_remote_code=True)
+    assert "remote_code_sha256" not in native.to_json()
+    assert [(name, ours) for name, ours, _ in differences(native, own)] == [("remote_code_sha256", None)]
+    (model / "layers/attention.py").write_text("x = 2\n")
+    assert identify(model) == native
+    assert [name for name, *_ in differences(own, identify(model, trust_remote_code=True))] == ["remote_code_sha256"]
+
+
+@pytest.mark.parametrize("auto_map", [None, {"AutoTokenizer": ["tok.Own", None]}, {"AutoModel": "modeling.Own"}])
+def test_leave_to_run_code_is_no_matter_where_none_computes_the_values(
+    tmp_path: Path, auto_map: dict[str, Any] | None
+) -> None:
+    model = write_model(tmp_path / "model", CONFIG | ({"auto_map": auto_map} if auto_map else {}))
+    (model / "tok.py").write_text("x = 1\n")
+    assert identify(model, trust_remote_code=True) == identify(model)
+
+
+def test_code_of_another_repository_is_refused_where_it_would_run(tmp_path: Path) -> None:
+    config = CONFIG | {"auto_map": {"AutoConfig": "org/repo--configuration_own.OwnConfig"}}
+    model = write_model(tmp_path / "model", config)
+    identify(model)
+    with pytest.raises(DpoCacheError, match=r"'org/repo--configuration_own\.OwnConfig'") as refused:
+        identify(model, trust_remote_code=True)
+    assert "leave --trust-remote-code out" in str(refused.value.next_step)
+
+
 def test_infinity_in_a_config_has_one_identity_however_it_is_spelled(tmp_path: Path) -> None:
     raw = write_model(tmp_path / "raw", CONFIG | {"time_step_limit": [0.0, float("inf")]})
     tagged = write_model(tmp_path / "tagged", CONFIG | {"time_step_limit": [0.0, {"__float__": "Infinity"}]})
@@ -170,7 +209,11 @@ def test_infinity_in_a_config_has_one_identity_however_it_is_spelled(tmp_path: P
 
 
 def test_an_identity_comes_back_from_json() -> None:
-    for identity in (make_identity(adapter_sha256="e" * 64), make_identity(quantization="nf4")):
+    for identity in (
+        make_identity(adapter_sha256="e" * 64),
+        make_identity(quantization="nf4"),
+        make_identity(quantization="nf4", remote_code_sha256="d" * 64),
+    ):
         text = json.dumps(identity.to_json())
         assert ReferenceIdentity.from_json(json.loads(text), source=Path("cache.json")) == identity
 
@@ -184,6 +227,7 @@ def test_an_identity_comes_back_from_json() -> None:
         ("adapter_sha256", 3),
         ("weights_sha256", None),
         ("quantization", None),
+        ("remote_code_sha256", None),
     ],
 )
 def test_an_identity_of_other_types_is_refused(field: str, value: Any) -> None:
@@ -204,5 +248,5 @@ def test_a_missing_or_broken_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(DpoCacheError, match=r"config\.json is not valid JSON"):
         identify(model)
     (model / "config.json").unlink()
-    with pytest.raises(DpoCacheError, match=r"cannot read .*config\.json"):
+    with pytest.raises(DpoCacheError, match=r"config\.json is missing"):
         identify(model)

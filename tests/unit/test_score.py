@@ -65,6 +65,7 @@ def plan_in(folder: Path, model_folder: Path, token_pairs: list[TokenPair], *, t
         trust_remote_code=False,
         zero_stage=0,
         tokens_per_batch=tokens_per_batch,
+        token_logps=False,
         spool=str(spool),
         order=list(range(len(token_pairs))),
         longest=0,

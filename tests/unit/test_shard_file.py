@@ -63,14 +63,16 @@ def fields_of(row: ScoredPair) -> dict[str, Any]:
 
 
 @once_a_function
-@given(st.integers(0, 2**31), st.integers(1, 40))
-def test_rows_come_back_as_they_were(folder: Path, seed: int, num_rows: int) -> None:
-    rows = make_rows(num_rows, seed=seed)
+@given(st.integers(0, 2**31), st.integers(1, 40), st.booleans())
+def test_rows_come_back_as_they_were(folder: Path, seed: int, num_rows: int, token_logps: bool) -> None:
+    rows = make_rows(num_rows, seed=seed, token_logps=token_logps)
     path = write(folder, rows)
     assert [fields_of(row) for row in read_shard_rows(path)] == [fields_of(row) for row in rows]
     assert [fields_of(row) for row in iterate_shard(path)] == [fields_of(row) for row in rows]
     with ShardReader(path) as shard:
         keys = shard.keys()
+        assert shard.has_token_logps == token_logps
+        assert shard.num_ids == sum(row.pair.shared_prefix_tokens for row in rows)
     assert [key_at(keys, index) for index in range(num_rows)] == [row.key for row in rows]
 
 
@@ -151,9 +153,23 @@ def test_a_value_no_reference_can_give_is_never_written(folder: Path, name: str,
     bad = dataclasses.replace(rows[3], **changes)
     assert not is_possible(bad)
     assert is_possible(rows[3])
-    with pytest.raises(DpoCacheError, match=rf"1 pairs were scored .* the first {bad.key.hex()}"):
+    with pytest.raises(DpoCacheError, match=f"1 pairs have no finite log-probability below zero: {bad.key.hex()}"):
         write(folder, [*rows[:3], bad])
     assert list(folder.iterdir()) == []
+
+
+def test_a_sum_of_exactly_zero_is_refused_in_words_of_its_own_with_key_and_values(folder: Path) -> None:
+    rows = make_rows(4)
+    sure = dataclasses.replace(rows[0], ref_chosen_logps=0.0, ref_rejected_logps=-2.5)
+    broken = dataclasses.replace(rows[1], ref_rejected_logps=float("nan"))
+    with pytest.raises(DpoCacheError) as caught:
+        write(folder, [sure, broken, *rows[2:]])
+    zero, nan = (next(part for part in caught.value.found.split("; ") if word in part) for word in ("0.0", "finite"))
+    assert zero.startswith(
+        "1 pairs have a log-probability of exactly 0.0, that is probability 1 for every scored token"
+    )
+    assert zero.endswith(f"{sure.key.hex()} (chosen 0, rejected -2.5)")
+    assert f"{broken.key.hex()} (chosen " in nan
 
 
 def test_a_sum_of_zero_is_a_missing_value_but_a_common_part_may_be_certain() -> None:
@@ -225,19 +241,46 @@ def ids(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
 def test_rows_that_contradict_themselves_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_writer, "_refuse_unusable_values", lambda rows: None)
     pair = TokenPair(prompt_ids=ids(1, 2), chosen_ids=ids(3, 4), rejected_ids=ids(5))
+    tokens: dict[str, Any] = {
+        "chosen_token_logps": np.full(2, -1, np.float32),
+        "rejected_token_logps": np.full(1, -1, np.float32),
+        **{"ref_chosen_logps": -2.0, "ref_rejected_logps": -1.0},
+        **{"ref_chosen_common_logps": -1.0, "ref_rejected_common_logps": -1.0},
+    }
     first_token_scored = dataclasses.replace(pair, scored_mask=np.array([True, False, True, True, True]))
     wrong: dict[str, dict[str, Any]] = {
         "a token id is negative": {"pair": dataclasses.replace(pair, chosen_ids=ids(3, -4))},
         "has no tokens": {"pair": dataclasses.replace(pair, prompt_ids=ids())},
         "contradict its mask": {"pair": pair, "chosen_tokens": 1},
         "scored counts of": {"pair": first_token_scored},
-        "not finite or not below zero": {"pair": pair, "ref_chosen_logps": float("nan")},
-        "as many values per token": {"pair": pair, "chosen_token_logps": np.zeros(3, np.float32)},
+        "no finite log-probability below zero": {"pair": pair, "ref_chosen_logps": float("nan")},
+        "as many values per token": {"pair": pair, **tokens, "chosen_token_logps": np.full(3, -1, np.float32)},
+        "do not add up to ref_chosen_logps": {"pair": pair, **tokens, "ref_chosen_logps": -2.1},
+        "do not add up to ref_rejected_common_logps": {"pair": pair, **tokens, "ref_rejected_common_logps": -0.9},
+        "add up to ref_rejected_logps": {
+            "pair": pair,
+            **tokens,
+            "rejected_token_logps": np.full(1, np.nan, np.float32),
+        },
+        "against what the footer says": {"pair": pair, "chosen_token_logps": np.full(2, -1, np.float32)},
         "is not that of its token ids": {"pair": pair, "key": b"k" * 32},
     }
     for message, changes in wrong.items():
         with pytest.raises(DpoCacheError, match=message):
             list(iterate_shard(forged_row(folder, **changes)))
+
+
+def test_values_per_token_that_the_footer_keeps_quiet_about_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_writer, "TOKEN_LOGPS_KEY", "dpo_cache.something_else")
+    with pytest.raises(DpoCacheError, match="against what the footer says"):
+        read_shard_rows(write(folder, make_rows(3, token_logps=True)))
+
+
+def test_a_shard_has_values_per_token_for_all_of_its_rows_or_for_none(folder: Path) -> None:
+    with pytest.raises(AssertionError, match="or none"):
+        write(folder, [*make_rows(1), *make_rows(1, seed=1, token_logps=True)])
 
 
 def test_what_is_not_a_shard_is_refused_by_name(folder: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any, cast
+
 import pytest
 from dpo_cache.stages import heartbeat, unit_queue
+from dpo_cache.stages.left_out import UnusablePair
 from dpo_cache.stages.unit_queue import UnitQueue
 from torch._C._distributed_c10d import HashStore
 
@@ -50,6 +54,7 @@ def test_a_unit_drawn_by_a_worker_that_died_before_claiming_it_is_not_lost() -> 
 
 def test_a_unit_finished_twice_counts_once() -> None:
     queue = UnitQueue(HashStore(), 2)
+    assert next(queue.units()) == 0
     queue.finish(0)
     queue.finish(0)
     assert queue.num_finished == 1
@@ -65,11 +70,55 @@ def test_the_shards_of_finished_units_are_told_by_name() -> None:
     assert UnitQueue(store, 3).finished_shards() == ["a.parquet", "c.parquet"]
 
 
-def test_nonfinite_pairs_named_by_any_worker_are_told_once_each() -> None:
+def test_refused_pairs_named_by_any_worker_are_told_once_each_with_their_values() -> None:
     store = HashStore()
-    UnitQueue(store, 1).report_nonfinite([b"\x02" * 32, b"\x01" * 32])
-    UnitQueue(store, 1).report_nonfinite([b"\x01" * 32])
-    assert UnitQueue(store, 1).nonfinite_keys() == [b"\x01" * 32, b"\x02" * 32]
+    one, other = (
+        UnusablePair(key=digit * 64, reason="no-finite-logps", chosen=float("-inf"), rejected=-1.5) for digit in "12"
+    )
+    UnitQueue(store, 1).report_unusable([other, one])
+    UnitQueue(store, 1).report_unusable([one])
+    assert UnitQueue(store, 1).unusable_pairs() == [one, other]
+
+
+class _DeadError(Exception):
+    """What stands for SIGKILL."""
+
+
+class _MortalStore:
+    """A store whose user dies before its next call, after so many."""
+
+    def __init__(self, store: HashStore, calls: int) -> None:
+        self._store = store
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            if self._calls == 0:
+                raise _DeadError
+            self._calls -= 1
+            return getattr(self._store, name)(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("calls", range(40))
+def test_a_worker_may_die_between_any_two_calls_to_the_store(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It draws and finishes units, then takes over one that a dead process left; the survivor finishes the rest."""
+    monkeypatch.setattr(heartbeat, "STALE_AFTER_S", 3600.0)
+    store = HashStore()
+    left_behind = UnitQueue(store, 4)
+    left_behind._owner = "dead long ago"
+    assert next(left_behind.units()) == 0
+    mortal = UnitQueue(cast(HashStore, _MortalStore(store, calls)), 4)
+    mortal._owner = "mortal"
+    survivor = UnitQueue(store, 4)
+    for name in ("dead long ago", "mortal", *(f"nobody-yet-{unit}" for unit in range(4))):
+        survivor.declare_dead(name)
+    with suppress(_DeadError):
+        drain(mortal)
+    done = drain(survivor)
+    assert survivor.num_finished == 4
+    assert len(done) == len(set(done))
 
 
 def test_the_unit_of_a_worker_declared_dead_is_taken_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

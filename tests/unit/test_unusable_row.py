@@ -17,6 +17,7 @@ def test_the_names_of_reasons_are_stable() -> None:
         "empty-answer",
         "identical-after-truncation",
         "identical-answers",
+        "lone-surrogate",
         "malformed-row",
         "no-assistant-answer",
         "no-prompt",
