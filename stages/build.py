@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.distributed import DistError
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
@@ -34,7 +33,7 @@ from .build_datasets import SPOOL, collect_datasets, open_datasets
 from .build_plan import ScoringPlan, cut_units
 from .build_reference import resolve_reference
 from .build_report import BuildReport
-from .job_store import JobStore, store_lost
+from .job_store import STORE_FAULTS, JobStore, store_lost
 from .left_out import in_words, keys_by_reason
 from .library_output import quiet_libraries
 from .mixture_change import left_out_before, mixture_content, new_content
@@ -91,7 +90,7 @@ class Build:
                     raise
                 job.announce_end()
                 return report
-        except DistError as lost:
+        except STORE_FAULTS as lost:
             raise store_lost() from lost
 
     def _build(self, job: JobStore | None) -> BuildReport:

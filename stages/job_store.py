@@ -11,12 +11,14 @@ from datetime import timedelta
 from pathlib import Path
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
-from torch.distributed import DistError
+from torch.distributed import DistError, DistNetworkError, DistStoreError
 
 from ..errors import DpoCacheError, first_line
 from .heartbeat import Heartbeat, HeartMonitor
 from .ranks import Ranks, rendezvous_environment
 
+STORE_FAULTS = (DistNetworkError, DistStoreError)
+"""What a store raises whose host is gone; a collective that fails is a fault of its own."""
 CONNECT_TIMEOUT = timedelta(seconds=120)
 FAREWELL_S = 30.0
 POLL_S = 0.5
@@ -57,7 +59,7 @@ class StoreAddress:
         """
         try:
             return PrefixStore(self.prefix, TCPStore(self.host, self.port, is_master=False, timeout=CONNECT_TIMEOUT))
-        except DistError as lost:
+        except STORE_FAULTS as lost:
             raise store_lost() from lost
 
 

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.distributed import DistError
+from torch.distributed import DistBackendError
 
+from ..errors import DpoCacheError, first_line
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.example_key import example_key
 from ..pipeline.cache.pair_spool import PairSpool
@@ -36,7 +37,7 @@ from .background import ReadAhead, WriteBehind
 from .build_plan import ScoringPlan
 from .devices import device_of_rank, memory_explained
 from .heartbeat import Heartbeat, process_name
-from .job_store import StoreAddress, store_lost
+from .job_store import RUN_AGAIN, STORE_FAULTS, StoreAddress, store_lost
 from .left_out import unusable_pairs
 from .library_output import quiet_libraries
 from .scoring_meter import ScoringMeter
@@ -75,8 +76,13 @@ def score_units(plan_path: Path, address: StoreAddress, rank_of_node: int) -> No
             ScoringWorker(plan, address, device, partitioned).run()
     except KeyboardInterrupt:
         return  # asked to stop: the unit in hand is dropped
-    except DistError as lost:
+    except STORE_FAULTS as lost:
         raise store_lost() from lost
+    except DistBackendError as apart:
+        raise DpoCacheError(
+            f"the ranks that share the reference's weights lost each other: {first_line(apart)}",
+            next_step=f"look at the network and at the other ranks' output, then {RUN_AGAIN}",
+        ) from apart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -6,13 +6,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed import DistError
-
 from ..errors import DpoCacheError
 from .build_plan import ScoringPlan
 from .child_processes import python_command, run_children, threads_for
 from .heartbeat import process_name
-from .job_store import RUN_AGAIN, JobStore, StoreAddress, store_lost
+from .job_store import RUN_AGAIN, STORE_FAULTS, JobStore, StoreAddress, store_lost
 from .left_out import UnusablePair
 from .progress import Progress
 from .ranks import Ranks
@@ -117,7 +115,7 @@ def follow_scoring(ranks: Ranks) -> None:
                 _follow(job, ranks)
             finally:
                 job.leave()
-    except DistError as lost:
+    except STORE_FAULTS as lost:
         raise store_lost() from lost
 
 
