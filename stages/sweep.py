@@ -25,7 +25,16 @@ from .recipe import resolve_recipe, warnings_of
 from .setting import command_line_of
 from .sweep_config import SweepConfig
 from .sweep_grid import SweepGrid, SweepPoint, read_grid
-from .sweep_halving import better_ones, in_one_unit, refuse_points_without_margin, rung_shares, rung_steps
+from .sweep_halving import (
+    better_ones,
+    default_figure,
+    given_up_on_a_tie,
+    margins_compare,
+    refuse_points_without_margin,
+    rung_shares,
+    rung_steps,
+    separations_compare,
+)
 from .sweep_places import places_for, visible_gpus
 from .sweep_report import (
     FAILED,
@@ -39,7 +48,7 @@ from .sweep_report import (
     options_text,
     recorded,
 )
-from .sweep_run import SweepRun
+from .sweep_run import Score, SweepRun
 from .terminal import say
 from .train import SAVING_GRACE_S
 
@@ -106,6 +115,7 @@ class Sweep:
         self._faults: dict[str, str] = {}
         self._given_up: set[str] = set()
         self._started: dict[str, float] = {}
+        self._separations_compare = separations_compare(grid.points)
         before = recorded(grid.output) or {"builds": [], "rows": []}
         self._builds = [SweepBuild(**fields) for fields in before["builds"]]
         self._seconds = {row["name"]: float(row["seconds"]) for row in before["rows"]}
@@ -163,12 +173,7 @@ class Sweep:
     # ---- the points --------------------------------------------------------------------------------------------
 
     def _run_halving(self) -> None:
-        factor, by = self._config.halving_factor or 2.0, self._config.halving_by or "margin"
-        if by == "margin" and not in_one_unit([run.point for run in self._runs]):
-            say(
-                "warning: a margin is beta times nats, so the margins of points with other losses or betas are in "
-                "other units; --halving-by accuracy compares what is alike"
-            )
+        factor, by = self._config.halving_factor or 2.0, self._halving_by()
         *rungs, _ = rung_shares(self._config.rungs or 3, factor)
         runs = self._runs
         for share in rungs:
@@ -177,14 +182,29 @@ class Sweep:
             steps = {run.name: rung_steps(share, run.recipe.total_steps) for run in runs}
             self._train(runs, until=steps)
             runs = [run for run in runs if run.name not in self._faults]
-            scores = {run.name: run.held_out_score(steps[run.name]) for run in runs}
+            scores = {run.name: self._comparable(run.held_out_score(steps[run.name])) for run in runs}
             if not scores:
                 break
             going_on = better_ones(scores, factor=factor, by=by)
             self._given_up |= scores.keys() - set(going_on)
             say(f"after {share:.0%} of the updates {len(going_on)} of {len(runs)} go on: {', '.join(going_on)}")
+            tied = given_up_on_a_tie(scores, going_on, by=by)
+            if tied:
+                say(f"given up with the same {by} as one that goes on: {', '.join(tied)}")
             runs = [run for run in runs if run.name in going_on]
         self._train_to_the_end(runs)
+
+    def _halving_by(self) -> str:
+        if self._config.halving_by == "margin" and not margins_compare(self._grid.points):
+            say(
+                "warning: the points differ in loss or beta, and a margin grows with beta: --halving-by margin compares "
+                "figures of different units; --halving-by accuracy does not"
+            )
+        return self._config.halving_by or default_figure(self._grid.points)
+
+    def _comparable(self, score: Score) -> Score:
+        """Without margin / beta where that has another unit at other points: a tie then stays one."""
+        return score if self._separations_compare else replace(score, separation=None)
 
     def _train_to_the_end(self, runs: Sequence[SweepRun]) -> None:
         self._train(runs, until={run.name: run.recipe.total_steps for run in runs})
@@ -234,7 +254,7 @@ class Sweep:
         )
 
     def _row(self, run: SweepRun, *, held_out: bool) -> SweepRow:
-        report, score = run.report(), run.last_score(held_out=held_out)
+        report, score = run.report(), self._comparable(run.last_score(held_out=held_out))
         return SweepRow(
             name=run.name,
             options=options_text(run.point.options),
@@ -243,6 +263,7 @@ class Sweep:
             total_steps=run.recipe.total_steps,
             accuracy=score.accuracy,
             margin=score.margin,
+            separation=score.separation,
             step0_loss=run.step_zero_loss(),
             seconds=self._seconds.get(run.name, 0.0),
             reference_forwards=report.reference_forwards if report else 0,

@@ -18,7 +18,10 @@ class SweepConfig:
         choices=("grid", "halving"),
     )
     halving_by: str | None = setting(
-        None, help="Held-out reward that decides who goes on [default: margin].", choices=("margin", "accuracy")
+        None,
+        help="Held-out figure that decides which points go on [default: accuracy; margin where all points share loss "
+        "and beta].",
+        choices=("margin", "accuracy"),
     )
     halving_factor: float | None = setting(
         None, help="One in so many points goes on, with so many times the updates [default: 2].", above=1
