@@ -197,8 +197,8 @@ class Sweep:
     def _halving_by(self) -> str:
         if self._config.halving_by == "margin" and not margins_compare(self._grid.points):
             say(
-                "warning: the points differ in loss or beta, and a margin grows with beta: --halving-by margin compares "
-                "figures of different units; --halving-by accuracy does not"
+                "warning: the points differ in loss or beta, and a margin grows with beta: --halving-by margin "
+                "compares figures of different units; --halving-by accuracy does not"
             )
         return self._config.halving_by or default_figure(self._grid.points)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,12 @@ def test_a_command_that_would_be_refused_is_found_wherever_it_stands(script: str
     ((program, arguments),) = our_commands(script)
     with pytest.raises((click.UsageError, DpoCacheError, AssertionError)):
         _parse(program, arguments)
+
+
+def test_the_readme_shows_the_table_that_the_demo_prints() -> None:
+    rows = runpy.run_path(str(ROOT / "scripts" / "demo" / "table.py"))["ROWS"]
+    (shown,) = [block.text for block in BLOCKS if block.page == "README.md" and "run 1, beta 2" in block.text]
+    assert [line[:34].strip() for line in shown.splitlines()[1:]] == [title for title, _, _ in rows]
 
 
 @pytest.mark.parametrize("block", _of("python"))
