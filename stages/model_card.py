@@ -43,7 +43,6 @@ def model_card(
         header.append(f"base_model: {base.name}")
     header += ["tags:", "- dpo", "- dpo-cache"]
     numbers = {key: value for key, value in recipe.to_json().items() if key not in NOT_RECIPE}
-    numbers |= {"lora": config.resolved_lora(), "zero_stage": config.zero_stage, "weight_decay": config.weight_decay}
     identity = cache.identity
     return "\n".join(
         [

@@ -35,7 +35,12 @@ class Recipe:
         warmup_steps: Updates over which the learning rate rises.
         peak_learning_rate: The rate after warm-up.
         schedule: Shape of the rate after warm-up.
+        weight_decay, adam_beta1, adam_beta2, adam_epsilon: AdamW's.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
         tokens_per_microbatch: Token budget of one forward and backward pass.
+        zero_stage: What DeepSpeed partitions over the ranks.
+        lora: The adapter's numbers; None where all weights are trained.
+        load_balancing_weight: Weight of a mixture of experts' auxiliary loss; None without.
         mixture_digest: The training set.
         reference_id: The cache's reference.
         seed: Decides the order.
@@ -52,7 +57,15 @@ class Recipe:
     warmup_steps: int
     peak_learning_rate: float
     schedule: str
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    max_grad_norm: float
     tokens_per_microbatch: int
+    zero_stage: int
+    lora: dict[str, Any] | None
+    load_balancing_weight: float | None
     mixture_digest: str
     reference_id: str
     seed: int
@@ -67,7 +80,7 @@ class Recipe:
             total_steps=self.total_steps,
         )
 
-    def must_stay(self, config: TrainConfig) -> dict[str, Any]:
+    def must_stay(self) -> dict[str, Any]:
         """What has to be the same for a run to go on exactly; the number of ranks may change."""
         return {
             "mixture": self.mixture_digest,
@@ -79,11 +92,14 @@ class Recipe:
             "warmup_steps": self.warmup_steps,
             "learning_rate": self.peak_learning_rate,
             "lr_scheduler_type": self.schedule,
-            "weight_decay": config.weight_decay,
-            "max_grad_norm": config.max_grad_norm,
+            "weight_decay": self.weight_decay,
+            "adam_beta1": self.adam_beta1,
+            "adam_beta2": self.adam_beta2,
+            "adam_epsilon": self.adam_epsilon,
+            "max_grad_norm": self.max_grad_norm,
             "seed": self.seed,
-            "lora": config.resolved_lora(),
-            "load_balancing_weight": config.resolved_load_balancing_weight(),
+            "lora": self.lora,
+            "load_balancing_weight": self.load_balancing_weight,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -136,7 +152,15 @@ def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture,
         warmup_steps=warmup_steps(config.warmup_ratio, total_steps),
         peak_learning_rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
         tokens_per_microbatch=config.tokens_per_microbatch or int(mixture.shared_prefix_lengths().max()),
+        zero_stage=config.zero_stage,
+        lora=config.resolved_lora(),
+        load_balancing_weight=config.resolved_load_balancing_weight(),
         mixture_digest=mixture.digest,
         reference_id=cache.reference_id,
         seed=config.seed,

@@ -107,7 +107,7 @@ class RunCheckpoints:
                 step=updates_done,
                 num_ranks=self._ranks.num_ranks,
                 zero_stage=self._config.zero_stage,
-                run=self._recipe.must_stay(self._config),
+                run=self._recipe.must_stay(),
                 tracking_run_id=tracking_run_id,
             ),
             keep_last=self._keep_last,
@@ -116,5 +116,5 @@ class RunCheckpoints:
     def _choose(self, resume: str) -> Checkpoint | None:
         checkpoint = newest_checkpoint(self._folder) if resume == "latest" else open_checkpoint(Path(resume))
         if checkpoint is not None:
-            check_same_run(checkpoint, run=self._recipe.must_stay(self._config), zero_stage=self._config.zero_stage)
+            check_same_run(checkpoint, run=self._recipe.must_stay(), zero_stage=self._config.zero_stage)
         return checkpoint

@@ -29,6 +29,7 @@ class SettingDescription:
         minimum: Smallest value accepted.
         above: The value must be larger than this.
         maximum: Largest value accepted.
+        below: The value must be smaller than this.
         flag_value: What the bare flag means, where the value may be left out (``--resume``).
         metavar: How the value is called in ``--help``.
     """
@@ -38,6 +39,7 @@ class SettingDescription:
     minimum: float | None = None
     above: float | None = None
     maximum: float | None = None
+    below: float | None = None
     flag_value: str | None = None
     metavar: str | None = None
 
@@ -203,6 +205,8 @@ def _check_value(declared: Setting, value: Any) -> None:
         raise DpoCacheError(f"{declared.flag} is {value}", expected=f"more than {limits.above}")
     if limits.maximum is not None and not value <= limits.maximum:
         raise DpoCacheError(f"{declared.flag} is {value}", expected=f"{limits.maximum} or less")
+    if limits.below is not None and not value < limits.below:
+        raise DpoCacheError(f"{declared.flag} is {value}", expected=f"less than {limits.below}")
 
 
 def _one_of(choices: Sequence[str]) -> str:

@@ -114,6 +114,9 @@ class TrainConfig:
     )
     warmup_ratio: float = setting(0.1, help="Share of the updates spent warming up.", minimum=0.0, maximum=1.0)
     weight_decay: float = setting(0.0, help="AdamW's decoupled weight decay.", minimum=0.0)
+    adam_beta1: float = setting(0.9, help="AdamW's decay of the mean gradient.", minimum=0.0, below=1)
+    adam_beta2: float = setting(0.999, help="AdamW's decay of the mean squared gradient.", minimum=0.0, below=1)
+    adam_epsilon: float = setting(1e-8, help="AdamW's epsilon.", above=0)
     max_grad_norm: float = setting(1.0, help="Gradients are clipped to this norm; 0 turns it off.", minimum=0.0)
     seed: int = setting(42, help="Decides the order of the pairs.", minimum=0)
 

@@ -184,9 +184,11 @@ class TrainingRun:
             PairScorer(policy, load_balancing=self._config.load_balancing_loss),
             config=engine_config,
             loss=self._recipe.loss,
-            weight_decay=self._config.weight_decay,
+            weight_decay=self._recipe.weight_decay,
+            adam_betas=(self._recipe.adam_beta1, self._recipe.adam_beta2),
+            adam_epsilon=self._recipe.adam_epsilon,
             bad_batch_path=self._config.output / "bad_batch.json",
-            load_balancing_weight=self._config.resolved_load_balancing_weight() or 0.0,
+            load_balancing_weight=self._recipe.load_balancing_weight or 0.0,
         )
         self._checkpoints.check_free_space(self._engine)
         layout = choose_layout(self._engine.deepspeed, device=self._device)

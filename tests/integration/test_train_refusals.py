@@ -189,7 +189,7 @@ def finished_checkpoint(cache: Path, tmp_path: Path) -> Callable[[], None]:
             "step": 3,
             "num_ranks": 1,
             "zero_stage": 3,
-            "run": {"seed": 7, "loss": {"losses": [{"beta": 3.0}]}},
+            "run": {"seed": 7, "adam_beta2": 0.95, "loss": {"losses": [{"beta": 3.0}]}},
             "tracking_run_id": None,
         }
         (folder / "trainer_state.json").write_text(json.dumps(state))
@@ -206,6 +206,7 @@ def test_resuming_another_run_names_each_field(
     message = refusal(cache, tmp_path / "run", "--resume")
     assert "belongs to another run: " in message
     assert "seed was 7 and is 42" in message
+    assert "adam_beta2 was 0.95 and is 0.999" in message
     assert "loss.losses.0.beta was 3.0 and is 5.0" in message
 
 

@@ -81,6 +81,7 @@ def test_a_yaml_key_that_is_no_option_is_an_error(tmp_path: Path) -> None:
     [
         (["--zero-stage", "4"], "--zero-stage is 4"),
         (["--beta", "0"], "--beta is 0"),
+        (["--adam-beta2", "1"], "--adam-beta2 is 1"),
         (
             ["--global-batch-size", "8", "--gradient-accumulation-steps", "2"],
             "--global-batch-size is given together",
