@@ -12,7 +12,7 @@ from .model_folder import ModelFolder
 from .recipe import Recipe
 from .train_config import TrainConfig
 
-NOT_RECIPE = {"mixture_digest", "reference_id", "learning_rate_at_step"}
+NOT_RECIPE = {"mixture_digest", "reference_id", "learning_rate_at_update"}
 
 
 def model_card(

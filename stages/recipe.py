@@ -102,25 +102,14 @@ class Recipe:
             "load_balancing_weight": self.load_balancing_weight,
         }
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it, with the learning rate at the steps people look at."""
-        moments = {0, 1, self.warmup_steps, self.total_steps - 1}
-        rates = {str(step): self.learning_rate(step) for step in sorted(moments) if 0 <= step < self.total_steps}
-        return {**asdict(self), "learning_rate_at_step": rates}
+    def rates(self) -> dict[int, float]:
+        """The learning rate of the updates people look at, counted from 1 as in the metrics."""
+        updates = {1, 2, self.warmup_steps + 1, self.total_steps}
+        return {update: self.learning_rate(update - 1) for update in sorted(updates) if update <= self.total_steps}
 
-    def summary(self) -> str:
-        """What ``--plan`` prints."""
-        rates = ", ".join(f"{step}: {rate:.3g}" for step, rate in self.to_json()["learning_rate_at_step"].items())
-        return "\n".join(
-            [
-                f"{self.num_pairs} pairs, {self.global_batch_size} in an update on {self.num_ranks} ranks: "
-                f"{self.steps_per_epoch} updates an epoch, {self.total_steps} in all",
-                f"loss {self.loss.summary()}; {self.dtype}, attention {self.attention}",
-                f"learning rate {self.peak_learning_rate:g}, {self.schedule}, {self.warmup_steps} updates of warm-up; "
-                f"at update {rates}",
-                f"at most {self.tokens_per_microbatch} tokens in one forward pass, or one longer pair",
-            ]
-        )
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with :meth:`rates`."""
+        return {**asdict(self), "learning_rate_at_update": {str(update): rate for update, rate in self.rates().items()}}
 
 
 def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture, *, num_ranks: int) -> Recipe:
@@ -184,7 +173,12 @@ def global_batches(mixture: Mixture, global_batch_size: int, seed: int) -> Globa
 
 def warnings_of(recipe: Recipe) -> list[str]:
     """What looks wrong about the numbers without being impossible."""
-    return beta_warnings(recipe.loss)
+    warnings = beta_warnings(recipe.loss)
+    if recipe.zero_stage == 0 and recipe.dtype == "bfloat16":
+        warnings.append(
+            "at --zero-stage 0 DeepSpeed accumulates bfloat16 gradients in bfloat16; from stage 1 on it uses float32"
+        )
+    return warnings
 
 
 def refuse_other_numerics(config: TrainConfig, identity: ReferenceIdentity) -> None:

@@ -18,6 +18,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from .build import build
 from .child_processes import Job, python_command, run_jobs
+from .held_out_overlap import overlap_warnings
 from .library_output import quiet_libraries
 from .local_copy import glance
 from .output_folder import output_lock
@@ -151,11 +152,16 @@ class Sweep:
                 )
 
     def _resolve(self) -> list[SweepRun]:
-        names = sorted({point.config.mixture for point in self._grid.points})
+        configs = [point.config for point in self._grid.points]
+        together = sorted({(config.mixture, config.eval_mixture) for config in configs if config.eval_mixture})
+        names = sorted({config.mixture for config in configs} | {name for _, name in together})
         with glance(self._grid.cache, names, first_rows=0) as folder:
             cache = ReferenceCache.open(folder)
             mixtures = {name: cache.read_mixture(name) for name in names}
             runs = [self._resolved(point, cache, mixtures[point.config.mixture]) for point in self._grid.points]
+            for training, evaluation in together:
+                for warning in overlap_warnings(mixtures[training], mixtures[evaluation]):
+                    say(f"warning: {warning}")
         for run in runs:
             run.refuse_other_settings()
             for warning in warnings_of(run.recipe):

@@ -18,21 +18,22 @@ from .hub_model import HubTarget, upload_model
 from .library_output import quiet_libraries
 from .local_copy import glance, local_copy
 from .ranks import Ranks, ranks_from_environment
-from .recipe import Recipe, resolve_recipe
+from .recipe import resolve_recipe
 from .setting import command_line_of
 from .train_config import TrainConfig
 from .train_dry_run import DryRunReport
+from .train_plan import TrainPlan, plan_of
 from .train_report import TrainReport
 
 SAVING_GRACE_S = 600.0
 """How long ranks that are asked to stop may take to finish their step and save."""
 
 
-def train(config: TrainConfig) -> TrainReport | DryRunReport | Recipe | None:
+def train(config: TrainConfig) -> TrainReport | DryRunReport | TrainPlan | None:
     """Run stage two.
 
     Returns:
-        The finished run; what was measured with ``--dry-run``; the resolved numbers with ``--plan``; None on ranks
+        The finished run; what was measured with ``--dry-run``; what would be run with ``--plan``; None on ranks
         that do not report.
 
     Raises:
@@ -56,11 +57,12 @@ def train(config: TrainConfig) -> TrainReport | DryRunReport | Recipe | None:
     return _train_in_children(config, num_ranks)
 
 
-def _plan(config: TrainConfig, num_ranks: int) -> Recipe:
+def _plan(config: TrainConfig, num_ranks: int) -> TrainPlan:
     with glance(config.cache, _mixture_names(config), first_rows=0) as folder:
         cache = ReferenceCache.open(folder)
-        mixture, *_ = [cache.read_mixture(name) for name in _mixture_names(config)]
-        return resolve_recipe(config, cache, mixture, num_ranks=num_ranks)
+        mixture, evaluation, *_ = *(cache.read_mixture(name) for name in _mixture_names(config)), None
+        recipe = resolve_recipe(config, cache, mixture, num_ranks=num_ranks)
+        return plan_of(config, recipe, cache, mixture, evaluation)
 
 
 def _cache_folder(config: TrainConfig) -> Path:

@@ -32,6 +32,7 @@ from ..pipeline.training.run_log import RunLog, TrackingSettings
 from ..pipeline.training.step_zero import StepZeroFigures, check_step_zero, write_step_zero
 from ..pipeline.training.tensorboard_files import require_tensorboard
 from .best_model import BestModel
+from .held_out_overlap import overlap_warnings
 from .hub_model import HubTarget, prepare_hub_target
 from .model_writer import ModelWriter
 from .output_folder import output_lock, refuse_overwriting, write_json
@@ -42,6 +43,7 @@ from .ranks import Ranks
 from .recipe import resolve_recipe, warnings_of
 from .run_checkpoints import RunCheckpoints
 from .stop_request import stop_requests
+from .terminal import say
 from .train_config import TrainConfig
 from .train_dry_run import DryRunReport
 from .train_report import TrainReport
@@ -124,8 +126,12 @@ class TrainingRun:
             self._config, self._pairs.cache, self._pairs.mixture, num_ranks=self._ranks.num_ranks
         )
         self._checkpoints = RunCheckpoints(self._config, self._recipe, self._ranks)
-        for warning in warnings_of(self._recipe):
-            say_once(f"warning: {warning}")
+        if self._is_main:
+            for warning in (
+                *warnings_of(self._recipe),
+                *overlap_warnings(self._pairs.mixture, self._pairs.eval_mixture),
+            ):
+                say(f"warning: {warning}")
 
     def _claim_output(self, held: ExitStack) -> None:
         if self._config.resume is None:

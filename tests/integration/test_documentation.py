@@ -20,6 +20,7 @@ from dpo_cache import cli
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.build_config import BuildConfig
 from dpo_cache.stages.train_config import TrainConfig
+from tiny_model import message_pairs, write_rows
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 BLOCKS = [block for page in PAGES.values() for block in blocks_of(page)]
@@ -114,10 +115,13 @@ def test_a_page_can_be_typed_from_top_to_bottom(page: str, tmp_path: Path, demo_
 def demo_folder(
     tmp_path_factory: pytest.TempPathFactory, reference: Path, pairs_file: Path, shared_cache: Path
 ) -> Path:
-    """What a reader has who has built a first cache: my-model, pairs.jsonl, my-cache, and the checkout's scripts."""
+    """What a reader has who has built a first cache: my-model, pairs.jsonl, my-cache, the checkout's scripts, and
+    other pairs in held-out.jsonl.
+    """
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(reference, folder / "my-model")
     shutil.copy(pairs_file, folder / "pairs.jsonl")
+    write_rows(folder / "held-out.jsonl", message_pairs(12, seed=1))
     shutil.copytree(shared_cache, folder / "my-cache")
     (folder / "scripts").symlink_to(ROOT / "scripts")
     return folder

@@ -90,7 +90,11 @@ def test_a_sweep_asked_to_stop_saves_what_is_under_way(workplace: Path, stopped:
     assert (checkpoint / "COMPLETE").exists()
     assert 0 < int(checkpoint.name.removeprefix("step_")) < STEPS
     assert not (workplace / "runs/beta-5").exists()
-    assert "saved after update" in (workplace / "runs/logs/beta-2.log").read_text()
+    log = (workplace / "runs/logs/beta-2.log").read_text()
+    assert "saved after update" in log
+    warning = "warning: 24 of 24 evaluation pairs are also trained on"
+    assert stopped.count(warning) == 1  # by the sweep, once for all points
+    assert warning in log  # and by the run
 
 
 def test_the_same_command_goes_on_and_a_failing_point_does_not_stop_the_others(
