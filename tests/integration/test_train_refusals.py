@@ -167,7 +167,7 @@ def test_other_numerics_than_the_caches(cache: Path, tmp_path: Path, flag: str, 
     ("options", "message"),
     [
         (["--loss", "ipo", "--label-smoothing", "0.1"], "--label-smoothing is not defined for --loss ipo"),
-        (["--gamma-beta-ratio", "0.5"], "--gamma-beta-ratio means nothing to --loss dpo_norm"),
+        (["--gamma-beta-ratio", "0.5"], "--gamma-beta-ratio has no effect without --loss simpo"),
         (["--eval-mixture", "held-out"], "has no mixture 'held-out'"),
         (["--stop-after-steps", "1"], "--stop-after-steps is 1, and the run has 1 updates"),
     ],

@@ -22,7 +22,13 @@ def planned(folder: Path, *, num_ranks: int = 1, **options: Any) -> TrainPlan:
 
 
 def test_a_plan_names_policy_evaluation_memory_and_checkpoints(tmp_path: Path) -> None:
-    options = {"eval_mixture": "held-out", "eval_steps": 2, "global_batch_size": 4, "use_lora": True, "lora_rank": 8}
+    options: dict[str, Any] = {
+        "eval_mixture": "held-out",
+        "eval_steps": 2,
+        "global_batch_size": 4,
+        "use_lora": True,
+        "lora_rank": 8,
+    }
     said = planned(tmp_path, **options, keep_last_n_checkpoints=1, zero_stage=1, keep_best="accuracy").summary()
     assert "made up, the cache's reference; LoRA adapter (rank 8, alpha 16, all-linear), saved as an adapter" in said
     assert "4 pairs of mixture held-out, before the first update, every 2 updates and after the last; the best" in said
