@@ -85,7 +85,7 @@ def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_a_sweep_asked_to_stop_saves_what_is_under_way(workplace: Path, stopped: str) -> None:
-    assert "Stopped: what is finished stays; the same command goes on from there." in stopped
+    assert "Stopped. Finished work is kept; the same command continues from there." in stopped
     (checkpoint,) = (workplace / "runs/beta-2/checkpoints").iterdir()
     assert (checkpoint / "COMPLETE").exists()
     assert 0 < int(checkpoint.name.removeprefix("step_")) < STEPS

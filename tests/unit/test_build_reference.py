@@ -55,7 +55,7 @@ def test_an_adapter_of_the_hub_is_taken_at_its_revision_and_its_commit_recorded(
 
 
 def test_a_revision_without_an_adapter_or_of_a_folder_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(DpoCacheError, match="--adapter-revision is given without --adapter"):
+    with pytest.raises(DpoCacheError, match="--adapter-revision has no effect without --adapter"):
         config_of(model, adapter_revision="v1")
     adapter = write_adapter(tmp_path / "adapter", 1.0)
     with pytest.raises(DpoCacheError, match="the revision v1 has no meaning for the folder"):

@@ -71,7 +71,7 @@ def test_builds_are_of_the_sweeps_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("grid: {betta: [1]}", "grid: betta is no option\n  next: did you mean beta?"),
+        ("grid: {betta: [1]}", "grid: unknown option betta\n  next: did you mean beta?"),
         ("grid: {beta: [2, high]}", "grid: --beta is 'high'\n  expected: a number"),
         ("grid: {seed: [1.5]}", "grid: --seed is 1.5\n  expected: a whole number"),
         ("grid: {use-lora: [1]}", "grid: --use-lora is 1\n  expected: true or false"),
