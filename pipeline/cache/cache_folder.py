@@ -19,6 +19,7 @@ from .durable_file import make_folder_durably, remove_durably, settle_folder, wr
 from .example_key import KEY_BYTES, example_key
 from .folder_lock import building_lock, creation_lock, fetching_lock, maintenance_lock, training_lock
 from .key_index import KeyIndex
+from .message_value import message_value
 from .mixture import MIXTURE_NAME, Mixture, check_name, read_mixture, write_mixture, write_pointer
 from .mixture_rows import MixtureRows
 from .pair_lookup import PairLookup
@@ -107,7 +108,10 @@ class ReferenceCache:
         """
         found = differences(self.identity, identity)
         if found:
-            fields = "; ".join(f"{name}: cached {ours!r}, asked for {theirs!r}" for name, ours, theirs in found)
+            fields = "; ".join(
+                f"{name}: cached {message_value(ours)}, asked for {message_value(theirs)}"
+                for name, ours, theirs in found
+            )
             raise DpoCacheError(
                 f"{self.path} holds the values of another reference ({fields})",
                 next_step="use another --cache folder for this reference, or the model it was built with",
