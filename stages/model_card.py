@@ -1,4 +1,4 @@
-"""The README of a trained model: what it was made from, how, and what came out. No paths of this machine."""
+"""The README of a trained model: what it was trained from, how, and with which results. No paths of this machine."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def model_card(
             "",
             f"# {name}",
             "",
-            f"{public_name(base.name)}, tuned on preferences with DPO from cached reference log-probabilities "
-            "(dpo-cache).",
+            f"{public_name(base.name)}, fine-tuned with DPO on preference pairs, with cached reference "
+            "log-probabilities (dpo-cache).",
             "",
             "## Recipe",
             "",

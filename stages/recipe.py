@@ -16,6 +16,7 @@ from ..pipeline.cache.reference_identity import ReferenceIdentity
 from ..pipeline.training.global_batches import GlobalBatchPlan
 from ..pipeline.training.learning_rate import learning_rate, warmup_steps
 from ..pipeline.training.objective import Objective, beta_warnings
+from .counted_noun import counted
 from .train_config import TrainConfig
 
 
@@ -125,9 +126,9 @@ def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture,
     total_steps = batches.total_steps(num_epochs=config.num_train_epochs, max_steps=config.max_steps)
     if config.stop_after_steps is not None and config.stop_after_steps >= total_steps:
         raise DpoCacheError(
-            f"--stop-after-steps is {config.stop_after_steps}, and the run has {total_steps} updates",
+            f"--stop-after-steps is {config.stop_after_steps}, but the run has {counted(total_steps, 'update')}",
             expected="fewer than the run has",
-            next_step="leave --stop-after-steps out to train to the end",
+            next_step="leave out --stop-after-steps to train to the end",
         )
     return Recipe(
         loss=config.resolved_loss(),
@@ -196,21 +197,21 @@ def refuse_other_numerics(config: TrainConfig, identity: ReferenceIdentity) -> N
         if ours not in (None, cached):
             raise DpoCacheError(
                 f"{flag} is {ours}, and the cache was scored with {cached}: policy and reference would differ by "
-                "rounding alone before any update",
+                "rounding before any update",
                 expected=f"{flag} {cached}",
-                next_step=f"leave {flag} out, build a cache with {ours}, or add --allow-numerics-mismatch",
+                next_step=f"leave out {flag}, build a cache with {ours}, or add --allow-numerics-mismatch",
             )
     if config.quantization == identity.quantization:
         return
     if config.quantization:
         found = f"--use-qlora quantizes the policy to {config.quantization}, and the cache was scored with full weights"
-        remedy = f"leave --use-qlora out, build a cache with --quantization {config.quantization}"
+        remedy = f"leave out --use-qlora, build a cache with --quantization {config.quantization}"
     else:
         found = f"the cache was scored with weights quantized to {identity.quantization}, and the policy's are full"
         remedy = "add --use-qlora, build a cache without --quantization"
     raise DpoCacheError(
         f"{found} (quantization: cache {identity.quantization}, policy {config.quantization}): policy and reference "
         "would differ by the quantization before any update",
-        expected="a reference that is quantized as the policy is",
+        expected="a reference with the same quantization as the policy",
         next_step=f"{remedy}, or add --allow-numerics-mismatch",
     )

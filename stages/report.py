@@ -73,7 +73,7 @@ def report(folders: Sequence[Path], page: Path, *, figures_folder: Path | None =
         figures_folder: For one PNG a chart; None for none.
 
     Raises:
-        DpoCacheError: A folder is no run and holds none, matplotlib is missing, or the disk refused.
+        DpoCacheError: A folder is not a run and holds none, matplotlib is missing, or the disk refused.
     """
     if figures_folder is not None:
         require_matplotlib()

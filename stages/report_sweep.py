@@ -43,7 +43,7 @@ def named_folder(path: Path) -> NamedFolder:
     """Find the runs that a folder stands for.
 
     Raises:
-        DpoCacheError: It is no run and holds none.
+        DpoCacheError: It is not a run and holds none.
     """
     if is_run(path):
         return NamedFolder(path=path, runs=[path], states={}, faults={})
@@ -98,7 +98,7 @@ def _absent(folder: NamedFolder) -> list[str]:
 
 
 def _points(path: Path) -> dict[str, dict[str, Any]]:
-    """The points of ``sweep.json`` by name; none where there is no such file or it says something else."""
+    """The points of ``sweep.json`` by name; none if there is no such file or it cannot be read."""
     try:
         points = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return {str(point["name"]): point for point in points}

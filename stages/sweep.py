@@ -1,8 +1,8 @@
 """A sweep: many runs of stage two from one cache.
 
-All that can be known to fail is found out before anything starts. Then what the cache lacks is scored, once; then every
-point is trained by a ``dpo-train`` of its own in a process of its own. Nothing is kept in memory that is not on the
-disk: the same command, whatever ended it, skips what is finished and goes on with what is not.
+Everything that can be checked in advance is checked before anything starts. Then the pairs that the cache lacks are
+scored, once. Then every point is trained by a ``dpo-train`` in a process of its own. All state is on the disk: whatever
+ended a sweep, the same command skips finished points and continues the others.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from .train import SAVING_GRACE_S
 STOPPING_GRACE_S = SAVING_GRACE_S + 60.0
 """A run that is asked to stop gives its own processes this long to save, and then has to end itself."""
 HELD_OUT = "the held-out pairs, at the last evaluation"
-TRAINED_ON = "the training pairs of the last logged updates, before each update (no `eval-mixture` is given)"
+TRAINED_ON = "the training pairs of the last logged updates, before each update (there is no `eval-mixture`)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +83,7 @@ def sweep(grid_file: Path, config: SweepConfig) -> SweepReport | SweepPlan:
 
     Raises:
         DpoCacheError: The grid, a point, the cache or the machine does not allow it; nothing was started. Or the build
-            failed. A point that fails while it trains is no error here: it is in the report.
+            failed. A point that fails while it trains raises nothing: it is in the report.
         KeyboardInterrupt: Asked to stop; what was under way has saved.
     """
     quiet_libraries()
@@ -299,5 +299,5 @@ def _process(run: SweepRun, until: int) -> list[str]:
 
 
 def _to_do(run: SweepRun, until: int) -> str:
-    verb = "goes on" if run.has_begun() else "starts"
+    verb = "resumes" if run.has_begun() else "starts"
     return f"{verb}, to update {until} of {run.recipe.total_steps}"

@@ -1,4 +1,4 @@
-"""What a sweep came to: ``sweep.json``, ``sweep.csv`` and ``sweep.md`` of its folder, and the table on a terminal."""
+"""The results of a sweep: ``sweep.json``, ``sweep.csv`` and ``sweep.md`` in its folder, and the table on a terminal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .counted_noun import counted
 from .output_folder import write_json
 from .sweep_grid import value_text
 from .sweep_run import Score
@@ -185,11 +186,11 @@ class SweepReport:
 
     def _forwards(self) -> str:
         started = sum(row.status != NOT_STARTED for row in self.rows)
-        said = f"Reference forwards: {sum(row.reference_forwards for row in self.rows)} in {started} runs"
+        said = f"Reference forwards: {sum(row.reference_forwards for row in self.rows)} in {counted(started, 'run')}"
         if not self.builds:
             return f"{said}; the cache was complete."
         forwards = sum(build.reference_forwards for build in self.builds)
-        return f"{said}; {forwards} in building the cache, once for all of them."
+        return f"{said}; {forwards} in building the cache, once for all runs."
 
 
 def recorded(output: Path) -> dict[str, Any] | None:

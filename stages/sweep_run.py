@@ -19,7 +19,7 @@ HOW_IT_IS_RUN = {
     *("checkpointing_steps", "keep_last_n_checkpoints", "logging_steps"),
     *("with_tracking", "wandb_project", "wandb_entity", "wandb_tags", "with_tensorboard", "run_name"),
 }
-"""Settings that may change between two starts of a sweep: what comes out of a run does not depend on them. The pairs
+"""Settings that may change between two starts of a sweep: the results of a run do not depend on them. The pairs
 and the reference behind `cache` are compared by their digests."""
 
 
@@ -136,7 +136,7 @@ class SweepRun:
             raise DpoCacheError(
                 f"{self.folder} holds a run with other settings: {'; '.join(different)}",
                 expected="the settings it was begun with",
-                next_step="give the sweep another output, or remove that folder to train the point anew",
+                next_step="give the sweep another output, or remove that folder to train the point again",
             )
 
     def _logged(self) -> list[Line]:

@@ -14,6 +14,7 @@ import torch
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from .child_processes import free_port, is_child, python_command, run_children, threads_for
+from .counted_noun import counted
 from .hub_model import HubTarget, upload_model
 from .library_output import quiet_libraries
 from .local_copy import glance, local_copy
@@ -47,8 +48,8 @@ def train(config: TrainConfig) -> TrainReport | DryRunReport | TrainPlan | None:
         return _plan(config, num_ranks)
     if ranks is not None and config.num_gpus not in (None, ranks.ranks_per_node):
         raise DpoCacheError(
-            f"--num-gpus is {config.num_gpus}, and a launcher started {ranks.ranks_per_node} processes here",
-            next_step="leave --num-gpus out under a launcher",
+            f"--num-gpus is {config.num_gpus}, but a launcher started {counted(ranks.ranks_per_node, 'process')} here",
+            next_step="leave out --num-gpus under a launcher",
         )
     if ranks is not None:
         return _train_rank(config, ranks)

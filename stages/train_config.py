@@ -316,7 +316,7 @@ class TrainConfig:
 
     @property
     def saves_adapter(self) -> bool:
-        """Whether what comes out is an adapter, and not a whole model."""
+        """Whether the result is an adapter, not a whole model."""
         return self.resolved_lora() is not None and not self.merge
 
     def resolved_lora(self) -> dict[str, Any] | None:

@@ -169,7 +169,7 @@ def test_other_numerics_than_the_caches(cache: Path, tmp_path: Path, flag: str, 
         (["--loss", "ipo", "--label-smoothing", "0.1"], "--label-smoothing is not defined for --loss ipo"),
         (["--gamma-beta-ratio", "0.5"], "--gamma-beta-ratio has no effect without --loss simpo"),
         (["--eval-mixture", "held-out"], "has no mixture 'held-out'"),
-        (["--stop-after-steps", "1"], "--stop-after-steps is 1, and the run has 1 updates"),
+        (["--stop-after-steps", "1"], "--stop-after-steps is 1, but the run has 1 update\n"),
     ],
 )
 def test_options_that_would_be_ignored_or_mean_nothing(
