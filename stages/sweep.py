@@ -18,6 +18,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from .build import build
 from .child_processes import Job, python_command, run_jobs
+from .counted_noun import counted
 from .held_out_overlap import overlap_warnings
 from .library_output import quiet_libraries
 from .local_copy import glance
@@ -193,10 +194,13 @@ class Sweep:
                 break
             going_on = better_ones(scores, factor=factor, by=by)
             self._given_up |= scores.keys() - set(going_on)
-            say(f"after {share:.0%} of the updates {len(going_on)} of {len(runs)} go on: {', '.join(going_on)}")
+            say(
+                f"after {share:.0%} of the updates, {len(going_on)} of {counted(len(runs), 'point')} will continue: "
+                f"{', '.join(going_on)}"
+            )
             tied = given_up_on_a_tie(scores, going_on, by=by)
             if tied:
-                say(f"given up with the same {by} as one that goes on: {', '.join(tied)}")
+                say(f"given up with the same {by} as a point that continues: {', '.join(tied)}")
             runs = [run for run in runs if run.name in going_on]
         self._train_to_the_end(runs)
 

@@ -89,7 +89,7 @@ def test_a_node_that_is_lost_leaves_its_units_to_the_other(reference: Path, tmp_
         said = agents[0].says("ended with")
     assert "rank 0 ended with 0" in said, said
     assert "warning: rank 1 was lost" in said
-    assert f"mixture train: {NUM_PAIRS} training pairs" in said
+    assert f"mixture train: {NUM_PAIRS:,} pairs" in said
     assert len(logps_by_key(tmp_path / "cache")) == NUM_PAIRS
 
 
@@ -99,7 +99,7 @@ def test_the_loss_of_the_node_that_hosts_the_store_ends_the_job_and_the_same_com
     with half_done_build(reference, tmp_path) as (agents, build):
         agents[0].kill()
         assert agents[1].process.wait(timeout=60) == 1
-        said = agents[1].says("Finished work is kept")
+        said = agents[1].says("what is finished stays")
     assert "the same command" in said
     assert not list((tmp_path / "cache" / "mixtures").iterdir())
     kept = len(logps_by_key(tmp_path / "cache"))
