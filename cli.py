@@ -13,6 +13,7 @@ import click
 
 from . import __version__
 from .cli_completion import SHELLS, complete_mixture, completion_script
+from .cli_help import GroupedCommand
 from .cli_location import FILE, FOLDER, LOCATION
 from .cli_options import config_options
 from .cli_output import faults_explained, print_report, print_summary, stdout_for_reports
@@ -25,7 +26,7 @@ from .stages.train_config import TrainConfig
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
 cache_argument = click.argument("cache", type=FOLDER, metavar="DIR")
 readable_cache_argument = click.argument("cache", type=LOCATION, metavar="DIR_OR_ADDRESS")
 
@@ -34,22 +35,24 @@ NOT_EXPLAINED = (
     *("cache", "mixture", "replace", "extend", "drop_nonfinite"),
     *("num_workers", "tokens_per_batch", "zero_stage", "dry_run"),
 )
-"""Settings of a build that decide nothing about which rows are reused."""
+"""Settings of a build that do not affect which rows are reused."""
 
 
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__, package_name="dpo-cache")
 def dpo_cache() -> None:
-    """Score preference pairs once with the reference model; train DPO from the cache."""
+    """Score preference pairs once with the reference model, then train from the cache with dpo-train."""
 
 
-@dpo_cache.command("build", context_settings=CONTEXT)
+@dpo_cache.command(
+    "build", cls=GroupedCommand, context_settings=CONTEXT, short_help="Score preference pairs with the reference model."
+)
 @config_options(BuildConfig)
 @json_option
 def build_command(as_json: bool, **values: Any) -> None:
-    """Score preference pairs with the reference and keep the log-probabilities.
+    """Score preference pairs with the reference model and store the log-probabilities.
 
-    Scores only what the cache does not hold yet; stop it whenever you like and run it again to go on.
+    Scores only pairs that the cache does not hold yet. Stop it at any time; the same command continues.
 
     \b
     Example:
@@ -78,11 +81,11 @@ def score_command(plan: Path, store: str, rank_of_node: int) -> None:
         score_units(plan, StoreAddress.parse(store), rank_of_node)
 
 
-@dpo_cache.command("info", context_settings=CONTEXT)
+@dpo_cache.command("info", context_settings=CONTEXT, short_help="Show what a cache holds.")
 @readable_cache_argument
 @json_option
 def info_command(cache: Location, as_json: bool) -> None:
-    """Say what a cache holds: the reference, its mixtures, rows, tokens, bytes, and what was dropped.
+    """Show what a cache holds: its reference, mixtures, rows, tokens and bytes, and which rows were skipped.
 
     \b
     Example:
@@ -94,14 +97,14 @@ def info_command(cache: Location, as_json: bool) -> None:
         print_report(inspect_cache(cache), as_json)
 
 
-@dpo_cache.command("show", context_settings=CONTEXT)
+@dpo_cache.command("show", context_settings=CONTEXT, short_help="Print pairs as text, with the scored tokens coloured.")
 @readable_cache_argument
-@click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="How many pairs.")
-@click.option("--mixture", help="Of which mixture [default: train].", shell_complete=complete_mixture)
-@click.option("--key", metavar="HEX", help="The pair of this key, or of the only key that begins so.")
+@click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="Number of pairs.")
+@click.option("--mixture", help="Mixture to show.  [default: train]", shell_complete=complete_mixture)
+@click.option("--key", metavar="HEX", help="Show the pair with this key, or with the only key that begins with it.")
 @json_option
 def show_command(cache: Location, count: int, mixture: str | None, key: str | None, as_json: bool) -> None:
-    """Print pairs as text, what was scored in colour, with lengths and the reference's log-probabilities.
+    """Print pairs as text with the scored tokens coloured, their lengths and the reference's log-probabilities.
 
     \b
     Example:
@@ -113,15 +116,15 @@ def show_command(cache: Location, count: int, mixture: str | None, key: str | No
         print_report(show(cache, count=count, mixture_name=mixture, key=key), as_json)
 
 
-@dpo_cache.command("verify", context_settings=CONTEXT)
+@dpo_cache.command("verify", context_settings=CONTEXT, short_help="Check every checksum, key, count and value.")
 @readable_cache_argument
 @click.option(
     "--rescore", type=click.IntRange(min=1), metavar="N", help="Also score N random pairs again with the reference."
 )
-@click.option("--model", metavar="PATH_OR_ID", help="For --rescore: the reference [default: where it was].")
-@click.option("--seed", type=int, help="For --rescore: which pairs.  [default: 0]")
+@click.option("--model", metavar="PATH_OR_ID", help="For --rescore: the reference.  [default: where it was]")
+@click.option("--seed", type=int, help="For --rescore: seed of the sample.  [default: 0]")
 @click.option("--trust-remote-code", is_flag=True, help="For --rescore: run Python code that comes with the model.")
-@click.option("--repair", is_flag=True, help="Take away what is wrong; the next build refills just that.")
+@click.option("--repair", is_flag=True, help="Remove damaged files; the next build rescores only what they held.")
 @json_option
 def verify_command(
     cache: Location,
@@ -132,7 +135,7 @@ def verify_command(
     repair: bool,
     as_json: bool,
 ) -> None:
-    """Check every checksum, key, count and value; exit code 1 if anything is wrong.
+    """Check every checksum, key, count and value. Exit code 1 if anything is wrong.
 
     \b
     Example:
@@ -150,12 +153,14 @@ def verify_command(
         sys.exit(1)
 
 
-@dpo_cache.command("explain", context_settings=CONTEXT)
+@dpo_cache.command(
+    "explain", cls=GroupedCommand, context_settings=CONTEXT, short_help="Say which rows a build would reuse, and why."
+)
 @cache_argument
 @config_options(BuildConfig, without=NOT_EXPLAINED)
 @json_option
 def explain_command(cache: Path, as_json: bool, **values: Any) -> None:
-    """Say which rows a build with these options would reuse and, for the others, which fields differ.
+    """Say which rows a build with these options would reuse and, for the others, which settings differ.
 
     \b
     Example:
@@ -169,26 +174,26 @@ def explain_command(cache: Path, as_json: bool, **values: Any) -> None:
         print_report(report, as_json)
 
 
-@dpo_cache.command("push", context_settings=CONTEXT)
+@dpo_cache.command("push", context_settings=CONTEXT, short_help="Upload a cache to the Hugging Face Hub.")
 @cache_argument
 @click.argument("repository", metavar="ORG/NAME")
-@click.option("--revision", default="main", show_default=True, help="Branch; made where it is missing.")
+@click.option("--revision", default="main", show_default=True, help="Branch; created if missing.")
 @click.option(
     "--mixture",
     "mixtures",
     multiple=True,
     metavar="NAME",
-    help="Only this one; may be repeated.",
+    help="Push only this mixture. May be repeated.",
     shell_complete=complete_mixture,
 )
-@click.option("--public", is_flag=True, help="Let everybody see it [default: only its owners].")
+@click.option("--public", is_flag=True, help="Make the dataset public.  [default: private]")
 @json_option
 def push_command(
     cache: Path, repository: str, revision: str, mixtures: tuple[str, ...], public: bool, as_json: bool
 ) -> None:
-    """Upload a cache as a dataset of the Hugging Face Hub, with a card that says how to use it.
+    """Upload a cache as a dataset on the Hugging Face Hub, with a card that says how to use it.
 
-    Sends only what a mixture names and what is not there yet; pointers come last, so others never see half a cache.
+    Uploads only files that a mixture names and that are not there yet. Pointers go last, so nobody sees half a cache.
 
     \b
     Example:
@@ -200,19 +205,19 @@ def push_command(
         print_report(push(cache, repository, revision=revision, public=public, mixture_names=mixtures), as_json)
 
 
-@dpo_cache.command("pull", context_settings=CONTEXT)
+@dpo_cache.command("pull", context_settings=CONTEXT, short_help="Download a shared cache and check it.")
 @click.argument("source", metavar="ORG/NAME")
 @click.argument("folder", type=FOLDER, metavar="DIR")
-@click.option("--revision", help="Branch, tag or commit [default: main].")
-@click.option("--mixture", "mixtures", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
-@click.option("--replace", is_flag=True, help="Let the mixtures there take the place of others of the same name.")
+@click.option("--revision", help="Branch, tag or commit.  [default: main]")
+@click.option("--mixture", "mixtures", multiple=True, metavar="NAME", help="Pull only this mixture. May be repeated.")
+@click.option("--replace", is_flag=True, help="Replace other mixtures of the same name in DIR.")
 @json_option
 def pull_command(
     source: str, folder: Path, revision: str | None, mixtures: tuple[str, ...], replace: bool, as_json: bool
 ) -> None:
-    """Copy a shared cache: a dataset on the Hugging Face Hub, or any address (s3://…, gs://…, https://…).
+    """Download a shared cache: a dataset on the Hugging Face Hub, or any address (s3://…, gs://…, https://…).
 
-    Every digest is checked before the copy can be used. Stop it whenever you like; the same command goes on from there.
+    Every digest is checked before the copy can be used. Stop it at any time; the same command continues.
 
     \b
     Example:
@@ -224,14 +229,14 @@ def pull_command(
         print_report(pull(source, folder, revision=revision, mixture_names=mixtures, replace=replace), as_json)
 
 
-@dpo_cache.command("merge", context_settings=CONTEXT)
+@dpo_cache.command("merge", context_settings=CONTEXT, short_help="Unite caches of one reference.")
 @click.argument("sources", nargs=-1, required=True, type=FOLDER, metavar="SRC …")
-@click.option("--cache", type=FOLDER, required=True, help="The cache that takes them all in.")
+@click.option("--cache", type=FOLDER, required=True, help="The cache to merge into.")
 @json_option
 def merge_command(sources: tuple[Path, ...], cache: Path, as_json: bool) -> None:
-    """Unite caches of one reference; mixtures of one name become one.
+    """Unite caches of one reference. Mixtures of the same name become one.
 
-    Where nodes share no file system, each builds its part of the data into a folder of its own.
+    Use it where nodes share no file system and each built its part of the data into its own folder.
 
     \b
     Example:
@@ -243,13 +248,15 @@ def merge_command(sources: tuple[Path, ...], cache: Path, as_json: bool) -> None
         print_report(merge(sources, cache), as_json)
 
 
-@dpo_cache.command("export", context_settings=CONTEXT)
+@dpo_cache.command("export", context_settings=CONTEXT, short_help="Write a mixture for TRL's DPOTrainer.")
 @cache_argument
 @click.argument("output", type=FOLDER, metavar="OUT")
-@click.option("--mixture", default="train", show_default=True, help="Which mixture.", shell_complete=complete_mixture)
+@click.option(
+    "--mixture", default="train", show_default=True, help="Mixture to write.", shell_complete=complete_mixture
+)
 @json_option
 def export_command(cache: Path, output: Path, mixture: str, as_json: bool) -> None:
-    """Write a mixture as a Parquet file with the columns that TRL's DPOTrainer trains on.
+    """Write a mixture as a Parquet file with the columns that TRL's DPOTrainer reads.
 
     \b
     Example:
@@ -261,15 +268,17 @@ def export_command(cache: Path, output: Path, mixture: str, as_json: bool) -> No
         print_report(export(cache, output, mixture_name=mixture), as_json)
 
 
-@dpo_cache.command("import", context_settings=CONTEXT)
+@dpo_cache.command(
+    "import", cls=GroupedCommand, context_settings=CONTEXT, short_help="Take over values from TRL or open-instruct."
+)
 @click.argument("source", type=click.Path(path_type=Path), metavar="SOURCE")
 @config_options(ImportConfig, without=NOT_IMPORTED)
 @json_option
 def import_command(source: Path, as_json: bool, **values: Any) -> None:
-    """Take over reference values that TRL or open-instruct computed; nothing is scored but a sample.
+    """Take over reference values that TRL or open-instruct computed. Only a sample is scored again.
 
-    SOURCE is a .parquet or .arrow file or a saved dataset with TRL's columns, or a .pt file of open-instruct. The
-    datasets and options are those of the run that wrote it.
+    SOURCE is a .parquet or .arrow file or a saved dataset with TRL's columns, or a .pt file from open-instruct. Give
+    the datasets and options of the run that wrote it.
 
     \b
     Example:
@@ -284,15 +293,15 @@ def import_command(source: Path, as_json: bool, **values: Any) -> None:
         print_report(report, as_json)
 
 
-@dpo_cache.command("gc", context_settings=CONTEXT)
+@dpo_cache.command("gc", context_settings=CONTEXT, short_help="Remove files that no mixture uses.")
 @cache_argument
 @click.option("--yes", is_flag=True, help="Remove without asking.")
 @click.option(
-    "--min-age-days", type=click.FloatRange(min=0), default=7.0, show_default=True, help="Spare what is younger."
+    "--min-age-days", type=click.FloatRange(min=0), default=7.0, show_default=True, help="Keep younger files."
 )
 @json_option
 def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> None:
-    """Remove shards and tables that no mixture names, and what killed builds left behind.
+    """Remove shards and tables that no mixture names, and leftovers of killed builds.
 
     \b
     Example:
@@ -306,16 +315,16 @@ def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> No
             try:
                 return yes or click.confirm("Remove them?", err=True)
             except (click.Abort, RuntimeError) as silence:  # no terminal, or none any more
-                raise DpoCacheError("nobody said whether to remove them", next_step="add --yes") from silence
+                raise DpoCacheError("removal was not confirmed", next_step="add --yes") from silence
 
         print_report(collect_garbage(cache, min_age_days=min_age_days, agree=agree), as_json)
 
 
-@dpo_cache.command("compact", context_settings=CONTEXT)
+@dpo_cache.command("compact", context_settings=CONTEXT, short_help="Drop duplicate rows.")
 @cache_argument
 @json_option
 def compact_command(cache: Path, as_json: bool) -> None:
-    """Drop rows that stand in several shards, and join small shards; refused while something builds or trains.
+    """Drop rows that are stored in several shards, and join small shards. Refused while something builds or trains.
 
     \b
     Example:
@@ -327,12 +336,12 @@ def compact_command(cache: Path, as_json: bool) -> None:
         print_report(compact(cache), as_json)
 
 
-@dpo_cache.command("doctor", context_settings=CONTEXT)
+@dpo_cache.command("doctor", context_settings=CONTEXT, short_help="Check this machine and the installation.")
 @json_option
 def doctor_command(as_json: bool) -> None:
-    """Look over this machine: versions, GPUs, kernels, disks, logins, and what to do about each problem.
+    """Check this machine: versions, GPUs, kernels, disks and logins, and what to do about each problem.
 
-    Exit code 1 only where something keeps `dpo-cache build` or `dpo-train` from running.
+    Exit code 1 only if something keeps `dpo-cache build` or `dpo-train` from running.
 
     \b
     Example:
@@ -348,13 +357,13 @@ def doctor_command(as_json: bool) -> None:
         sys.exit(1)
 
 
-@dpo_cache.command("completion", context_settings=CONTEXT)
+@dpo_cache.command("completion", context_settings=CONTEXT, short_help="Print a shell's completion script.")
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion_command(shell: str) -> None:
-    """Print what makes a shell complete the commands of this package, their options and their values.
+    """Print the code that makes a shell complete the commands of this package, their options and values.
 
     \b
-    Example, once in ~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish:
+    Example, one line in ~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish:
       eval "$(dpo-cache completion bash)"
       eval "$(dpo-cache completion zsh)"
       dpo-cache completion fish | source
@@ -362,18 +371,18 @@ def completion_command(shell: str) -> None:
     click.echo(completion_script(shell))
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=GroupedCommand, context_settings=CONTEXT)
 @click.version_option(__version__, package_name="dpo-cache")
 @config_options(TrainConfig)
 @json_option
 def dpo_train(as_json: bool, **values: Any) -> None:
-    """Train a policy with DPO from a cache; the reference model is never loaded.
+    """Train a policy with DPO from a cache. The reference model is never loaded.
 
     \b
     Example:
       dpo-train --cache tulu3-cache --output runs/beta-5 --beta 5 --global-batch-size 128
     """
-    with faults_explained(to_go_on="--resume goes on from the last checkpoint"), stdout_for_reports():
+    with faults_explained(to_go_on="--resume continues from the last checkpoint"), stdout_for_reports():
         config = TrainConfig(**values)
         from .stages.train import train
 
@@ -382,15 +391,15 @@ def dpo_train(as_json: bool, **values: Any) -> None:
         print_summary(report.summary(), report.to_json() if as_json else None)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=GroupedCommand, context_settings=CONTEXT)
 @click.version_option(__version__, package_name="dpo-cache")
 @click.argument("grid", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="GRID.yaml")
 @config_options(SweepConfig, from_file=False)
 @json_option
 def dpo_sweep(grid: Path, as_json: bool, **values: Any) -> None:
-    """Train every point of a grid with dpo-train, all from one cache; end with a table of them.
+    """Train every point of a grid with dpo-train, all from one cache, and print a table of the results.
 
-    Run it again to go on: what is finished is skipped, what was interrupted resumes. Exit code 1 if a point failed.
+    The same command continues: finished points are skipped, interrupted ones resume. Exit code 1 if a point failed.
 
     \b
     Example:
@@ -416,19 +425,19 @@ def dpo_sweep(grid: Path, as_json: bool, **values: Any) -> None:
     type=FILE,
     default=Path("report.html"),
     show_default=True,
-    help="The page; one of this name is replaced.",
+    help="The HTML file to write; an existing one is replaced.",
 )
 @click.option(
     *("--png", "figures_folder"),
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Also draw each chart as a PNG there; needs matplotlib.",
+    help="Also write each chart as a PNG into this folder. Needs matplotlib.",
 )
 @json_option
 def dpo_report(runs: tuple[Path, ...], page: Path, figures_folder: Path | None, as_json: bool) -> None:
-    """Put runs, or the runs of a sweep, on one page that opens in a browser without a network.
+    """Put runs, or the runs of a sweep, on one HTML page that needs no network.
 
-    A run may be finished, going on or killed. What its cache held is shown where the cache is still there.
+    A run may be finished, running or killed. The cache's contents are shown if the cache can still be read.
 
     \b
     Example:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from .cli_completion import complete_mixture
+from .cli_help import GroupedOption
 from .cli_location import FOLDER, LOCATION
 from .errors import DpoCacheError
 from .stages.setting import Setting, settings_of, values_from_file
@@ -37,7 +38,7 @@ def config_options(
             is_eager=True,
             expose_value=False,
             callback=functools.partial(_read_config_file, config_class, frozenset(without)),
-            help="YAML file with these options as keys; flags override it.",
+            help="YAML file with these options as keys. Flags override it; --no-NAME turns a switch off again.",
         )(command)
 
     return decorate
@@ -45,11 +46,12 @@ def config_options(
 
 def _option_of(declared: Setting) -> Callable[[Command], Command]:
     description = declared.description
+    shown: dict[str, Any] = {"cls": GroupedOption, "group": description.group, "default_text": description.default_text}
     required = declared.default is MISSING
     if declared.value_type is bool:
         # Both forms, so that the command line can overrule the file either way.
         flags = f"{declared.flag}/--no-{declared.flag.removeprefix('--')}"
-        return click.option(flags, declared.name, default=declared.default, help=description.help)
+        return click.option(flags, declared.name, default=declared.default, help=description.help, **shown)
     attributes: dict[str, Any] = {}
     if description.flag_value is not None:
         attributes = {"is_flag": False, "flag_value": description.flag_value}
@@ -63,6 +65,7 @@ def _option_of(declared: Setting) -> Callable[[Command], Command]:
         help=description.help,
         metavar=description.metavar,
         shell_complete=complete_mixture if declared.name in MIXTURES else None,
+        **shown,
         **attributes,
     )
 
@@ -82,7 +85,7 @@ def _read_config_file(
     _parameter: click.Parameter,
     path: Path | None,
 ) -> None:
-    """Make the file's values the defaults of this command; a key that no option has is an error."""
+    """Make the file's values the defaults of this command; an unknown key is an error."""
     if path is None:
         return
     import yaml
@@ -99,5 +102,5 @@ def _read_config_file(
         raise click.BadParameter(f"{path}: {fault}") from fault
     strange = sorted(given.keys() & without)
     if strange:
-        raise click.BadParameter(f"{path}: {strange[0]} is no option of this command")
+        raise click.BadParameter(f"{path}: unknown option {strange[0]}")
     context.default_map = given

@@ -22,7 +22,7 @@ REFUSED_BY_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
 }
-"""What no code can mend: a full disk, a missing permission, a name that is too long. The message names the file."""
+"""What no code can fix: a full disk, a missing permission, a name that is too long. The message names the file."""
 
 
 class Report(Protocol):
@@ -34,9 +34,9 @@ class Report(Protocol):
 
 
 @contextlib.contextmanager
-def faults_explained(*, to_go_on: str = "the same command goes on from there") -> Iterator[None]:
-    """A fault the user can mend ends in its message and exit code 1, without a traceback; with ``--json`` in an object
-    ``error`` on stdout too.
+def faults_explained(*, to_go_on: str = "the same command continues from there") -> Iterator[None]:
+    """Turn a fault that the user can fix into its message and exit code 1, without a traceback; with ``--json`` also
+    into an object ``error`` on stdout.
     """
     try:
         with _sigterm_as_ctrl_c():
@@ -50,13 +50,13 @@ def faults_explained(*, to_go_on: str = "the same command goes on from there") -
         _tell(f"Error: {refused}", {"found": str(refused)})
         sys.exit(1)
     except KeyboardInterrupt:
-        _tell(f"Stopped: what is finished stays; {to_go_on}.", {"found": "stopped", "next_step": to_go_on})
+        _tell(f"Stopped. Finished work is kept; {to_go_on}.", {"found": "stopped", "next_step": to_go_on})
         sys.exit(1)
 
 
 @contextlib.contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """A scheduler's request to stop ends a command as Ctrl-C does, with its temporary files taken away."""
+    """A scheduler's request to stop ends a command as Ctrl-C does, so that its temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -78,7 +78,7 @@ def print_report(report: Report, as_json: bool) -> None:
 
 
 def print_summary(summary: str, as_json: Mapping[str, Any] | None) -> None:
-    """The closing lines of a command that was asked for work, not words: to stderr; stdout has the object, if any."""
+    """The closing lines of a command that does work: to stderr; stdout is left to the JSON object, if any."""
     click.echo(summary, err=True)
     if as_json is not None:
         click.echo(json.dumps(as_json, indent=2))

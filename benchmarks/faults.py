@@ -50,8 +50,8 @@ from power_loss import (  # noqa: E402
 
 TITLES = ("fault", "tries", "something lost", "damage not noticed", "")
 MUTANT_TITLES = ("what is left out", "states looked at, at most 100", "with something lost")
-MUTANTS = """And the same replay of power cuts over the recorded operations of code that forgets something. It must find
-something lost, or it would find nothing in ours either."""
+MUTANTS = """The same replay of power cuts was applied to code from which one safeguard was removed. It has to find
+losses there; otherwise finding none above would mean nothing."""
 
 
 @click.command()
@@ -116,7 +116,7 @@ def main(
         mutants = list(mutant_rows(Path(scratch) / "mutants"))
     keep_page(
         output,
-        "# What faults did to a cache",
+        "# Faults injected into a cache",
         markdown_table(TITLES, [row_of(trials) for trials in all_trials]),
         MUTANTS,
         markdown_table(MUTANT_TITLES, mutants),

@@ -39,11 +39,11 @@ train() {
 say "2/5  Score the pairs once with the reference"
 build build-first train
 build build-held-out held-out
-say "3/5  Train with beta 2: no reference model in sight"
+say "3/5  Train with beta 2: no reference model is loaded"
 train beta-2 2
 say "4/5  Again with beta 10: the cache is complete, nothing is scored"
 build build-second train
 train beta-10 10
-say "5/5  What happened"
+say "5/5  Results"
 "$bin/dpo-report" "$out/beta-2" "$out/beta-10" -o "$out/report.html"
 "$bin/python" scripts/demo/table.py "$out"

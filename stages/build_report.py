@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .counted_noun import counted
 from .next_command import training_commands
 
 
@@ -16,7 +17,7 @@ class BuildReport:
     Attributes:
         cache: The cache folder.
         mixture: The mixture's name.
-        dry_run: Whether it only said what it would do.
+        dry_run: Whether it only reported what it would do.
         training_pairs: Pairs of the mixture, repeats included.
         already_there: Of this build's rows, those that the mixture had before ``--extend``.
         distinct_pairs: Distinct pairs among this build's rows.
@@ -25,12 +26,12 @@ class BuildReport:
         reference_forwards: Forward passes of the reference.
         tokens: Tokens that went through it, a shared prompt counted once.
         seconds: Wall time of the build.
-        scoring_seconds: Wall time of the scoring processes.
-        forward_seconds: What forward passes took, of all scoring processes together.
-        forward_share: Share of the scoring processes' time that forward passes took, from first batch to last.
-        dropped: Rows that make no pair, by reason.
+        scoring_seconds: Wall time of the scoring processes, their start and loading the model included.
+        forward_seconds: Time in forward passes, summed over the scoring processes.
+        forward_share: The same as a share of the time between a process's first batch and its last.
+        dropped: Skipped rows, by reason.
         truncated: Rows with a side longer than the limit, by side.
-        warnings: What did not stop the build.
+        warnings: Faults that did not stop the build.
     """
 
     cache: Path
@@ -60,22 +61,25 @@ class BuildReport:
         lines = [f"warning: {warning}" for warning in self.warnings]
         if self.dropped:
             dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-            lines.append(f"rows that are not used: {dropped}")
+            lines.append(f"skipped rows: {dropped}")
         if self.already_there:
-            lines.append(f"{self.already_there} rows were in mixture {self.mixture} already")
+            lines.append(f"{counted(self.already_there, 'row')} already in mixture {self.mixture}")
         if self.dry_run:
             lines.append(
-                f"would score {self.pairs_scored} pairs and reuse {self.pairs_reused}; nothing was loaded or written"
+                f"would score {counted(self.pairs_scored, 'pair')} and reuse {self.pairs_reused:,}; "
+                "nothing was loaded or written"
             )
             return "\n".join(lines)
         if self.pairs_scored:
-            rate = self.tokens / self.scoring_seconds if self.scoring_seconds else 0.0
             lines.append(
-                f"scored {self.pairs_scored} pairs in {self.reference_forwards} forward passes "
-                f"({rate:,.0f} tokens/s, {self.forward_share:.0%} of the time in them), reused {self.pairs_reused}"
+                f"scored {counted(self.pairs_scored, 'pair')} ({counted(self.tokens, 'token')}) in "
+                f"{counted(self.reference_forwards, 'forward pass')}, {self.scoring_seconds:.1f} s with start-up; "
+                f"reused {counted(self.pairs_reused, 'pair')}"
             )
         else:
-            lines.append(f"nothing to score: all {self.pairs_reused} pairs are in the cache; no weights were loaded")
-        lines.append(f"mixture {self.mixture}: {self.training_pairs} training pairs ({self.seconds:.0f} s)")
+            lines.append(f"nothing to score: all {self.pairs_reused:,} pairs are in the cache; no weights were loaded")
+        lines.append(
+            f"mixture {self.mixture}: {counted(self.training_pairs, 'pair')}; the build took {self.seconds:.1f} s"
+        )
         lines.append(training_commands(self.cache, [self.mixture]))
         return "\n".join(lines)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from .build_config import BuildConfig
 from .setting import setting
 
 NOT_IMPORTED = ("drop_nonfinite", "token_logps", "num_workers", "tokens_per_batch", "zero_stage", "dry_run")
-"""Settings of a build that only scoring has a use for."""
+"""Settings of a build that only scoring uses."""
+
+for_import = partial(setting, group="Imported values")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportConfig(BuildConfig):
-    """Which reference gave the values, for which pairs, into which cache."""
+    """Which reference the values are from, for which pairs, into which cache."""
 
-    values: str = setting(
+    values: str = for_import(
         "sums",
-        help="What the source holds for each answer: sums over its tokens, or averages per token (open-instruct's "
-        "cache for dpo_norm).",
+        help="What the source holds for each answer: the sum over its tokens, or the average per token (as "
+        "open-instruct's cache for dpo_norm does).",
         choices=("sums", "averages"),
     )
-    rescore: int = setting(
-        16, help="Score this many of the pairs with the reference and refuse values that differ; 0: none.", minimum=0
+    rescore: int = for_import(
+        16, help="Score a sample of N pairs with the reference and refuse values that differ; 0 for none.", minimum=0
     )

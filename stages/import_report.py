@@ -42,7 +42,7 @@ class ImportReport:
         lines = []
         if self.dropped:
             dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-            lines.append(f"rows that are not used: {dropped}")
+            lines.append(f"skipped rows: {dropped}")
         lines.append(
             f"imported {self.pairs_imported:,} pairs from {self.source['name']} ({self.source['from']}); "
             f"{self.pairs_reused:,} were in the cache"

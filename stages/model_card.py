@@ -1,4 +1,4 @@
-"""The README of a trained model: what it was made from, how, and what came out. No paths of this machine."""
+"""The README of a trained model: what it was trained from, how, and with which results. No paths of this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .model_folder import ModelFolder
 from .recipe import Recipe
 from .train_config import TrainConfig
 
-NOT_RECIPE = {"mixture_digest", "reference_id", "learning_rate_at_step"}
+NOT_RECIPE = {"mixture_digest", "reference_id", "learning_rate_at_update"}
 
 
 def model_card(
@@ -43,7 +43,6 @@ def model_card(
         header.append(f"base_model: {base.name}")
     header += ["tags:", "- dpo", "- dpo-cache"]
     numbers = {key: value for key, value in recipe.to_json().items() if key not in NOT_RECIPE}
-    numbers |= {"lora": config.resolved_lora(), "zero_stage": config.zero_stage, "weight_decay": config.weight_decay}
     identity = cache.identity
     return "\n".join(
         [
@@ -53,8 +52,8 @@ def model_card(
             "",
             f"# {name}",
             "",
-            f"{public_name(base.name)}, tuned on preferences with DPO from cached reference log-probabilities "
-            "(dpo-cache).",
+            f"{public_name(base.name)}, fine-tuned with DPO on preference pairs, with cached reference "
+            "log-probabilities (dpo-cache).",
             "",
             "## Recipe",
             "",

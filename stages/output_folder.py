@@ -34,8 +34,8 @@ def refuse_overwriting(output: Path) -> None:
                 pass
         raise DpoCacheError(
             f"--output {output} is not empty: it holds {', '.join(held[:5])}",
-            expected="an empty folder, one that does not exist yet, or a run to go on with",
-            next_step="add --resume to go on with that run, or give another --output",
+            expected="an empty folder, one that does not exist yet, or a run to resume",
+            next_step="add --resume to continue that run, or give another --output",
         )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.message_value import message_value
 from ..pipeline.cache.reference_identity import ReferenceIdentity, differences, identify_reference
 from ..pipeline.scoring.model_loading import load_causal_lm
 from ..pipeline.scoring.pair_scorer import SCORING_VERSION
@@ -104,7 +105,9 @@ def check_policy(config: TrainConfig, reference: ReferenceIdentity, model: Model
     )
     found = differences(reference, identity)
     if found and not config.allow_other_policy:
-        fields = "; ".join(f"{name}: cache {_short(ours)}, policy {_short(theirs)}" for name, ours, theirs in found)
+        fields = "; ".join(
+            f"{name}: cache {message_value(ours)}, policy {message_value(theirs)}" for name, ours, theirs in found
+        )
         raise DpoCacheError(
             f"the policy {model.name} is not the reference of this cache ({fields})",
             expected="a policy that starts from the reference, as DPO is defined",
@@ -160,8 +163,3 @@ def load_policy(
     gather_expert_blocks_whole(policy)
     module: nn.Module = policy
     return module
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text[:17] + "…" if len(text) > 40 else text

@@ -16,6 +16,7 @@ from ..pipeline.cache.reference_identity import ReferenceIdentity
 from ..pipeline.training.global_batches import GlobalBatchPlan
 from ..pipeline.training.learning_rate import learning_rate, warmup_steps
 from ..pipeline.training.objective import Objective, beta_warnings
+from .counted_noun import counted
 from .train_config import TrainConfig
 
 TRAINED_DTYPES = ("float32", "bfloat16")
@@ -37,7 +38,12 @@ class Recipe:
         warmup_steps: Updates over which the learning rate rises.
         peak_learning_rate: The rate after warm-up.
         schedule: Shape of the rate after warm-up.
+        weight_decay, adam_beta1, adam_beta2, adam_epsilon: AdamW's.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
         tokens_per_microbatch: Token budget of one forward and backward pass.
+        zero_stage: What DeepSpeed partitions over the ranks.
+        lora: The adapter's numbers; None where all weights are trained.
+        load_balancing_weight: Weight of a mixture of experts' auxiliary loss; None without.
         mixture_digest: The training set.
         reference_id: The cache's reference.
         seed: Decides the order.
@@ -54,7 +60,15 @@ class Recipe:
     warmup_steps: int
     peak_learning_rate: float
     schedule: str
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    max_grad_norm: float
     tokens_per_microbatch: int
+    zero_stage: int
+    lora: dict[str, Any] | None
+    load_balancing_weight: float | None
     mixture_digest: str
     reference_id: str
     seed: int
@@ -69,11 +83,10 @@ class Recipe:
             total_steps=self.total_steps,
         )
 
-    def must_stay(self, config: TrainConfig, policy_sha256: str) -> dict[str, Any]:
+    def must_stay(self, policy_sha256: str) -> dict[str, Any]:
         """What has to be the same for a run to go on exactly; the number of ranks may change.
 
         Args:
-            config: The settings.
             policy_sha256: Of the weights that the policy started from.
         """
         return {
@@ -88,32 +101,24 @@ class Recipe:
             "warmup_steps": self.warmup_steps,
             "learning_rate": self.peak_learning_rate,
             "lr_scheduler_type": self.schedule,
-            "weight_decay": config.weight_decay,
-            "max_grad_norm": config.max_grad_norm,
+            "weight_decay": self.weight_decay,
+            "adam_beta1": self.adam_beta1,
+            "adam_beta2": self.adam_beta2,
+            "adam_epsilon": self.adam_epsilon,
+            "max_grad_norm": self.max_grad_norm,
             "seed": self.seed,
-            "lora": config.resolved_lora(),
-            "load_balancing_weight": config.resolved_load_balancing_weight(),
+            "lora": self.lora,
+            "load_balancing_weight": self.load_balancing_weight,
         }
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it, with the learning rate at the steps people look at."""
-        moments = {0, 1, self.warmup_steps, self.total_steps - 1}
-        rates = {str(step): self.learning_rate(step) for step in sorted(moments) if 0 <= step < self.total_steps}
-        return {**asdict(self), "learning_rate_at_step": rates}
+    def rates(self) -> dict[int, float]:
+        """The learning rate of the updates people look at, counted from 1 as in the metrics."""
+        updates = {1, 2, self.warmup_steps + 1, self.total_steps}
+        return {update: self.learning_rate(update - 1) for update in sorted(updates) if update <= self.total_steps}
 
-    def summary(self) -> str:
-        """What ``--plan`` prints."""
-        rates = ", ".join(f"{step}: {rate:.3g}" for step, rate in self.to_json()["learning_rate_at_step"].items())
-        return "\n".join(
-            [
-                f"{self.num_pairs} pairs, {self.global_batch_size} in an update on {self.num_ranks} ranks: "
-                f"{self.steps_per_epoch} updates an epoch, {self.total_steps} in all",
-                f"loss {self.loss.summary()}; {self.dtype}, attention {self.attention}",
-                f"learning rate {self.peak_learning_rate:g}, {self.schedule}, {self.warmup_steps} updates of warm-up; "
-                f"at update {rates}",
-                f"at most {self.tokens_per_microbatch} tokens in one forward pass, or one longer pair",
-            ]
-        )
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with :meth:`rates`."""
+        return {**asdict(self), "learning_rate_at_update": {str(update): rate for update, rate in self.rates().items()}}
 
 
 def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture, *, num_ranks: int) -> Recipe:
@@ -129,9 +134,9 @@ def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture,
     total_steps = batches.total_steps(num_epochs=config.num_train_epochs, max_steps=config.max_steps)
     if config.stop_after_steps is not None and config.stop_after_steps >= total_steps:
         raise DpoCacheError(
-            f"--stop-after-steps is {config.stop_after_steps}, and the run has {total_steps} updates",
+            f"--stop-after-steps is {config.stop_after_steps}, but the run has {counted(total_steps, 'update')}",
             expected="fewer than the run has",
-            next_step="leave --stop-after-steps out to train to the end",
+            next_step="leave out --stop-after-steps to train to the end",
         )
     dtype = config.dtype or identity.compute_dtype
     if dtype not in TRAINED_DTYPES:
@@ -152,7 +157,15 @@ def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture,
         warmup_steps=warmup_steps(config.warmup_ratio, total_steps),
         peak_learning_rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
         tokens_per_microbatch=config.tokens_per_microbatch or int(mixture.shared_prefix_lengths().max()),
+        zero_stage=config.zero_stage,
+        lora=config.resolved_lora(),
+        load_balancing_weight=config.resolved_load_balancing_weight(),
         mixture_digest=mixture.digest,
         reference_id=cache.reference_id,
         seed=config.seed,
@@ -176,7 +189,12 @@ def global_batches(mixture: Mixture, global_batch_size: int, seed: int) -> Globa
 
 def warnings_of(recipe: Recipe) -> list[str]:
     """What looks wrong about the numbers without being impossible."""
-    return beta_warnings(recipe.loss)
+    warnings = beta_warnings(recipe.loss)
+    if recipe.zero_stage == 0 and recipe.dtype == "bfloat16":
+        warnings.append(
+            "at --zero-stage 0 DeepSpeed accumulates bfloat16 gradients in bfloat16; from stage 1 on it uses float32"
+        )
+    return warnings
 
 
 def refuse_other_numerics(config: TrainConfig, identity: ReferenceIdentity) -> None:
@@ -194,21 +212,21 @@ def refuse_other_numerics(config: TrainConfig, identity: ReferenceIdentity) -> N
         if ours not in (None, cached):
             raise DpoCacheError(
                 f"{flag} is {ours}, and the cache was scored with {cached}: policy and reference would differ by "
-                "rounding alone before any update",
+                "rounding before any update",
                 expected=f"{flag} {cached}",
-                next_step=f"leave {flag} out, build a cache with {ours}, or add --allow-numerics-mismatch",
+                next_step=f"leave out {flag}, build a cache with {ours}, or add --allow-numerics-mismatch",
             )
     if config.quantization == identity.quantization:
         return
     if config.quantization:
         found = f"--use-qlora quantizes the policy to {config.quantization}, and the cache was scored with full weights"
-        remedy = f"leave --use-qlora out, build a cache with --quantization {config.quantization}"
+        remedy = f"leave out --use-qlora, build a cache with --quantization {config.quantization}"
     else:
         found = f"the cache was scored with weights quantized to {identity.quantization}, and the policy's are full"
         remedy = "add --use-qlora, build a cache without --quantization"
     raise DpoCacheError(
         f"{found} (quantization: cache {identity.quantization}, policy {config.quantization}): policy and reference "
         "would differ by the quantization before any update",
-        expected="a reference that is quantized as the policy is",
+        expected="a reference with the same quantization as the policy",
         next_step=f"{remedy}, or add --allow-numerics-mismatch",
     )

@@ -16,7 +16,8 @@ from ..pipeline.report.page import page_html
 from ..pipeline.report.page_content import ChartCurves, Curve, PageContent, PairGroup, RunTable
 from ..pipeline.report.run_record import RunRecord, read_run
 from ..pipeline.report.run_series import CHARTS, MAX_POINTS, series_of
-from ..pipeline.report.run_table import NumberedRun, proof_statement
+from ..pipeline.report.run_settings import settings_table
+from ..pipeline.report.run_table import NumberedRun, step_zero_row
 from .report_cache import cache_sections
 from .report_pairs import OpenMixtures, held_out_pairs
 from .report_sweep import named_folder, run_tables
@@ -72,7 +73,7 @@ def report(folders: Sequence[Path], page: Path, *, figures_folder: Path | None =
         figures_folder: For one PNG a chart; None for none.
 
     Raises:
-        DpoCacheError: A folder is no run and holds none, matplotlib is missing, or the disk refused.
+        DpoCacheError: A folder is not a run and holds none, matplotlib is missing, or the disk refused.
     """
     if figures_folder is not None:
         require_matplotlib()
@@ -126,7 +127,8 @@ def _content(runs: Sequence[RunRecord], tables: list[RunTable]) -> PageContent:
     return PageContent(
         run_names=[run.name for run in runs],
         tables=tables,
-        proofs=[proof_statement(run) for run in _numbered(runs)],
+        settings=settings_table(runs),
+        step_zero=[step_zero_row(run) for run in _numbered(runs)],
         charts=[chart for chart in charts if chart.curves],
         caches=caches,
         pairs=pairs,
@@ -140,7 +142,7 @@ def _held_out_pairs(runs: Sequence[RunRecord], mixtures: OpenMixtures) -> tuple[
         try:
             group = held_out_pairs(run, mixtures)
         except DpoCacheError as fault:
-            missing.append(f"{run.name}: its held-out pairs cannot be shown: {fault.found}")
+            missing.append(f"{run.name}: held-out pairs cannot be shown: {fault.found}")
         else:
             groups += [group] if group else []
     return groups, missing
@@ -154,13 +156,13 @@ def _notes(runs: Sequence[RunRecord], charts: Sequence[ChartCurves]) -> list[str
             notes.append(f"{run.name}: no update has been logged yet")
         if run.unreadable_lines:
             lines = "1 line" if run.unreadable_lines == 1 else f"{run.unreadable_lines} lines"
-            notes.append(f"{run.name}: {lines} of metrics.jsonl cut short and left out")
+            notes.append(f"{run.name}: {lines} of metrics.jsonl incomplete and left out")
     curves = [curve.series for chart in charts for curve in chart.curves]
     if any(series.lines > len(series.values) for series in curves):
         longest = max(curves, key=lambda series: series.lines)
         notes.append(
             f"curves of up to {longest.lines:,} points are drawn with {len(longest.values):,}: the lowest and the "
-            "highest of each stretch"
+            "highest value of each interval"
         )
     return notes
 

@@ -33,17 +33,21 @@ def cache_sections(runs: Sequence[RunRecord], mixtures: OpenMixtures) -> list[Ca
 def _section(run: RunRecord, mixtures: OpenMixtures) -> CacheSection:
     heading = f"The cache: {run.settings.get('cache')}, mixture {run.settings.get('mixture')}"
     recorded = [
-        ("reference, by its bytes", str(run.resolved.get("reference_id"))),
-        ("training set, by its pairs", str(run.resolved.get("mixture_digest"))),
+        ("reference id", str(run.resolved.get("reference_id"))),
+        ("mixture digest", str(run.resolved.get("mixture_digest"))),
         ("training pairs", str(run.resolved.get("num_pairs"))),
     ]
     try:
         opened = mixtures.open(run, "mixture")
         if opened.mixture.digest != run.resolved.get("mixture_digest"):
-            raise DpoCacheError(f"mixture {opened.mixture.name} holds other pairs by now")
+            raise DpoCacheError(f"mixture {opened.mixture.name} now holds other pairs")
         sample = _sample(opened)
     except DpoCacheError as fault:
-        return CacheSection(heading=heading, facts=recorded, note=f"Only what the run recorded: {fault.found}.")
+        return CacheSection(
+            heading=heading,
+            facts=recorded,
+            note=f"The cache cannot be read, so only what the run recorded is shown: {fault.found}.",
+        )
     return CacheSection(
         heading=heading,
         facts=[*_facts(opened), *recorded[:2]],
@@ -64,10 +68,10 @@ def _facts(opened: OpenMixture) -> list[tuple[str, str]]:
         ("reference", f"{cache.recorded.get('model')}" + (f" @ {commit}" if commit else "")),
         ("weights", cache.identity.weights_sha256),
         ("numerics", f"{cache.identity.precision}, attention {cache.identity.attention}"),
-        ("pairs", f"{mixture.num_pairs:,}, of them {mixture.num_distinct_pairs:,} distinct"),
-        ("tokens", f"{tokens:,}, {tokens / mixture.num_pairs:,.0f} a pair"),
+        ("pairs", f"{mixture.num_pairs:,} ({mixture.num_distinct_pairs:,} distinct)"),
+        ("tokens", f"{tokens:,}, {tokens / mixture.num_pairs:,.0f} per pair"),
         *[(name.replace("_", " "), str(value)) for name, value in settings.items() if value is not None],
-        ("rows that made no pair", ", ".join(f"{count} {why}" for why, count in mixture.dropped.items()) or "none"),
+        ("skipped rows", ", ".join(f"{count} {why}" for why, count in mixture.dropped.items()) or "none"),
         *[("from", f"{source.get('path')}, {source.get('picked_rows', 'all')} rows") for source in mixture.sources],
     ]
 
@@ -95,10 +99,10 @@ class _Sample:
         """What stands under the distributions."""
         sampled = sum(map(len, self.prompt_lengths))
         if sampled == num_pairs:
-            return f"Distributions over all {num_pairs:,} pairs. The outermost bars hold what lies beyond them."
+            return f"Distributions over all {num_pairs:,} pairs. The outermost bars include everything beyond them."
         return (
             f"Distributions over a sample: {sampled:,} of {num_pairs:,} pairs, from {len(self.prompt_lengths)} places "
-            "of the mixture, which is in the order of a hash. The outermost bars hold what lies beyond them."
+            "of the mixture, which is sorted by a hash. The outermost bars include everything beyond them."
         )
 
     def histograms(self) -> tuple[Histogram, ...]:
@@ -118,7 +122,7 @@ class _Sample:
             histogram("Length of the answers", "tokens", {"chosen": chosen, "rejected": rejected}),
             histogram(
                 "Log-probability under the reference",
-                "nats a token",
+                "nats per token",
                 {"chosen": chosen_logps, "rejected": rejected_logps},
             ),
         )
@@ -137,8 +141,8 @@ def _sample(opened: OpenMixture) -> _Sample:
         for row, margin in zip(rows, margins, strict=True):
             outermost.offer(row, margin)
     sample.pairs = outermost.group(
-        "Pairs that the reference itself tells apart most",
-        "By the reference's own margin before any training: nats a token of the chosen answer less those of the "
-        "rejected, among the pairs counted above.",
+        "Pairs by the reference's own margin",
+        "Before any training: the chosen answer's log-probability per token less the rejected answer's, in nats, among "
+        "the pairs counted above.",
     )
     return sample

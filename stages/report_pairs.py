@@ -59,9 +59,9 @@ class OpenMixtures:
         """
         path, name = run.settings.get("cache"), run.settings.get(setting)
         if not isinstance(path, str) or not isinstance(name, str):
-            raise DpoCacheError("config.json does not say which cache it was")
+            raise DpoCacheError("config.json does not name the cache")
         if is_address(path):
-            raise DpoCacheError(f"the cache lies at {path}, and a report fetches nothing")
+            raise DpoCacheError(f"the cache is at {path}, and a report does not fetch caches")
         if (path, name) not in self._opened:
             cache = ReferenceCache.open(Path(path))
             mixture = cache.read_mixture(name)
@@ -72,7 +72,7 @@ class OpenMixtures:
             )
         opened = self._opened[path, name]
         if opened.cache.reference_id != run.resolved.get("reference_id"):
-            raise DpoCacheError(f"the cache in {path} is of another reference by now")
+            raise DpoCacheError(f"the cache in {path} now belongs to another reference")
         return opened
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ def _rows_of(mixture: Mixture, keys: list[str]) -> Any:
     try:
         wanted = keys_array([bytes.fromhex(key) for key in keys])
     except (ValueError, AssertionError) as error:
-        raise DpoCacheError("eval_margins.jsonl holds a key that is none") from error
+        raise DpoCacheError("eval_margins.jsonl holds an invalid key") from error
     rows = np.flatnonzero(np.isin(column, wanted))
     _, first = np.unique(column[rows], return_index=True)
     if len(first) < len(wanted):

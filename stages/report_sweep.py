@@ -43,7 +43,7 @@ def named_folder(path: Path) -> NamedFolder:
     """Find the runs that a folder stands for.
 
     Raises:
-        DpoCacheError: It is no run and holds none.
+        DpoCacheError: It is not a run and holds none.
     """
     if is_run(path):
         return NamedFolder(path=path, runs=[path], states={}, faults={})
@@ -54,7 +54,7 @@ def named_folder(path: Path) -> NamedFolder:
         below = [inner for inner in below if not is_run(inner)]
     if not found:
         raise DpoCacheError(
-            f"{path} is no run and holds none" if path.is_dir() else f"there is no folder {path}",
+            f"{path} is not a run and holds none" if path.is_dir() else f"there is no folder {path}",
             expected="the --output of a dpo-train that has begun, or a folder of such folders",
         )
     points = _points(path / "sweep.json")
@@ -70,10 +70,15 @@ def run_tables(folders: Sequence[NamedFolder], runs: Mapping[Path, NumberedRun])
     """A table for each sweep, and one for all runs that were named one by one."""
     tables = [
         run_table(
-            f"Sweep {folder.path.resolve().name}",
+            f"Sweep in {'/'.join(folder.path.resolve().parts[-2:])}",
             [runs[path] for path in folder.runs],
             best_first=True,
-            note=" ".join(["Finished points by held-out reward accuracy, then margin.", *_absent(folder)]),
+            note=" ".join(
+                [
+                    "Finished points come first, sorted by held-out reward accuracy; equal accuracies are ties.",
+                    *_absent(folder),
+                ]
+            ),
             states=folder.states,
         )
         for folder in folders
@@ -93,7 +98,7 @@ def _absent(folder: NamedFolder) -> list[str]:
 
 
 def _points(path: Path) -> dict[str, dict[str, Any]]:
-    """The points of ``sweep.json`` by name; none where there is no such file or it says something else."""
+    """The points of ``sweep.json`` by name; none if there is no such file or it cannot be read."""
     try:
         points = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return {str(point["name"]): point for point in points}

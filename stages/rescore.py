@@ -110,16 +110,17 @@ class RescoreReport:
 
     def text(self) -> str:
         """For an 80-column terminal."""
+        width = 2 + max(len(spread.way) for spread in self.spreads)
         lines = [
             f"scored {self.pairs} pairs again in {self.dtype}: difference in nats per token",
-            f"{'':34}{'mean':>12}{'max':>12}{'max / bound':>14}",
+            f"{'':{width}}{'mean':>10}{'max':>10}{'max / bound':>13}",
         ]
         for spread in self.spreads:
             lines.append(
-                f"  {spread.way:32}{spread.mean_per_token:12.2e}{spread.max_per_token:12.2e}"
-                f"{spread.max_in_bounds:14.4f}"
+                f"{'  ' + spread.way:{width}}{spread.mean_per_token:10.2e}{spread.max_per_token:10.2e}"
+                f"{spread.max_in_bounds:13.4f}"
             )
-        lines.append(f"  the bound is the one of training's step-0 proof, {self.bound_per_token:g}")
+        lines.append(f"  the bound is that of training's check at step 0, {self.bound_per_token:g}")
         return "\n".join(lines)
 
 

@@ -53,7 +53,7 @@ class RunCheckpoints:
             DpoCacheError: It is not complete, or of a run that differs in what has to stay; or the run is finished and
                 its checkpoints are gone. On all ranks alike.
         """
-        self._must_stay = self._recipe.must_stay(self._config, policy_sha256)
+        self._must_stay = self._recipe.must_stay(policy_sha256)
         if self._config.resume is None:
             return None
         checkpoint = decided_by_first(lambda: self._choose(str(self._config.resume)))

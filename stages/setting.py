@@ -24,30 +24,36 @@ class SettingDescription:
     """What the command line says and checks about one setting.
 
     Attributes:
-        help: One line for ``--help``, with the unit.
+        help: A sentence or two for ``--help``, with the unit.
+        group: The heading it stands under there.
+        default_text: The default in words, where the field's own default (None, as a rule) does not say it.
         choices: The only values accepted, where there is such a list.
         minimum: Smallest value accepted.
         above: The value must be larger than this.
         maximum: Largest value accepted.
+        below: The value must be smaller than this.
         flag_value: What the bare flag means, where the value may be left out (``--resume``).
         metavar: How the value is called in ``--help``.
     """
 
     help: str
+    group: str = "Options"
+    default_text: str | None = None
     choices: tuple[str, ...] | None = None
     minimum: float | None = None
     above: float | None = None
     maximum: float | None = None
+    below: float | None = None
     flag_value: str | None = None
     metavar: str | None = None
 
 
 def setting(default: Any = MISSING, *, help: str, **limits: Any) -> Any:
-    """Declare a dataclass field that is also an option.
+    """Declare a dataclass field that is also an option. ``partial(setting, group=…)`` declares those of one group.
 
     Args:
         default: The default; without one the option is required.
-        help: One line for ``--help``.
+        help: A sentence or two for ``--help``.
         **limits: The other attributes of :class:`SettingDescription`.
     """
     metadata = {"setting": SettingDescription(help=help, **limits)}
@@ -129,7 +135,7 @@ def values_from_file(config_class: type[Any], given: Mapping[Any, Any]) -> dict[
     alike.
 
     Raises:
-        DpoCacheError: A name that is no setting, or a value that is not of the setting's type.
+        DpoCacheError: A name that is not a setting, or a value that is not of the setting's type.
     """
     declared = {one.name: one for one in settings_of(config_class)}
     values: dict[str, Any] = {}
@@ -138,10 +144,10 @@ def values_from_file(config_class: type[Any], given: Mapping[Any, Any]) -> dict[
         if name not in declared:
             near = difflib.get_close_matches(name, declared, n=1)
             raise DpoCacheError(
-                f"{key} is no option", next_step=f"did you mean {near[0].replace('_', '-')}?" if near else None
+                f"unknown option {key}", next_step=f"did you mean {near[0].replace('_', '-')}?" if near else None
             )
         if name in values:
-            raise DpoCacheError(f"{key} is given twice", next_step="leave one of the two spellings out")
+            raise DpoCacheError(f"{key} is given twice", next_step="leave out one of the two spellings")
         values[name] = _value_from_file(declared[name], value)
     return {name: values[name] for name in declared if name in values}
 
@@ -157,7 +163,7 @@ def _value_from_file(declared: Setting, value: Any) -> Any:
 
 
 def _element_from_file(declared: Setting, value: Any) -> Any:
-    """YAML reads ``1e-6`` as text, so text is taken where it spells a number; a number is no text to it either."""
+    """YAML reads ``1e-6`` as text, so text is accepted where it spells a number, and a number where text is wanted."""
     if declared.is_location and isinstance(value, str):
         return location_of(value)
     wanted = declared.value_type
@@ -203,6 +209,8 @@ def _check_value(declared: Setting, value: Any) -> None:
         raise DpoCacheError(f"{declared.flag} is {value}", expected=f"more than {limits.above}")
     if limits.maximum is not None and not value <= limits.maximum:
         raise DpoCacheError(f"{declared.flag} is {value}", expected=f"{limits.maximum} or less")
+    if limits.below is not None and not value < limits.below:
+        raise DpoCacheError(f"{declared.flag} is {value}", expected=f"less than {limits.below}")
 
 
 def _one_of(choices: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """A sweep: many runs of stage two from one cache.
 
-All that can be known to fail is found out before anything starts. Then what the cache lacks is scored, once; then every
-point is trained by a ``dpo-train`` of its own in a process of its own. Nothing is kept in memory that is not on the
-disk: the same command, whatever ended it, skips what is finished and goes on with what is not.
+Everything that can be checked in advance is checked before anything starts. Then the pairs that the cache lacks are
+scored, once. Then every point is trained by a ``dpo-train`` in a process of its own. All state is on the disk: whatever
+ended a sweep, the same command skips finished points and continues the others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from .build import build
 from .child_processes import Job, python_command, run_jobs
+from .counted_noun import counted
+from .held_out_overlap import overlap_warnings
 from .library_output import quiet_libraries
 from .local_copy import glance
 from .output_folder import output_lock
@@ -25,7 +27,16 @@ from .recipe import resolve_recipe, warnings_of
 from .setting import command_line_of
 from .sweep_config import SweepConfig
 from .sweep_grid import SweepGrid, SweepPoint, read_grid
-from .sweep_halving import better_ones, in_one_unit, refuse_points_without_margin, rung_shares, rung_steps
+from .sweep_halving import (
+    better_ones,
+    default_figure,
+    given_up_on_a_tie,
+    margins_compare,
+    refuse_points_without_margin,
+    rung_shares,
+    rung_steps,
+    separations_compare,
+)
 from .sweep_places import places_for, visible_gpus
 from .sweep_report import (
     FAILED,
@@ -39,14 +50,14 @@ from .sweep_report import (
     options_text,
     recorded,
 )
-from .sweep_run import SweepRun
+from .sweep_run import Score, SweepRun
 from .terminal import say
 from .train import SAVING_GRACE_S
 
 STOPPING_GRACE_S = SAVING_GRACE_S + 60.0
 """A run that is asked to stop gives its own processes this long to save, and then has to end itself."""
 HELD_OUT = "the held-out pairs, at the last evaluation"
-TRAINED_ON = "the training pairs of the last logged updates, before each update (no `eval-mixture` is given)"
+TRAINED_ON = "the training pairs of the last logged updates, before each update (there is no `eval-mixture`)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +84,7 @@ def sweep(grid_file: Path, config: SweepConfig) -> SweepReport | SweepPlan:
 
     Raises:
         DpoCacheError: The grid, a point, the cache or the machine does not allow it; nothing was started. Or the build
-            failed. A point that fails while it trains is no error here: it is in the report.
+            failed. A point that fails while it trains raises nothing: it is in the report.
         KeyboardInterrupt: Asked to stop; what was under way has saved.
     """
     quiet_libraries()
@@ -106,6 +117,7 @@ class Sweep:
         self._faults: dict[str, str] = {}
         self._given_up: set[str] = set()
         self._started: dict[str, float] = {}
+        self._separations_compare = separations_compare(grid.points)
         before = recorded(grid.output) or {"builds": [], "rows": []}
         self._builds = [SweepBuild(**fields) for fields in before["builds"]]
         self._seconds = {row["name"]: float(row["seconds"]) for row in before["rows"]}
@@ -141,11 +153,16 @@ class Sweep:
                 )
 
     def _resolve(self) -> list[SweepRun]:
-        names = sorted({point.config.mixture for point in self._grid.points})
+        configs = [point.config for point in self._grid.points]
+        together = sorted({(config.mixture, config.eval_mixture) for config in configs if config.eval_mixture})
+        names = sorted({config.mixture for config in configs} | {name for _, name in together})
         with glance(self._grid.cache, names, first_rows=0) as folder:
             cache = ReferenceCache.open(folder)
             mixtures = {name: cache.read_mixture(name) for name in names}
             runs = [self._resolved(point, cache, mixtures[point.config.mixture]) for point in self._grid.points]
+            for training, evaluation in together:
+                for warning in overlap_warnings(mixtures[training], mixtures[evaluation]):
+                    say(f"warning: {warning}")
         for run in runs:
             run.refuse_other_settings()
             for warning in warnings_of(run.recipe):
@@ -163,12 +180,7 @@ class Sweep:
     # ---- the points --------------------------------------------------------------------------------------------
 
     def _run_halving(self) -> None:
-        factor, by = self._config.halving_factor or 2.0, self._config.halving_by or "margin"
-        if by == "margin" and not in_one_unit([run.point for run in self._runs]):
-            say(
-                "warning: a margin is beta times nats, so the margins of points with other losses or betas are in "
-                "other units; --halving-by accuracy compares what is alike"
-            )
+        factor, by = self._config.halving_factor or 2.0, self._halving_by()
         *rungs, _ = rung_shares(self._config.rungs or 3, factor)
         runs = self._runs
         for share in rungs:
@@ -177,14 +189,32 @@ class Sweep:
             steps = {run.name: rung_steps(share, run.recipe.total_steps) for run in runs}
             self._train(runs, until=steps)
             runs = [run for run in runs if run.name not in self._faults]
-            scores = {run.name: run.held_out_score(steps[run.name]) for run in runs}
+            scores = {run.name: self._comparable(run.held_out_score(steps[run.name])) for run in runs}
             if not scores:
                 break
             going_on = better_ones(scores, factor=factor, by=by)
             self._given_up |= scores.keys() - set(going_on)
-            say(f"after {share:.0%} of the updates {len(going_on)} of {len(runs)} go on: {', '.join(going_on)}")
+            say(
+                f"after {share:.0%} of the updates, {len(going_on)} of {counted(len(runs), 'point')} will continue: "
+                f"{', '.join(going_on)}"
+            )
+            tied = given_up_on_a_tie(scores, going_on, by=by)
+            if tied:
+                say(f"given up with the same {by} as a point that continues: {', '.join(tied)}")
             runs = [run for run in runs if run.name in going_on]
         self._train_to_the_end(runs)
+
+    def _halving_by(self) -> str:
+        if self._config.halving_by == "margin" and not margins_compare(self._grid.points):
+            say(
+                "warning: the points differ in loss or beta, and a margin grows with beta: --halving-by margin "
+                "compares figures of different units; --halving-by accuracy does not"
+            )
+        return self._config.halving_by or default_figure(self._grid.points)
+
+    def _comparable(self, score: Score) -> Score:
+        """Without margin / beta where that has another unit at other points: a tie then stays one."""
+        return score if self._separations_compare else replace(score, separation=None)
 
     def _train_to_the_end(self, runs: Sequence[SweepRun]) -> None:
         self._train(runs, until={run.name: run.recipe.total_steps for run in runs})
@@ -234,7 +264,7 @@ class Sweep:
         )
 
     def _row(self, run: SweepRun, *, held_out: bool) -> SweepRow:
-        report, score = run.report(), run.last_score(held_out=held_out)
+        report, score = run.report(), self._comparable(run.last_score(held_out=held_out))
         return SweepRow(
             name=run.name,
             options=options_text(run.point.options),
@@ -243,6 +273,7 @@ class Sweep:
             total_steps=run.recipe.total_steps,
             accuracy=score.accuracy,
             margin=score.margin,
+            separation=score.separation,
             step0_loss=run.step_zero_loss(),
             seconds=self._seconds.get(run.name, 0.0),
             reference_forwards=report.reference_forwards if report else 0,
@@ -272,5 +303,5 @@ def _process(run: SweepRun, until: int) -> list[str]:
 
 
 def _to_do(run: SweepRun, until: int) -> str:
-    verb = "goes on" if run.has_begun() else "starts"
+    verb = "resumes" if run.has_begun() else "starts"
     return f"{verb}, to update {until} of {run.recipe.total_steps}"

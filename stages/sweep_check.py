@@ -1,4 +1,4 @@
-"""Can every point of a sweep use its cache? Asked before anything is built or trained, and answered by axis."""
+"""Whether every point of a sweep can use its cache: checked before anything is built or trained, axis by axis."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def expected_cache(grid: SweepGrid) -> CacheProspect:
     """
     if len({build.mixture for build in grid.builds}) < len(grid.builds):
         raise DpoCacheError(
-            "two builds are for one mixture", expected="one build for each; `dataset` may be a list of datasets"
+            "two builds make the same mixture", expected="one build per mixture; `dataset` may be a list of datasets"
         )
     references = {build.mixture: resolve_reference(build).identity for build in grid.builds}
     cache, mixtures = None, set(references)
@@ -56,7 +56,7 @@ def expected_cache(grid: SweepGrid) -> CacheProspect:
             raise DpoCacheError(
                 f"the build of mixture {mixture} has another reference than the cache {grid.cache} ({different})",
                 expected="one reference for all builds, that of the cache",
-                next_step="give each reference a cache and a sweep of its own",
+                next_step="give each reference its own cache and sweep",
             )
     return CacheProspect(identity=identity, mixtures=mixtures, cache=cache)
 
@@ -107,9 +107,9 @@ def _named(fault: DpoCacheError, axes: Sequence[str], point: SweepPoint) -> DpoC
     if not axes:
         return fault
     at = ", ".join(f"{axis} = {value_text(point.options[axis])}" for axis in axes)
-    next_step = f"take {axes[0]} out of the points and give each of its values a sweep and a cache of its own"
+    next_step = f"remove {axes[0]} from the points, and give each of its values its own sweep and cache"
     return DpoCacheError(
-        f"the axis {' and '.join(axes)} leaves this cache: at {at}, {fault.found}",
+        f"the cache cannot serve the axis {' and '.join(axes)}: at {at}, {fault.found}",
         next_step=f"{next_step}; or: {fault.next_step}" if fault.next_step else next_step,
     )
 

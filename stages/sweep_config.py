@@ -14,21 +14,32 @@ class SweepConfig:
 
     strategy: str = setting(
         "grid",
-        help="grid: train every point to its end. halving: give up the worse points early, by the held-out pairs.",
+        help="grid: train every point to the end. halving: give up the worse points early, judged on held-out pairs.",
         choices=("grid", "halving"),
     )
     halving_by: str | None = setting(
-        None, help="Held-out reward that decides who goes on [default: margin].", choices=("margin", "accuracy")
+        None,
+        help="Held-out figure that decides which points go on.",
+        default_text="accuracy; margin if all points share loss and beta",
+        choices=("margin", "accuracy"),
     )
     halving_factor: float | None = setting(
-        None, help="One in so many points goes on, with so many times the updates [default: 2].", above=1
+        None,
+        help="One in this many points goes on, with this many times the updates.",
+        default_text="2",
+        above=1,
     )
-    rungs: int | None = setting(None, help="How often points are compared, the end included [default: 3].", minimum=2)
+    rungs: int | None = setting(
+        None, help="How often points are compared, counting the end.", default_text="3", minimum=2
+    )
     gpus_per_run: int | None = setting(
-        None, help="GPUs of one run; as many run side by side as fit [default: all, one run after another].", minimum=1
+        None,
+        help="GPUs per run; as many runs as fit go side by side.",
+        default_text="all GPUs, one run after another",
+        minimum=1,
     )
-    parallel: int | None = setting(None, help="Runs side by side on a CPU [default: 1].", minimum=1)
-    plan: bool = setting(False, help="Check everything, print the command of every point, start nothing.")
+    parallel: int | None = setting(None, help="Runs side by side on a CPU.", default_text="1", minimum=1)
+    plan: bool = setting(False, help="Check everything and print the command of every point; start nothing.")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -41,5 +52,5 @@ class SweepConfig:
         if given and self.strategy != "halving":
             raise DpoCacheError(
                 f"{given[0]} has no effect without --strategy halving",
-                next_step=f"add --strategy halving, or leave {given[0]} out",
+                next_step=f"add --strategy halving, or leave out {given[0]}",
             )

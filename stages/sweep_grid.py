@@ -31,9 +31,9 @@ from .train_config import TrainConfig
 KEYS = ("cache", "output", "build", "train", "grid", "points")
 LONGEST_NAME = 100
 OF_THE_SWEEP = {
-    "cache": "all points train from the `cache` at the top of the file: give each cache a sweep of its own",
-    "output": "each point gets a folder of its own under the `output` at the top of the file",
-    "resume": "every point resumes by itself",
+    "cache": "all points train from the `cache` at the top of the file: give each cache its own sweep",
+    "output": "each point gets its own folder under the `output` at the top of the file",
+    "resume": "leave it out: points resume automatically",
     "stop_after_steps": "`dpo-sweep --strategy halving` stops points early",
     "plan": "use `dpo-sweep --plan`",
     "dry_run": "run one point by hand: `dpo-sweep --plan` prints its command",
@@ -77,7 +77,7 @@ def read_grid(path: Path) -> SweepGrid:
     """Read a grid's file and resolve every point of it.
 
     Raises:
-        DpoCacheError: It is no such file; or naming the point and its option, an option that there is not, a value
+        DpoCacheError: The file cannot be read; or, naming the point and its option, an unknown option, a value
             that is out of bounds, or two points that are the same run.
     """
     file = _read_yaml(path)
@@ -133,11 +133,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as fault:
         raise DpoCacheError(f"{path} is not YAML: {fault}") from fault
     if not isinstance(file, dict) or not file.keys() <= set(KEYS):
-        strange = ", ".join(sorted(map(str, set(file) - set(KEYS)))) if isinstance(file, dict) else "no keys at all"
+        unknown = ", ".join(sorted(map(str, set(file) - set(KEYS)))) if isinstance(file, dict) else None
         raise DpoCacheError(
-            f"{path} has {strange} at its top level",
+            f"{path}: unknown key {unknown} at the top level" if unknown else f"{path} has no keys",
             expected=f"the keys {', '.join(KEYS)}",
-            next_step="options of dpo-train that all points share stand under train:",
+            next_step="put options of dpo-train that all points share under train:",
         )
     return file
 
@@ -159,15 +159,15 @@ def _options(config_class: type[Any], given: Any, *, where: str) -> dict[str, An
 def _builds(given: Any, cache: Location, path: Path) -> Iterator[BuildConfig]:
     if given and isinstance(cache, str):
         raise DpoCacheError(
-            f"{path} has a build, and its cache {cache} is an address, which is read-only",
-            next_step=f"dpo-cache pull {cache} DIR makes a folder of it",
+            f"{path} has a build, but its cache {cache} is an address, which is read-only",
+            next_step=f"dpo-cache pull {cache} DIR copies it to a folder",
         )
     for number, options in enumerate(given if isinstance(given, list) else [given], start=1):
         where = f"{path}: build {number}"
         values = _options(BuildConfig, options, where=where)
         refused = sorted(values.keys() & {"cache", "dry_run"})
         if refused:
-            raise DpoCacheError(f"{where} gives {refused[0]}, which the sweep decides itself")
+            raise DpoCacheError(f"{where} sets {refused[0]}, which the sweep sets itself")
         with _blamed_on(where):
             missing = [name for name in ("model", "dataset") if name not in values]
             if missing:
@@ -205,7 +205,7 @@ def _resolve_points(
         refused = sorted(values.keys() & OF_THE_SWEEP.keys())
         if refused:
             where = f"the axis {refused[0]}" if refused[0] in options else f"train: {refused[0]}"
-            raise DpoCacheError(f"{where} is not for a sweep to vary", next_step=OF_THE_SWEEP[refused[0]])
+            raise DpoCacheError(f"{where} cannot be set in a sweep", next_step=OF_THE_SWEEP[refused[0]])
         with _blamed_on(f"point {name}"):
             points.append(
                 SweepPoint(name=name, options=options, config=TrainConfig(cache=cache, output=output / name, **values))
@@ -219,13 +219,11 @@ def _refuse_twins(points: list[SweepPoint]) -> None:
     runs: dict[tuple[str, ...], str] = {}
     for point in points:
         if point.name in names:
-            raise DpoCacheError(f"the point {point.name} is there twice", next_step="leave one of them out")
+            raise DpoCacheError(f"the point {point.name} is listed twice", next_step="remove one of them")
         names.add(point.name)
         other = runs.setdefault(tuple(command_line_of(replace(point.config, output=Path()))), point.name)
         if other != point.name:
-            raise DpoCacheError(
-                f"the points {other} and {point.name} are the same run", next_step="leave one of them out"
-            )
+            raise DpoCacheError(f"the points {other} and {point.name} are the same run", next_step="remove one of them")
 
 
 @contextmanager

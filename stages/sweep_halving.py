@@ -9,7 +9,7 @@ here a run goes on from its checkpoint.)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ..errors import DpoCacheError
 from .sweep_grid import SweepPoint
@@ -35,9 +35,23 @@ def refuse_points_without_margin(points: Sequence[SweepPoint]) -> None:
             )
 
 
-def in_one_unit(points: Sequence[SweepPoint]) -> bool:
-    """Whether margins of these points can be compared: a margin is beta times nats, of a loss's own kind."""
-    return len({tuple((loss.name, loss.beta) for loss in point.config.resolved_loss().losses) for point in points}) == 1
+def default_figure(points: Sequence[SweepPoint]) -> str:
+    """What decides who goes on where nobody says: margins tell more than accuracies do, but only in one unit."""
+    return "margin" if margins_compare(points) else "accuracy"
+
+
+def margins_compare(points: Sequence[SweepPoint]) -> bool:
+    """Whether the margins of these points can be compared: a margin is beta times nats, of the loss's kind."""
+    objectives = [point.config.resolved_loss() for point in points]
+    losses = {tuple((loss.name, loss.beta) for loss in objective.losses) for objective in objectives}
+    return len(losses) == 1 and separations_compare(points)
+
+
+def separations_compare(points: Sequence[SweepPoint]) -> bool:
+    """Whether margin / beta of these points can be compared: all in nats per answer, or all in nats per token."""
+    objectives = [point.config.resolved_loss() for point in points]
+    kinds = {(loss.averages, loss.f_divergence, loss.f_alpha, loss.ld_alpha) for loss in objectives}
+    return len(kinds) == 1
 
 
 def rung_shares(rungs: int, factor: float) -> list[float]:
@@ -51,6 +65,19 @@ def rung_steps(share: float, total_steps: int) -> int:
 
 
 def better_ones(scores: Mapping[str, Score], *, factor: float, by: str) -> list[str]:
-    """The points that go on, in the order they had: one in ``factor``, rounded up; of equals the earlier ones."""
+    """The points that go on, in the order they had: one in ``factor``, rounded up; of equals the earlier ones.
+
+    Args:
+        scores: Of each point, by name.
+        factor: One in so many goes on.
+        by: ``accuracy`` or ``margin``.
+    """
     kept = sorted(scores, key=lambda name: scores[name].key(by), reverse=True)[: math.ceil(len(scores) / factor)]
     return [name for name in scores if name in kept]
+
+
+def given_up_on_a_tie(scores: Mapping[str, Score], kept: Collection[str], *, by: str) -> list[str]:
+    """The points given up although one that goes on has no better figure: only the second figure told them apart."""
+    figures = {name: score.key(by)[0] for name, score in scores.items()}
+    lowest = min(figures[name] for name in kept)
+    return [name for name in scores if name not in kept and figures[name] == lowest]

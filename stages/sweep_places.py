@@ -9,6 +9,7 @@ import torch
 
 from ..errors import DpoCacheError
 from .child_processes import threads_for
+from .counted_noun import counted
 from .ranks import ranks_from_environment
 from .sweep_config import SweepConfig
 from .train_config import TrainConfig
@@ -35,7 +36,8 @@ def places_for(config: SweepConfig, runs: Sequence[TrainConfig], *, gpus: Sequen
     """
     if ranks_from_environment() is not None:
         raise DpoCacheError(
-            "a launcher started this process as one of several ranks", next_step="start dpo-sweep once, without it"
+            "a launcher started this process as one of several ranks",
+            next_step="start dpo-sweep once, without a launcher",
         )
     if not gpus:
         return _cpu_places(config, most_ranks=max(run.num_gpus or 1 for run in runs))
@@ -46,7 +48,9 @@ def places_for(config: SweepConfig, runs: Sequence[TrainConfig], *, gpus: Sequen
         raise DpoCacheError(f"--gpus-per-run is {each}", expected=f"at most {len(gpus)}, the GPUs here")
     asked = max(run.num_gpus or 1 for run in runs)
     if asked > each:
-        raise DpoCacheError(f"num-gpus is {asked}, and a run gets {each} GPUs", next_step=f"--gpus-per-run {asked}")
+        raise DpoCacheError(
+            f"num-gpus is {asked}, but a run gets {counted(each, 'GPU')}", next_step=f"--gpus-per-run {asked}"
+        )
     if each == len(gpus):
         return [{}]
     starts = range(0, len(gpus) - each + 1, each)

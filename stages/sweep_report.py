@@ -1,4 +1,4 @@
-"""What a sweep came to: ``sweep.json``, ``sweep.csv`` and ``sweep.md`` of its folder, and the table on a terminal."""
+"""The results of a sweep: ``sweep.json``, ``sweep.csv`` and ``sweep.md`` in its folder, and the table on a terminal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .counted_noun import counted
 from .output_folder import write_json
 from .sweep_grid import value_text
 from .sweep_run import Score
@@ -30,6 +31,7 @@ class SweepRow:
         steps: Updates done, as far as they were logged.
         total_steps: Updates of the whole run.
         accuracy, margin: Its rewards, on the pairs that the report names.
+        separation: The margin divided by beta; None where that has another unit at other points.
         step0_loss: Loss before the first update.
         seconds: Wall time of all its processes, those of earlier starts of the sweep included.
         reference_forwards: Forward passes of the reference that its training ran: none.
@@ -43,16 +45,18 @@ class SweepRow:
     total_steps: int
     accuracy: float | None
     margin: float | None
+    separation: float | None
     step0_loss: float | None
     seconds: float
     reference_forwards: int
     fault: str | None
 
     def place(self) -> tuple[object, ...]:
-        """Sorts the best first: those trained longest, by accuracy, then by margin."""
-        accuracy, margin = Score(accuracy=self.accuracy, margin=self.margin).key()
+        """Sorts the best first: those trained longest, by accuracy, then by margin / beta."""
+        score = Score(accuracy=self.accuracy, margin=self.margin, separation=self.separation)
+        accuracy, separation = score.key()
         share = self.steps / self.total_steps if self.status == GIVEN_UP else 0.0
-        return ORDER.index(self.status), -share, -accuracy, -margin
+        return ORDER.index(self.status), -share, -accuracy, -separation
 
     def cells(self) -> list[str]:
         """For the eyes: as :data:`TITLES` has them."""
@@ -61,13 +65,14 @@ class SweepRow:
             self.status if self.status == FINISHED else f"{self.status} ({self.steps} of {self.total_steps})",
             "" if self.accuracy is None else f"{self.accuracy:.1%}",
             "" if self.margin is None else f"{self.margin:.3g}",
+            "" if self.separation is None else f"{self.separation:.3g}",
             "" if self.step0_loss is None else f"{self.step0_loss:.4f}",
             f"{self.seconds:,.0f}",
             str(self.reference_forwards),
         ]
 
 
-TITLES = ("point", "status", "accuracy", "margin", "step-0 loss", "seconds", "reference forwards")
+TITLES = ("point", "status", "accuracy", "margin", "margin / beta", "step-0 loss", "seconds", "reference forwards")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +113,12 @@ class SweepReport:
     rows: tuple[SweepRow, ...]
 
     @property
+    def best(self) -> list[str]:
+        """The finished points of the highest accuracy: several where they tie, none where no accuracy is known."""
+        finished = [row for row in self.rows if row.status == FINISHED and row.accuracy is not None]
+        return [row.name for row in finished if row.accuracy == finished[0].accuracy]
+
+    @property
     def num_failed(self) -> int:
         """Points that failed."""
         return sum(row.status == FAILED for row in self.rows)
@@ -123,6 +134,7 @@ class SweepReport:
         """One object for ``--json``."""
         return {
             **asdict(self),
+            "best": self.best,
             "reference_forwards": sum(row.reference_forwards for row in self.rows),
             "build_reference_forwards": sum(build.reference_forwards for build in self.builds),
         }
@@ -148,6 +160,7 @@ class SweepReport:
                 f"Accuracy and margin: {self.judged_by}. {self._forwards()}",
                 "",
                 *_markdown_table(TITLES, [row.cells() for row in self.rows]),
+                *(["", f"Best: {self._best()}."] if self.best else []),
                 *(["", "Failed:", "", *faults] if faults else []),
                 "",
             ]
@@ -162,17 +175,22 @@ class SweepReport:
             if row.fault:
                 lines += [f"failed: {row.name}", *(f"  {line}" for line in row.fault.splitlines())]
         lines.append(f"table: {self.output}/sweep.md, sweep.csv, {FILE}")
-        if self.rows[0].status == FINISHED:
-            lines.append(f"best: {self.output}/{self.rows[0].name}/model")
+        if self.best:
+            lines.append(f"best: {self._best()}")
+            name = self.best[0] if len(self.best) == 1 else "POINT"
+            lines.append(f"model: {self.output}/{name}/model")
         return "\n".join(lines)
+
+    def _best(self) -> str:
+        return ", ".join(self.best) + (" (tied)" if len(self.best) > 1 else "")
 
     def _forwards(self) -> str:
         started = sum(row.status != NOT_STARTED for row in self.rows)
-        said = f"Reference forwards: {sum(row.reference_forwards for row in self.rows)} in {started} runs"
+        said = f"Reference forwards: {sum(row.reference_forwards for row in self.rows)} in {counted(started, 'run')}"
         if not self.builds:
             return f"{said}; the cache was complete."
         forwards = sum(build.reference_forwards for build in self.builds)
-        return f"{said}; {forwards} in building the cache, once for all of them."
+        return f"{said}; {forwards} in building the cache, once for all runs."
 
 
 def recorded(output: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ HOW_IT_IS_RUN = {
     *("checkpointing_steps", "keep_last_n_checkpoints", "logging_steps"),
     *("with_tracking", "wandb_project", "wandb_entity", "wandb_tags", "with_tensorboard", "run_name"),
 }
-"""Settings that may change between two starts of a sweep: what comes out of a run does not depend on them. The pairs
+"""Settings that may change between two starts of a sweep: the results of a run do not depend on them. The pairs
 and the reference behind `cache` are compared by their digests."""
 
 
@@ -30,15 +30,20 @@ class Score:
     Attributes:
         accuracy: Share of the pairs whose chosen answer has the higher reward.
         margin: Mean reward of the chosen answers less that of the rejected ones.
+        separation: The margin divided by beta: nats, of the loss's kind. Breaks ties of the accuracy, which the margin
+            itself must not do: it grows with beta.
     """
 
     accuracy: float | None
     margin: float | None
+    separation: float | None
 
     def key(self, by: str = "accuracy") -> tuple[float, float]:
-        """The larger, the better: by one figure, then by the other."""
-        accuracy, margin = (-math.inf if figure is None else figure for figure in (self.accuracy, self.margin))
-        return (accuracy, margin) if by == "accuracy" else (margin, accuracy)
+        """Sorts runs, best last: by accuracy, then separation; or by margin, then accuracy."""
+        accuracy, margin, separation = (
+            -math.inf if figure is None else figure for figure in (self.accuracy, self.margin, self.separation)
+        )
+        return (accuracy, separation) if by == "accuracy" else (margin, accuracy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,13 +95,21 @@ class SweepRun:
     def held_out_score(self, step: int) -> Score:
         """The first evaluation after update ``step`` or later: the same one however far the run has come since."""
         lines = [line for line in self._logged() if "eval/loss" in line and line["training_step"] >= step]
-        return _score(lines[0] if lines else {}, "eval/")
+        return self._score(lines[0] if lines else {}, "eval/")
 
     def last_score(self, *, held_out: bool) -> Score:
         """The last evaluation; or the last logged updates, each of whose pairs was scored before it was trained on."""
         field = "eval/loss" if held_out else "train_loss"
         lines = [line for line in self._logged() if field in line]
-        return _score(lines[-1] if lines else {}, "eval/" if held_out else "")
+        return self._score(lines[-1] if lines else {}, "eval/" if held_out else "")
+
+    def _score(self, line: Line, prefix: str) -> Score:
+        margin = _finite(line.get(f"{prefix}rewards/margin"))
+        return Score(
+            accuracy=_finite(line.get(f"{prefix}rewards/accuracy")),
+            margin=margin,
+            separation=None if margin is None else margin / self.recipe.loss.lead.beta,
+        )
 
     def refuse_other_settings(self) -> None:
         """Refuse to count, or to go on with, a run of the same name that was begun with other settings.
@@ -123,18 +136,12 @@ class SweepRun:
             raise DpoCacheError(
                 f"{self.folder} holds a run with other settings: {'; '.join(different)}",
                 expected="the settings it was begun with",
-                next_step="give the sweep another output, or remove that folder to train the point anew",
+                next_step="give the sweep another output, or remove that folder to train the point again",
             )
 
     def _logged(self) -> list[Line]:
         lines, _ = metrics_lines(self.folder)
         return lines
-
-
-def _score(line: Line, prefix: str) -> Score:
-    return Score(
-        accuracy=_finite(line.get(f"{prefix}rewards/accuracy")), margin=_finite(line.get(f"{prefix}rewards/margin"))
-    )
 
 
 def _finite(figure: float | None) -> float | None:

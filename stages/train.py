@@ -14,25 +14,27 @@ import torch
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from .child_processes import free_port, is_child, python_command, run_children, threads_for
+from .counted_noun import counted
 from .hub_model import HubTarget, upload_model
 from .library_output import quiet_libraries
 from .local_copy import glance, local_copy
 from .ranks import Ranks, ranks_from_environment
-from .recipe import Recipe, resolve_recipe
+from .recipe import resolve_recipe
 from .setting import command_line_of
 from .train_config import TrainConfig
 from .train_dry_run import DryRunReport
+from .train_plan import TrainPlan, plan_of
 from .train_report import TrainReport
 
 SAVING_GRACE_S = 600.0
 """How long ranks that are asked to stop may take to finish their step and save."""
 
 
-def train(config: TrainConfig) -> TrainReport | DryRunReport | Recipe | None:
+def train(config: TrainConfig) -> TrainReport | DryRunReport | TrainPlan | None:
     """Run stage two.
 
     Returns:
-        The finished run; what was measured with ``--dry-run``; the resolved numbers with ``--plan``; None on ranks
+        The finished run; what was measured with ``--dry-run``; what would be run with ``--plan``; None on ranks
         that do not report.
 
     Raises:
@@ -46,8 +48,8 @@ def train(config: TrainConfig) -> TrainReport | DryRunReport | Recipe | None:
         return _plan(config, num_ranks)
     if ranks is not None and config.num_gpus not in (None, ranks.ranks_per_node):
         raise DpoCacheError(
-            f"--num-gpus is {config.num_gpus}, and a launcher started {ranks.ranks_per_node} processes here",
-            next_step="leave --num-gpus out under a launcher",
+            f"--num-gpus is {config.num_gpus}, but a launcher started {counted(ranks.ranks_per_node, 'process')} here",
+            next_step="leave out --num-gpus under a launcher",
         )
     if ranks is not None:
         return _train_rank(config, ranks)
@@ -56,11 +58,12 @@ def train(config: TrainConfig) -> TrainReport | DryRunReport | Recipe | None:
     return _train_in_children(config, num_ranks)
 
 
-def _plan(config: TrainConfig, num_ranks: int) -> Recipe:
+def _plan(config: TrainConfig, num_ranks: int) -> TrainPlan:
     with glance(config.cache, _mixture_names(config), first_rows=0) as folder:
         cache = ReferenceCache.open(folder)
-        mixture, *_ = [cache.read_mixture(name) for name in _mixture_names(config)]
-        return resolve_recipe(config, cache, mixture, num_ranks=num_ranks)
+        mixture, evaluation, *_ = *(cache.read_mixture(name) for name in _mixture_names(config)), None
+        recipe = resolve_recipe(config, cache, mixture, num_ranks=num_ranks)
+        return plan_of(config, recipe, cache, mixture, evaluation)
 
 
 def _cache_folder(config: TrainConfig) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .counted_noun import counted
 from .output_folder import write_json
 
 FILE = "dry-run.json"
@@ -45,8 +46,11 @@ class DryRunReport:
 
     def summary(self) -> str:
         """The closing lines on a terminal."""
+        updates, hours = counted(self.steps, "such update"), self.hours
+        whole_run = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
         return (
-            f"the heaviest global batch takes {self.seconds_per_step:.1f} s; {self.steps} such updates would take "
-            f"{self.hours:.2f} h\nat most {self.peak_memory_gib:.2f} GiB on a rank; saving the model takes "
-            f"{self.seconds_per_save:.1f} s\nnothing was trained; the same command without --dry-run starts the run"
+            f"the heaviest global batch takes {self.seconds_per_step:.1f} s; {updates} would take {whole_run}\n"
+            f"peak memory {self.peak_memory_gib:.2f} GiB per rank; saving the model takes "
+            f"{self.seconds_per_save:.1f} s\n"
+            "nothing was trained; the same command without --dry-run starts the run"
         )

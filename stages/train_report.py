@@ -1,4 +1,4 @@
-"""What a run came to, for people and for programs: ``summary.json`` of its folder."""
+"""The results of a run, for people and for programs: ``summary.json`` of its folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .counted_noun import counted
 from .hub_model import HubUpload
 from .output_folder import write_json
 
@@ -29,7 +30,7 @@ class TrainReport:
         eval_before: Evaluation before the first update, where there is one.
         eval_after: Evaluation after the last.
         last: The last logged line.
-        hub: What came of ``--push-to-hub``; None without it.
+        hub: The result of ``--push-to-hub``; None without it.
     """
 
     output: str
@@ -66,11 +67,14 @@ class TrainReport:
 
     def summary(self) -> str:
         """The closing lines on a terminal."""
-        lines = [f"trained {self.steps} updates on {self.pairs} pairs in {self.seconds:.0f} s, reference forwards: 0"]
+        lines = [
+            f"trained {counted(self.steps, 'update')} on {counted(self.pairs, 'pair')} in {self.seconds:.0f} s; "
+            "reference forward passes: 0"
+        ]
         if self.step0:
             lines.append(
-                f"step 0: loss {self.step0['loss']:.6f}, policy and cache at most "
-                f"{self.step0['max_per_token']:.2g} nats a token apart"
+                f"step 0: loss {self.step0['loss']:.6f}, policy and cache differ by at most "
+                f"{self.step0['max_per_token']:.2g} nats per token"
             )
         if self.eval_before and self.eval_after and "eval/rewards/accuracy" in self.eval_after:
             before, after = (line["eval/rewards/accuracy"] for line in (self.eval_before, self.eval_after))
@@ -79,7 +83,7 @@ class TrainReport:
         if self.is_finished:
             lines.append(f"model: {self.output}/model")
         else:
-            lines.append(f"stopped after {self.steps} of {self.total_steps} updates; --resume goes on from there")
+            lines.append(f"stopped after {self.steps} of {self.total_steps} updates; --resume continues from there")
         if self.hub:
             lines.append(self.hub.summary())
         page = Path(self.output) / "report.html"

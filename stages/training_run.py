@@ -32,6 +32,7 @@ from ..pipeline.training.tensor_headers import checkpoint_dtype
 from ..pipeline.training.tensorboard_files import require_tensorboard
 from .best_model import BestModel
 from .devices import memory_explained, share_cores
+from .held_out_overlap import overlap_warnings
 from .hub_model import HubTarget, prepare_hub_target
 from .model_writer import ModelWriter
 from .output_folder import output_lock, refuse_overwriting, write_json
@@ -42,6 +43,7 @@ from .ranks import Ranks
 from .recipe import resolve_recipe, warnings_of
 from .run_checkpoints import RunCheckpoints
 from .stop_request import stop_requests
+from .terminal import say
 from .train_config import TrainConfig
 from .train_dry_run import DryRunReport
 from .train_report import TrainReport
@@ -131,8 +133,12 @@ class TrainingRun:
             self._config, self._pairs.cache, self._pairs.mixture, num_ranks=self._ranks.num_ranks
         )
         self._checkpoints = RunCheckpoints(self._config, self._recipe, self._ranks)
-        for warning in warnings_of(self._recipe):
-            say_once(f"warning: {warning}")
+        if self._is_main:
+            for warning in (
+                *warnings_of(self._recipe),
+                *overlap_warnings(self._pairs.mixture, self._pairs.eval_mixture),
+            ):
+                say(f"warning: {warning}")
 
     def _claim_output(self, held: ExitStack) -> None:
         if self._config.resume is None:
@@ -194,9 +200,11 @@ class TrainingRun:
             PairScorer(policy, load_balancing=self._config.load_balancing_loss),
             config=engine_config,
             loss=self._recipe.loss,
-            weight_decay=self._config.weight_decay,
+            weight_decay=self._recipe.weight_decay,
+            adam_betas=(self._recipe.adam_beta1, self._recipe.adam_beta2),
+            adam_epsilon=self._recipe.adam_epsilon,
             bad_batch_path=self._config.output / "bad_batch.json",
-            load_balancing_weight=self._config.resolved_load_balancing_weight() or 0.0,
+            load_balancing_weight=self._recipe.load_balancing_weight or 0.0,
         )
         self._checkpoints.check_free_space(self._engine, checkpoint_dtype(origin.model.folder))
         layout = choose_layout(self._engine.deepspeed, device=self._device)

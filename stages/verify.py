@@ -191,7 +191,7 @@ class _Walk:
             elif not SHARD_NAME.fullmatch(path.name) or not path.is_file():
                 self._find(FindingKind.STRAY_FILE, path, "neither a mixture's pointer nor a table")
             elif (found := file_sha256(path)) != path.stem:
-                self._find(FindingKind.DAMAGED_TABLE, path, f"its bytes have the SHA-256 {found}")
+                self._find(FindingKind.DAMAGED_TABLE, path, f"its bytes have the SHA-256 {found[:12]}…")
 
     def _examine_mixture(self, cache: ReferenceCache, pointer: Path) -> None:
         name = pointer.stem

@@ -51,7 +51,9 @@ def fails(command: list[str], *, timeout_s: float = 300) -> str:
     return done.stderr[done.stderr.rindex("Error: ") :]
 
 
-def kill_when(command: list[str], condition: Callable[[], bool], *, timeout_s: float = 120) -> bool:
+def kill_when(
+    command: list[str], condition: Callable[[], bool], *, timeout_s: float = 120, interval_s: float = 0.01
+) -> bool:
     """Start a command and kill it with SIGKILL once the condition holds; False if it ended before."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + timeout_s
@@ -61,7 +63,7 @@ def kill_when(command: list[str], condition: Callable[[], bool], *, timeout_s: f
             process.kill()
             process.wait()
             return True
-        time.sleep(0.01)
+        time.sleep(interval_s)
     return False
 
 

@@ -12,12 +12,12 @@ NUM_PAIRS, GLOBAL_BATCH = 100, 8
 STEPS_PER_EPOCH = 13
 STEP_FIELDS = (
     *("train_loss", "rewards/accuracy", "rewards/margin", "rewards/chosen", "rewards/rejected"),
-    *("logps/chosen", "logps/rejected", "learning_rate", "grad_norm"),
+    *("logps/chosen_per_token", "logps/rejected_per_token", "learning_rate", "grad_norm"),
     *("perf/tokens_per_second", "perf/peak_memory_gib"),
 )
 EVAL_FIELDS = (
     *("eval/loss", "eval/rewards/accuracy", "eval/rewards/margin", "eval/rewards/chosen", "eval/rewards/rejected"),
-    *("eval/logps/chosen", "eval/logps/rejected"),
+    *("eval/logps/chosen_per_token", "eval/logps/rejected_per_token"),
 )
 
 
@@ -50,7 +50,11 @@ def write_run(
     """
     folder.mkdir(parents=True)
     given = {"cache": "gone", "mixture": "train", "eval_mixture": "held-out", "loss": "dpo_norm", "beta": 5.0}
-    numbers = {"total_steps": total, "num_pairs": NUM_PAIRS, "reference_id": "c" * 64, "mixture_digest": "d" * 64}
+    numbers = {
+        **{"total_steps": total, "num_pairs": NUM_PAIRS, "global_batch_size": GLOBAL_BATCH, "seed": 42},
+        **{"reference_id": "c" * 64, "mixture_digest": "d" * 64},
+        "loss": {"losses": [{"name": "dpo_norm", "beta": 5.0, "weight": 1.0}]},
+    }
     config = {"settings": {**given, **(settings or {})}, "resolved": {**numbers, **(resolved or {})}}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     lines = [evaluation(0, level)] if evaluate_every else []

@@ -90,6 +90,7 @@ def make_engine(
     quantization: str | None = None,
     gradient_checkpointing: bool = False,
     load_balancing_weight: float | None = None,
+    adam: dict[str, Any] | None = None,
     **partitioning: Any,
 ) -> PolicyEngine:
     """An engine around the tiny policy, or around the model in a folder, partitioned while it is read."""
@@ -126,6 +127,7 @@ def make_engine(
         loss=loss or resolve_loss("dpo_norm"),
         weight_decay=weight_decay,
         bad_batch_path=folder / "bad_batch.json",
+        **(adam or {}),
     )
 
 

@@ -117,7 +117,7 @@ class MixtureTable:
         if self._reader is None:
             if (found := file_sha256(self.path)) != self.sha256:
                 raise DpoCacheError(
-                    f"{self.path} is damaged: its bytes have the SHA-256 {found}",
+                    f"{self.path} is damaged: its bytes have the SHA-256 {found[:12]}…",
                     next_step="build the mixture again; the scored rows are kept",
                 )
             reader = ParquetReader(self.path, TABLE_SCHEMA)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import DpoCacheError
 from .canonical_json import JsonObject, canonical_bytes, parse_object, read_bounded, take
+from .message_value import message_value
 from .weights_digest import files_digest, weights_digest
 
 MAX_CONFIG_BYTES = 4 << 20
@@ -133,7 +134,9 @@ def differences(ours: ReferenceIdentity, theirs: ReferenceIdentity) -> list[tupl
 
 def in_words(differing: list[tuple[str, Any, Any]]) -> str:
     """Fields in which a cache's identity, the first value, differs from the one that was asked for."""
-    return "; ".join(f"{name}: cached {ours!r}, asked for {theirs!r}" for name, ours, theirs in differing)
+    return "; ".join(
+        f"{name}: cached {message_value(ours)}, asked for {message_value(theirs)}" for name, ours, theirs in differing
+    )
 
 
 def identify_reference(

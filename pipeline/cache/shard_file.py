@@ -190,7 +190,7 @@ def verify_shard(path: Path) -> None:
         raise DpoCacheError(f"{path} is not a shard: its name is not a SHA-256")
     if (found := file_sha256(path)) != path.stem:
         raise DpoCacheError(
-            f"{path} is damaged: its bytes have the SHA-256 {found}",
+            f"{path} is damaged: its bytes have the SHA-256 {found[:12]}…",
             next_step=f"drop what is damaged with: dpo-cache verify --repair {path.parent.parent}",
         )
 

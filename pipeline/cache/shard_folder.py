@@ -192,4 +192,4 @@ def verified_chunks(source: Path) -> Iterator[bytes]:
             digest.update(chunk)
             yield chunk
     if digest.hexdigest() != source.stem:
-        raise DpoCacheError(f"{source} is damaged: its bytes have the SHA-256 {digest.hexdigest()}")
+        raise DpoCacheError(f"{source} is damaged: its bytes have the SHA-256 {digest.hexdigest()[:12]}…")

@@ -160,7 +160,7 @@ def open_dataset(spec: DatasetSpec) -> DatasetSource:
     if path.exists():
         return _open_local(spec, path)
     if any(suffix in _FILE_TYPES for suffix in path.suffixes):
-        raise DpoCacheError(f"--dataset {spec}: no such file", next_step=f"ls {path.parent}")
+        raise DpoCacheError(f"--dataset {spec}: no such file")
     return _open_hub(spec)
 
 

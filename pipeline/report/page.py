@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from ..data.printable_text import printable
 from .histogram import Histogram
-from .page_content import ChartCurves, PageContent
+from .page_content import STEP_ZERO_COLUMNS, ChartCurves, PageContent
 
 _PAGE = resources.files(__package__) / "page"
 
@@ -44,6 +44,7 @@ def page_html(content: PageContent, *, version: str, written: datetime) -> str:
     histograms = [histogram for cache in content.caches for histogram in cache.histograms]
     return environment.get_template("page.html.jinja").render(
         content=content,
+        step_zero_columns=STEP_ZERO_COLUMNS,
         data={
             "runs": [printable(name) for name in content.run_names],
             "charts": [_chart_data(chart) for chart in content.charts],

@@ -32,7 +32,7 @@ class RunTable:
     Attributes:
         heading: Above the table.
         note: What to know about it.
-        columns: After name and state: the settings in which the runs differ, then what came of them.
+        columns: After name and state: the settings in which the runs differ, then their results.
         rows: Best first in a sweep.
     """
 
@@ -43,13 +43,36 @@ class RunTable:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ProofStatement:
-    """What the proof before the first update said of one run."""
+class SettingsTable:
+    """What the runs were trained with.
+
+    Attributes:
+        rows: A setting's name, and its value in each run of the page, in their order.
+    """
+
+    rows: list[tuple[str, list[str]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepZeroRow:
+    """What the check before the first update found in one run.
+
+    Attributes:
+        number: Its place among all runs of the page.
+        name: What it is called.
+        passed: Whether policy and cache agreed within the bound.
+        result: The same in words, or why it is not known.
+        cells: Text of each column of :data:`STEP_ZERO_COLUMNS`.
+    """
 
     number: int
     name: str
-    proved: bool
-    text: str
+    passed: bool
+    result: str
+    cells: list[str]
+
+
+STEP_ZERO_COLUMNS = ("loss", "expected", "mean difference", "largest", "bound", "dtype", "pairs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +168,8 @@ class PageContent:
 
     run_names: list[str]
     tables: list[RunTable]
-    proofs: list[ProofStatement]
+    settings: SettingsTable | None
+    step_zero: list[StepZeroRow]
     charts: list[ChartCurves]
     caches: list[CacheSection]
     pairs: list[PairGroup]

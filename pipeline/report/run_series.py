@@ -35,14 +35,15 @@ def _chart(title: str, unit: str, field: str, *, evaluated: bool = False) -> Cha
     return Chart(title=title, unit=unit, field=field, eval_field=held_out)
 
 
+ONE_BETA = "comparable only within one loss and beta"
 CHARTS = (
     Chart(title="Loss", unit="mean over pairs", field="train_loss", eval_field="eval/loss"),
     _chart("Reward accuracy", "share of pairs", "rewards/accuracy", evaluated=True),
-    _chart("Reward margin", "chosen less rejected", "rewards/margin", evaluated=True),
-    _chart("Reward of the chosen answer", "β times nats", "rewards/chosen", evaluated=True),
-    _chart("Reward of the rejected answer", "β times nats", "rewards/rejected", evaluated=True),
-    _chart("Log-probability of the chosen answer", "nats, in the loss's unit", "logps/chosen", evaluated=True),
-    _chart("Log-probability of the rejected answer", "nats, in the loss's unit", "logps/rejected", evaluated=True),
+    _chart("Reward margin", f"chosen less rejected; {ONE_BETA}", "rewards/margin", evaluated=True),
+    _chart("Reward of the chosen answer", f"β times nats; {ONE_BETA}", "rewards/chosen", evaluated=True),
+    _chart("Reward of the rejected answer", f"β times nats; {ONE_BETA}", "rewards/rejected", evaluated=True),
+    _chart("Log-probability of the chosen answer", "nats per token", "logps/chosen_per_token", evaluated=True),
+    _chart("Log-probability of the rejected answer", "nats per token", "logps/rejected_per_token", evaluated=True),
     _chart("Learning rate", "of the update", "learning_rate"),
     _chart("Gradient norm", "before clipping", "grad_norm"),
     _chart("Balancing loss", "of the experts", "aux_loss", evaluated=True),

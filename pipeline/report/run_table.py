@@ -1,4 +1,4 @@
-"""Runs in words: a table of what they differ in and what came of them, and the proof each of them began with."""
+"""Runs side by side: what they differ in, what came of them, and the check each of them began with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .page_content import ProofStatement, RunRow, RunTable
+from .page_content import STEP_ZERO_COLUMNS, RunRow, RunTable, StepZeroRow
 from .run_record import RunRecord
 from .run_series import training_seconds
 
@@ -45,7 +45,8 @@ def run_table(
     Args:
         heading: Above the table.
         runs: The runs.
-        best_first: Finished ones by held-out accuracy, then by held-out margin; then the others.
+        best_first: Finished ones by held-out accuracy, then the others. Ties stay in their order: a larger margin may
+            be the work of a larger beta.
         note: What to know about it.
         states: By the name of a run's folder, where somebody else knows more of it than its files say.
     """
@@ -68,7 +69,7 @@ def run_table(
                 name=run.record.name,
                 state=_state(run.record, (states or {}).get(run.record.folder.name)),
                 cells=[
-                    *(_setting(run.record.settings.get(name)) for name in settings),
+                    *(_setting(name, run.record.settings.get(name)) for name in settings),
                     _share(run.record.last(ACCURACY)),
                     figure(run.record.last(MARGIN)),
                     figure(run.record.last("eval/loss")),
@@ -84,29 +85,31 @@ def run_table(
 def differing_settings(runs: Sequence[RunRecord]) -> list[str]:
     """Names of the settings that are not the same in all runs."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in NOT_A_DIFFERENCE)
-    return [name for name in names if len({_setting(run.settings.get(name)) for run in runs if run.settings}) > 1]
+    return [name for name in names if len({_setting(name, run.settings.get(name)) for run in runs if run.settings}) > 1]
 
 
-def proof_statement(run: NumberedRun) -> ProofStatement:
-    """What ``step0.json`` says, as a sentence with its figures."""
+def step_zero_row(run: NumberedRun) -> StepZeroRow:
+    """What ``step0.json`` says; differences in nats per token."""
     figures = run.record.step_zero
-    name, number = run.record.name, run.number
+    unknown = ["–"] * len(STEP_ZERO_COLUMNS)
     if figures is None:
-        text = "no proof was recorded: the run ended before it"
-        return ProofStatement(number=number, name=name, proved=False, text=text)
-    try:
-        proved = figures["within_bound"] is True
-        expected = figures["expected_loss"]
-        text = (
-            f"{'the same' if proved else 'not the same, and trained all the same'}, at most "
-            f"{figure(figures['max_per_token'])} nats a token apart (mean {figure(figures['mean_per_token'])}, bound "
-            f"{figure(figures['bound_per_token'])} in {figures['dtype']}) on the {figures['sides']} answers of "
-            f"{figures['pairs']} pairs; loss {figures['loss']:.6f}"
-            + ("" if expected is None else f", expected {expected:.6f}")
-        )
-    except (KeyError, TypeError, ValueError):
-        return ProofStatement(number=number, name=name, proved=False, text="its step0.json cannot be read")
-    return ProofStatement(number=number, name=name, proved=proved, text=text)
+        passed, result, cells = False, "not made: the run ended before it", unknown
+    else:
+        try:
+            cells = [
+                f"{figures['loss']:.6f}",
+                "–" if figures["expected_loss"] is None else f"{figures['expected_loss']:.6f}",
+                figure(figures["mean_per_token"]),
+                figure(figures["max_per_token"]),
+                figure(figures["bound_per_token"]),
+                str(figures["dtype"]),
+                str(figures["pairs"]),
+            ]
+            passed = figures["within_bound"] is True
+            result = "within the bound" if passed else "beyond the bound; trained all the same"
+        except (KeyError, TypeError, ValueError):
+            passed, result, cells = False, "its step0.json cannot be read", unknown
+    return StepZeroRow(number=run.number, name=run.record.name, passed=passed, result=result, cells=cells)
 
 
 def figure(value: object) -> str:
@@ -116,14 +119,9 @@ def figure(value: object) -> str:
     return f"{value:.4g}"
 
 
-def _badness(run: NumberedRun) -> tuple[bool, float, float]:
-    accuracy, margin = run.record.last(ACCURACY), run.record.last(MARGIN)
-    unknown = math.inf
-    return (
-        not run.record.is_finished,
-        unknown if accuracy is None else -accuracy,
-        unknown if margin is None else -margin,
-    )
+def _badness(run: NumberedRun) -> tuple[bool, float]:
+    accuracy = run.record.last(ACCURACY)
+    return not run.record.is_finished, math.inf if accuracy is None else -accuracy
 
 
 def _state(run: RunRecord, known: str | None) -> str:
@@ -132,9 +130,9 @@ def _state(run: RunRecord, known: str | None) -> str:
     return f"{known or ('finished' if run.is_finished else 'unfinished')}, {updates} updates"
 
 
-def _setting(value: Any) -> str:
+def _setting(name: str, value: Any) -> str:
     if value is None:
-        return "default"
+        return "none" if name == "eval_mixture" else "default"
     return value if isinstance(value, str) else json.dumps(value)
 
 

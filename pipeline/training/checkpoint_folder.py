@@ -21,6 +21,7 @@ from typing import Any
 
 from ...errors import DpoCacheError
 from ..cache.durable_file import settle_folder, settle_tree, write_durably
+from ..cache.message_value import message_value
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def check_same_run(checkpoint: Checkpoint, *, run: Mapping[str, Any], zero_stage
     before = dict(_leaves("", {**checkpoint.state.run, "zero_stage": checkpoint.state.zero_stage}))
     now = dict(_leaves("", {**run, "zero_stage": zero_stage}))
     different = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        f"{name} was {message_value(before.get(name))} and is {message_value(now.get(name))}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]

@@ -6,6 +6,7 @@ heavy is imported. The equations are in ``losses.py`` and ``loss_catalogue.py``.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from dataclasses import asdict, dataclass
@@ -70,6 +71,9 @@ LOSS_TRAITS: dict[str, LossTraits] = {
     "apo_down": LossTraits(default_beta=0.1),
     "discopop": LossTraits(default_beta=0.05, takes_f_divergence=True),
 }
+
+NAMES_ELSEWHERE = {"sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "rso": "hinge", "rdpo": "robust", "cdpo": "dpo"}
+"""What other trainers call some of them."""
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
@@ -204,12 +208,12 @@ def resolve_loss(
     )
     if beta is not None and all(":" in term for term in text.split(",")):
         raise DpoCacheError(
-            f"--beta means nothing to --loss {text}, where every loss has a beta of its own",
-            next_step="leave --beta out, or the betas in --loss",
+            f"--beta has no effect with --loss {text}, which gives every loss a beta of its own",
+            next_step="leave out --beta, or the betas in --loss",
         )
     names = [loss.name for loss in objective.losses]
     if gamma_beta_ratio is not None and "simpo" not in names:
-        raise DpoCacheError(f"--gamma-beta-ratio means nothing to --loss {text}", expected="--loss simpo")
+        raise DpoCacheError("--gamma-beta-ratio has no effect without --loss simpo")
     _check_divergence(objective, f_alpha_given=f_alpha is not None)
     _check_ld_alpha(objective)
     if not (nll_coef >= 0 and math.isfinite(nll_coef)):
@@ -228,9 +232,11 @@ def _resolve_term(
     name = parsed["name"] if parsed else text.strip()
     traits = LOSS_TRAITS.get(name)
     if parsed is None or traits is None:
+        meant = NAMES_ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, LOSS_TRAITS, n=1)), None)
         raise DpoCacheError(
-            f"--loss {name or repr(text)} is unknown",
+            f"unknown --loss {name or repr(text)}",
             expected=f"one of {', '.join(LOSS_TRAITS)}, or a weighted sum such as dpo_norm=1.0,ipo:0.1=0.2",
+            next_step=f"did you mean {meant}?" if meant else None,
         )
     if parsed["beta"] is not None:
         beta = _positive(parsed["beta"], f"the beta of --loss {text}")
@@ -240,7 +246,7 @@ def _resolve_term(
         label_smoothing = traits.default_label_smoothing
     elif traits.default_label_smoothing and not label_smoothing:
         raise DpoCacheError(
-            f"--label-smoothing is 0, and --loss {name} has no value without it",
+            f"--label-smoothing is 0, but --loss {name} is not defined without it",
             expected=f"a number above 0, such as its default {traits.default_label_smoothing:g}",
         )
     _check_label_smoothing(name, traits, label_smoothing)
@@ -267,23 +273,23 @@ def _check_label_smoothing(name: str, traits: LossTraits, label_smoothing: float
     if not 0 <= label_smoothing < 0.5:
         raise DpoCacheError(
             f"--label-smoothing is {label_smoothing}",
-            expected="a number from 0 up to, but not including, 0.5: at one half the labels say nothing",
+            expected="a number from 0 up to, but not including, 0.5: at 0.5 the labels carry no information",
         )
     if label_smoothing and not traits.smooths_labels:
         raise DpoCacheError(
             f"--label-smoothing is not defined for --loss {name}",
             expected="one of " + ", ".join(key for key, known in LOSS_TRAITS.items() if known.smooths_labels),
-            next_step="leave --label-smoothing out, or choose another loss",
+            next_step="leave out --label-smoothing, or choose another loss",
         )
 
 
 def _check_divergence(objective: Objective, *, f_alpha_given: bool) -> None:
     if objective.f_divergence not in F_DIVERGENCES:
-        raise DpoCacheError(f"--f-divergence {objective.f_divergence} is unknown", expected=", ".join(F_DIVERGENCES))
-    if f_alpha_given and objective.f_divergence != "alpha":
         raise DpoCacheError(
-            f"--f-alpha means nothing to --f-divergence {objective.f_divergence}", expected="--f-divergence alpha"
+            f"unknown --f-divergence {objective.f_divergence}", expected=f"one of {', '.join(F_DIVERGENCES)}"
         )
+    if f_alpha_given and objective.f_divergence != "alpha":
+        raise DpoCacheError("--f-alpha has no effect without --f-divergence alpha")
     if not 0 < objective.f_alpha < 1:
         raise DpoCacheError(
             f"--f-alpha is {objective.f_alpha}",
@@ -296,7 +302,7 @@ def _check_divergence(objective: Objective, *, f_alpha_given: bool) -> None:
             raise DpoCacheError(
                 f"--f-divergence {objective.f_divergence} is not defined for --loss {loss.name}",
                 expected="one of " + ", ".join(key for key, known in LOSS_TRAITS.items() if known.takes_f_divergence),
-                next_step="leave --f-divergence out, or choose another loss",
+                next_step="leave out --f-divergence, or choose another loss",
             )
 
 
@@ -310,7 +316,7 @@ def _check_ld_alpha(objective: Objective) -> None:
             raise DpoCacheError(
                 f"--ld-alpha is not defined for --loss {loss.name}, which works on averages per token",
                 expected="one of " + ", ".join(key for key, known in LOSS_TRAITS.items() if not known.averages),
-                next_step="leave --ld-alpha out: an average per token has no bias to length left to weaken",
+                next_step="leave out --ld-alpha: an average per token has no length bias to correct",
             )
 
 
@@ -326,7 +332,7 @@ def beta_warnings(objective: Objective) -> list[str]:
 def _beta_warning(loss: LossSettings) -> str:
     unit = "averages per token" if loss.traits.averages else "sums over the answer"
     if loss.beta < loss.traits.usual_beta[0]:
-        reason = "an average moves far less than a sum, so beta is usually 2 to 10"
+        reason = "an average is much smaller than a sum, so beta is usually 2 to 10"
     else:
         reason = "beta is usually 0.01 to 0.5"
     return (

@@ -44,6 +44,7 @@ class PolicyEngine:
         config: From :func:`~.deepspeed_config.deepspeed_config`.
         loss: What to minimise.
         weight_decay: AdamW's, on matrices; biases and norms are not decayed.
+        adam_betas, adam_epsilon: AdamW's.
         bad_batch_path: Where the keys of a micro-batch go whose loss or gradient is not finite.
         load_balancing_weight: Weight of the mixture-of-experts balancing loss, where the scorer returns it.
     """
@@ -56,6 +57,8 @@ class PolicyEngine:
         loss: Objective,
         weight_decay: float,
         bad_batch_path: Path,
+        adam_betas: tuple[float, float] = (0.9, 0.999),
+        adam_epsilon: float = 1e-8,
         load_balancing_weight: float = 0.0,
     ) -> None:
         self.scorer = scorer  # the module itself, without DeepSpeed around it
@@ -67,7 +70,7 @@ class PolicyEngine:
         # Fused on the host too: as quick as DeepSpeed's own kernel for offloaded state, which has to be compiled first.
         # The learning rate is set before every update.
         groups = _parameter_groups(scorer, weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=adam_betas, eps=adam_epsilon, fused=True)
         self.deepspeed: Any = deepspeed.initialize(model=scorer, optimizer=self._optimizer, config=config)[0]
         self.device: torch.device = torch.device(self.deepspeed.device)
         if self.zero_stage == 0:

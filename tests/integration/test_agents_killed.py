@@ -89,7 +89,7 @@ def test_a_node_that_is_lost_leaves_its_units_to_the_other(reference: Path, tmp_
         said = agents[0].says("ended with")
     assert "rank 0 ended with 0" in said, said
     assert "warning: rank 1 was lost" in said
-    assert f"mixture train: {NUM_PAIRS} training pairs" in said
+    assert f"mixture train: {NUM_PAIRS:,} pairs" in said
     assert len(logps_by_key(tmp_path / "cache")) == NUM_PAIRS
 
 

@@ -66,7 +66,7 @@ def test_a_build_asked_to_stop_says_how_to_go_on(reference: Path, tmp_path: Path
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Traceback" not in said
-    assert said.rstrip().endswith("Stopped: what is finished stays; the same command goes on from there.")
+    assert said.rstrip().endswith("Stopped. Finished work is kept; the same command continues from there.")
     assert not list((cache / "tmp").glob("build-*"))
     kept = len(logps_by_key(cache))
     assert run(command)["pairs_reused"] == kept

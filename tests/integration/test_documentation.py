@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dpo_cache import cli
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.build_config import BuildConfig
 from dpo_cache.stages.train_config import TrainConfig
+from tiny_model import message_pairs, write_rows
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}
 BLOCKS = [block for page in PAGES.values() for block in blocks_of(page)]
@@ -68,6 +70,12 @@ def test_a_command_that_would_be_refused_is_found_wherever_it_stands(script: str
         _parse(program, arguments)
 
 
+def test_the_readme_shows_the_table_that_the_demo_prints() -> None:
+    rows = runpy.run_path(str(ROOT / "scripts" / "demo" / "table.py"))["ROWS"]
+    (shown,) = [block.text for block in BLOCKS if block.page == "README.md" and "run 1, beta 2" in block.text]
+    assert [line[:34].strip() for line in shown.splitlines()[1:]] == [title for title, _, _ in rows]
+
+
 @pytest.mark.parametrize("block", _of("python"))
 def test_python_can_read_every_example(block: Block) -> None:
     compile(block.text, block.place, "exec")
@@ -107,10 +115,13 @@ def test_a_page_can_be_typed_from_top_to_bottom(page: str, tmp_path: Path, demo_
 def demo_folder(
     tmp_path_factory: pytest.TempPathFactory, reference: Path, pairs_file: Path, shared_cache: Path
 ) -> Path:
-    """What a reader has who has built a first cache: my-model, pairs.jsonl, my-cache, and the checkout's scripts."""
+    """What a reader has who has built a first cache: my-model, pairs.jsonl, my-cache, the checkout's scripts, and
+    other pairs in held-out.jsonl.
+    """
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(reference, folder / "my-model")
     shutil.copy(pairs_file, folder / "pairs.jsonl")
+    write_rows(folder / "held-out.jsonl", message_pairs(12, seed=1))
     shutil.copytree(shared_cache, folder / "my-cache")
     (folder / "scripts").symlink_to(ROOT / "scripts")
     return folder

@@ -251,14 +251,14 @@ def test_a_run_resolves_to_the_published_numbers(
     assert (plan["total_steps"], plan["steps_per_epoch"]) == (published.steps, published.steps)
     assert (plan["warmup_steps"], plan["schedule"]) == (published.warmup, "linear")
     # The first update of a linear warm-up has rate 0; the last one is one share of the fall away from 0.
-    rates = {int(step): rate for step, rate in plan["learning_rate_at_step"].items()}
+    rates = {int(step): rate for step, rate in plan["learning_rate_at_update"].items()}
     peak = published.learning_rate
     assert rates == pytest.approx(
         {
-            0: 0.0,
-            1: peak / published.warmup,
-            published.warmup: peak,
-            published.steps - 1: peak / published.after_warmup,
+            1: 0.0,
+            2: peak / published.warmup,
+            published.warmup + 1: peak,
+            published.steps: peak / published.after_warmup,
         },
         rel=1e-9,
     )

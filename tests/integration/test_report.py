@@ -219,10 +219,10 @@ def test_a_cache_that_cannot_be_read_leaves_the_rest_of_the_page(
                 shard.write_bytes(shard.read_bytes()[:-1])
     run = write_run(tmp_path / "run", settings=settings, resolved=resolved, margins=trained_from["margins"])
     page = page_of(tmp_path, run)
-    assert "Only what the run recorded: " in page.text
+    assert "The cache cannot be read, so only what the run recorded is shown: " in page.text
     assert not page.data["histograms"]
     assert page.data["charts"]
-    assert ("its held-out pairs cannot be shown" in page.text) == (spoil != "other-pairs")
+    assert ("held-out pairs cannot be shown" in page.text) == (spoil != "other-pairs")
 
 
 def test_a_killed_run_and_one_that_never_began_say_so(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_killed_run_and_one_that_never_began_say_so(tmp_path: Path) -> None:
     (killed / "metrics.jsonl").write_bytes((killed / "metrics.jsonl").read_bytes()[:-9])
     (waiting / "metrics.jsonl").unlink()
     text = page_of(tmp_path, killed, waiting).text
-    assert "killed: 1 line of metrics.jsonl cut short and left out" in text
+    assert "killed: 1 line of metrics.jsonl incomplete and left out" in text
     assert "unfinished, 6 of 13 updates" in text
     assert "waiting: no update has been logged yet" in text
 
@@ -247,8 +247,8 @@ def test_a_sweep_is_a_table_with_the_best_point_first(tmp_path: Path) -> None:
     (sweep / "sweep.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     page = page_of(tmp_path, sweep)
     text = "|".join(page.texts)
-    table = text[text.index("Sweep beta-sweep") : text.index("The proof")]
-    assert re.findall(r"(beta-\d+)\|(\d+)\.0\|(\d+\.\d%)", table) == [
+    table = text[text.index(f"Sweep in {tmp_path.name}/beta-sweep") : text.index("Check before the first update")]
+    assert re.findall(r"(beta-\d+)\|[^|]* updates\|(\d+)\.0\|(\d+\.\d%)", table) == [
         ("beta-5", "5", "93.0%"),
         ("beta-10", "10", "83.0%"),
         ("beta-2", "2", "73.0%"),
@@ -256,7 +256,42 @@ def test_a_sweep_is_a_table_with_the_best_point_first(tmp_path: Path) -> None:
     ]
     assert "given up, 13 updates" in table
     assert "beta-99 failed: out of memory" in table
-    assert "run|beta|held-out accuracy|" in table  # the loss is the same in all points
+    assert "run|state|beta|held-out accuracy|" in table  # the loss is the same in all points
+
+
+def test_a_larger_margin_does_not_bring_a_point_of_a_sweep_before_one_of_the_same_accuracy(tmp_path: Path) -> None:
+    for beta, margin in ((2.0, 0.2), (20.0, 2.0)):
+        run = write_run(tmp_path / "sweep" / f"beta-{beta:g}", settings={"beta": beta})
+        metrics = run / "metrics.jsonl"
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines[-1]["eval/rewards/margin"] = margin
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = page_of(tmp_path, tmp_path / "sweep").text
+    assert "equal accuracies are ties" in text
+    table = text[text.index("equal accuracies are ties") :]
+    assert table.index("beta-2") < table.index("beta-20")
+
+
+def test_a_run_without_held_out_pairs_has_none_and_not_a_default(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", settings={"eval_mixture": None})]
+    text = "|".join(page_of(tmp_path, *runs).texts)
+    assert "run|state|eval mixture|" in text
+    assert "two|finished, 13 updates|none|" in text
+
+
+def test_what_one_run_was_trained_with_and_checked_against_stands_on_its_page(tmp_path: Path) -> None:
+    text = "|".join(filter(str.strip, page_of(tmp_path, write_run(tmp_path / "run")).texts))
+    settings = text[text.index("Settings") : text.index("Check before the first update")]
+    for name, value in (("loss", "dpo_norm"), ("beta", "5"), ("pairs per update", "8"), ("seed", "42")):
+        assert f"|{name}|{value}|" in settings
+    assert "evaluation mixture|held-out" in settings
+    assert "run|result|loss|expected|mean difference|largest|bound|dtype|pairs" in text
+    assert "run|within the bound|0.693147|0.693147|1e-07|3.2e-07|0.0001|float32|8" in text
+
+
+def test_figures_of_other_betas_are_said_not_to_compare(tmp_path: Path) -> None:
+    text = page_of(tmp_path, write_run(tmp_path / "run")).text
+    assert text.count("comparable only within one loss and beta") == 3
 
 
 def test_long_curves_are_thinned_and_said_to_be(tmp_path: Path) -> None:
@@ -288,7 +323,7 @@ def test_the_command_reports_what_it_wrote_and_refuses_what_is_no_run(tmp_path: 
     }  # evaluation lies in the same picture
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures.iterdir())
     (tmp_path / "empty").mkdir()
-    for folder, message in (("empty", "is no run and holds none"), ("missing", "there is no folder")):
+    for folder, message in (("empty", "is not a run and holds none"), ("missing", "there is no folder")):
         refused = CliRunner().invoke(dpo_report, [str(tmp_path / folder), "-o", str(out)])
         assert refused.exit_code == 1
         assert message in refused.stderr

@@ -85,12 +85,16 @@ def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_a_sweep_asked_to_stop_saves_what_is_under_way(workplace: Path, stopped: str) -> None:
-    assert "Stopped: what is finished stays; the same command goes on from there." in stopped
+    assert "Stopped. Finished work is kept; the same command continues from there." in stopped
     (checkpoint,) = (workplace / "runs/beta-2/checkpoints").iterdir()
     assert (checkpoint / "COMPLETE").exists()
     assert 0 < int(checkpoint.name.removeprefix("step_")) < STEPS
     assert not (workplace / "runs/beta-5").exists()
-    assert "saved after update" in (workplace / "runs/logs/beta-2.log").read_text()
+    log = (workplace / "runs/logs/beta-2.log").read_text()
+    assert "saved after update" in log
+    warning = "warning: 24 of 24 evaluation pairs are also trained on"
+    assert stopped.count(warning) == 1  # by the sweep, once for all points
+    assert warning in log  # and by the run
 
 
 def test_the_same_command_goes_on_and_a_failing_point_does_not_stop_the_others(
@@ -106,8 +110,10 @@ def test_the_same_command_goes_on_and_a_failing_point_does_not_stop_the_others(
         summary = json.loads((workplace / "runs" / name / "summary.json").read_text())
         assert rows[name]["accuracy"] == summary["eval_after"]["eval/rewards/accuracy"] > 0.5
         assert rows[name]["margin"] == summary["eval_after"]["eval/rewards/margin"]
-    figures = [(row["accuracy"], row["margin"]) for row in finished["rows"][:2]]
+    figures = [(row["accuracy"], row["separation"]) for row in finished["rows"][:2]]
     assert figures == sorted(figures, reverse=True)
+    for name, beta in (("beta-2", 2), ("beta-5", 5)):
+        assert rows[name]["separation"] == rows[name]["margin"] / beta
     with (workplace / "runs/sweep.csv").open() as table:
         assert [row["name"] for row in csv.DictReader(table)] == [row["name"] for row in finished["rows"]]
 
@@ -161,16 +167,16 @@ def test_halving_leaves_the_better_point_where_it_would_have_ended_without(
     report = sweep(grid, halving)
     assert isinstance(report, SweepReport)
     assert [(row.name, row.status, row.steps) for row in report.rows] == [
-        ("beta-5", "finished", STEPS),
-        ("beta-2", "given up", STEPS // 2),
+        ("beta-2", "finished", STEPS),  # by margin / beta: the accuracies are equal, and the larger margin is beta's
+        ("beta-5", "given up", STEPS // 2),
     ]
-    assert not (workplace / "halved/beta-2/model").exists()
-    ours, unbroken = (load_file(workplace / f"{sweep}/beta-5/model/model.safetensors") for sweep in ("halved", "runs"))
+    assert not (workplace / "halved/beta-5/model").exists()
+    ours, unbroken = (load_file(workplace / f"{sweep}/beta-2/model/model.safetensors") for sweep in ("halved", "runs"))
     assert ours.keys() == unbroken.keys()
     for name, weight in unbroken.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=0)
     lines = [
-        [json.loads(line) for line in (workplace / f"{sweep}/beta-5/metrics.jsonl").read_text().splitlines()]
+        [json.loads(line) for line in (workplace / f"{sweep}/beta-2/metrics.jsonl").read_text().splitlines()]
         for sweep in ("halved", "runs")
     ]
     rates, rates_unbroken = ([line["learning_rate"] for line in run if "learning_rate" in line] for run in lines)

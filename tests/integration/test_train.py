@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH = 8
 RECIPE = ("--global-batch-size", BATCH, "--learning-rate", 1e-3, "--tokens-per-microbatch", 128)
+ADAM = ("--adam-beta1", 0.8, "--adam-beta2", 0.95, "--adam-epsilon", 1e-6)  # not the defaults: they have to arrive
 LEARNING = ("train_loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "logps/chosen", "grad_norm")
 
 
@@ -38,8 +39,8 @@ def train(cache: Path, output: Path, *more: str | Path | int | float) -> list[st
 def plainly_trained(
     model: Any, batches: list[list[dict[str, Any]]], rates: list[float], beta: float
 ) -> list[dict[str, float]]:
-    """Length-normalised DPO in plain PyTorch: one row at a time, full logits, AdamW, clipping at 1."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    """Length-normalised DPO in plain PyTorch: one row at a time, full logits, AdamW as in ``ADAM``, clipping at 1."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, betas=(0.8, 0.95), eps=1e-6)
     lines = []
     for rows, rate in zip(batches, rates, strict=True):
         losses, rewards = [], []
@@ -77,7 +78,7 @@ def test_ten_updates_equal_plain_pytorch_on_one_rank_and_on_two(
 ) -> None:
     outputs = [tmp_path / "one", tmp_path / "two"]
     for ranks, output in enumerate(outputs, start=1):
-        report = run(train(shared_cache, output, "--max-steps", 10, "--num-gpus", ranks))
+        report = run(train(shared_cache, output, *ADAM, "--max-steps", 10, "--num-gpus", ranks))
         assert report["step0"]["loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert report["reference_forwards"] == 0
     one, two = map(metrics, outputs)

@@ -177,9 +177,9 @@ def test_other_numerics_than_the_caches(cache: Path, tmp_path: Path, flag: str, 
     ("options", "message"),
     [
         (["--loss", "ipo", "--label-smoothing", "0.1"], "--label-smoothing is not defined for --loss ipo"),
-        (["--gamma-beta-ratio", "0.5"], "--gamma-beta-ratio means nothing to --loss dpo_norm"),
+        (["--gamma-beta-ratio", "0.5"], "--gamma-beta-ratio has no effect without --loss simpo"),
         (["--eval-mixture", "held-out"], "has no mixture 'held-out'"),
-        (["--stop-after-steps", "1"], "--stop-after-steps is 1, and the run has 1 updates"),
+        (["--stop-after-steps", "1"], "--stop-after-steps is 1, but the run has 1 update\n"),
     ],
 )
 def test_options_that_would_be_ignored_or_mean_nothing(
@@ -199,7 +199,7 @@ def finished_checkpoint(cache: Path, tmp_path: Path) -> Callable[[], None]:
             "step": 3,
             "num_ranks": 1,
             "zero_stage": 3,
-            "run": {"seed": 7, "loss": {"losses": [{"beta": 3.0}]}},
+            "run": {"seed": 7, "adam_beta2": 0.95, "loss": {"losses": [{"beta": 3.0}]}},
             "tracking_run_id": None,
         }
         (folder / "trainer_state.json").write_text(json.dumps(state))
@@ -216,6 +216,7 @@ def test_resuming_another_run_names_each_field(
     message = refusal(cache, tmp_path / "run", "--resume")
     assert "belongs to another run: " in message
     assert "seed was 7 and is 42" in message
+    assert "adam_beta2 was 0.95 and is 0.999" in message
     assert "loss.losses.0.beta was 3.0 and is 5.0" in message
 
 

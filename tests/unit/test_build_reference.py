@@ -96,7 +96,7 @@ def test_a_model_with_code_of_its_own_is_another_reference_where_that_code_runs(
 
 
 def test_a_revision_without_an_adapter_or_of_a_folder_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(DpoCacheError, match="--adapter-revision is given without --adapter"):
+    with pytest.raises(DpoCacheError, match="--adapter-revision has no effect without --adapter"):
         config_of(model, adapter_revision="v1")
     adapter = write_adapter(tmp_path / "adapter", 1.0)
     with pytest.raises(DpoCacheError, match="the revision v1 has no meaning for the folder"):

@@ -48,9 +48,10 @@ def test_another_reference_is_refused_with_every_field_that_differs(tmp_path: Pa
     make_cache(tmp_path / "cache")
     config = {"model_type": "llama", "rope_theta": 500000.0}
     with pytest.raises(DpoCacheError) as caught:
-        make_cache(tmp_path / "cache", config=config, attention="eager")
+        make_cache(tmp_path / "cache", config=config, attention="eager", weights_sha256="0123456789abcdef" * 4)
     assert "attention: cached 'sdpa', asked for 'eager'" in caught.value.found
     assert "config.rope_theta: cached 10000.0, asked for 500000.0" in caught.value.found
+    assert "weights_sha256: cached 'aaaaaaaaaaaa…', asked for '0123456789ab…'" in caught.value.found
     assert "weight_dtype" not in caught.value.found
 
 

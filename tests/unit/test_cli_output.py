@@ -58,7 +58,7 @@ def test_a_request_to_stop_ends_a_command_as_ctrl_c_does(capsys: pytest.CaptureF
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit), faults_explained():
         signal.raise_signal(signal.SIGTERM)
-    assert "Stopped: what is finished stays" in capsys.readouterr().err
+    assert "Stopped. Finished work is kept" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -67,5 +67,5 @@ def test_nobody_to_ask_is_no_consent(tmp_path: Path) -> None:
     (cache.path / "tmp" / "left.partial").write_bytes(b"")
     result = CliRunner().invoke(dpo_cache, ["gc", str(cache.path), "--min-age-days", "0"], input="")
     assert result.exit_code == 1
-    assert "nobody said whether to remove them\n  next: add --yes" in result.stderr
+    assert "removal was not confirmed\n  next: add --yes" in result.stderr
     assert (cache.path / "tmp" / "left.partial").exists()

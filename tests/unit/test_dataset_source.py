@@ -255,8 +255,9 @@ def test_a_path_with_a_comma_is_told_from_an_option(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
-    with pytest.raises(DpoCacheError, match="no such file"):
+    with pytest.raises(DpoCacheError, match="no such file") as missing:
         opened(tmp_path / "missing.jsonl.gz")
+    assert missing.value.next_step is None  # `ls` is something that everybody knows
 
 
 # ---- hub ----

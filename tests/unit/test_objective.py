@@ -40,7 +40,7 @@ def test_the_first_loss_with_a_reference_gives_the_unit_of_what_is_logged() -> N
 def test_smoothing_has_a_default_only_where_a_loss_needs_it() -> None:
     assert resolve_loss("exo_pair").lead.label_smoothing == 1e-3
     assert resolve_loss("dpo").lead.label_smoothing == 0.0
-    with pytest.raises(DpoCacheError, match="--label-smoothing is 0, and --loss exo_pair has no value without it"):
+    with pytest.raises(DpoCacheError, match="--label-smoothing is 0, but --loss exo_pair is not defined without it"):
         resolve_loss("exo_pair", label_smoothing=0.0)
 
 
@@ -53,22 +53,22 @@ def test_a_beta_of_the_other_unit_is_warned_about(name: str, beta: float) -> Non
 @pytest.mark.parametrize(
     ("text", "numbers", "message"),
     [
-        ("dop", {}, "--loss dop is unknown"),
-        ("", {}, "--loss '' is unknown"),
-        ("dpo=1=2", {}, "--loss dpo=1=2 is unknown"),
+        ("dop", {}, "unknown --loss dop"),
+        ("", {}, "unknown --loss ''"),
+        ("dpo=1=2", {}, "unknown --loss dpo=1=2"),
         ("dpo=x", {}, "the weight of --loss dpo=x is x"),
         ("dpo,ipo=-1", {}, "the weight of --loss ipo=-1 is -1"),
         ("dpo:0", {}, "the beta of --loss dpo:0 is 0"),
         ("dpo", {"beta": -1.0}, r"--beta is -1\.0"),
-        ("dpo:0.1,ipo:0.2", {"beta": 0.3}, "--beta means nothing to --loss dpo:0.1,ipo:0.2"),
-        ("dpo", {"gamma_beta_ratio": 0.5}, "--gamma-beta-ratio means nothing to --loss dpo"),
+        ("dpo:0.1,ipo:0.2", {"beta": 0.3}, "--beta has no effect with --loss dpo:0.1,ipo:0.2"),
+        ("dpo", {"gamma_beta_ratio": 0.5}, "--gamma-beta-ratio has no effect without --loss simpo"),
         ("ipo", {"label_smoothing": 0.1}, "--label-smoothing is not defined for --loss ipo"),
         ("dpo,apo_zero", {"label_smoothing": 0.1}, "--label-smoothing is not defined for --loss apo_zero"),
         ("robust", {"label_smoothing": 0.5}, r"--label-smoothing is 0\.5"),
         ("dpo_norm", {"f_divergence": "js"}, "--f-divergence js is not defined for --loss dpo_norm"),
         ("bco_pair", {"f_divergence": "forward_kl"}, "--f-divergence forward_kl is not defined for --loss bco_pair"),
-        ("dpo", {"f_divergence": "tv"}, "--f-divergence tv is unknown"),
-        ("dpo", {"f_alpha": 0.3}, "--f-alpha means nothing to --f-divergence reverse_kl"),
+        ("dpo", {"f_divergence": "tv"}, "unknown --f-divergence tv"),
+        ("dpo", {"f_alpha": 0.3}, "--f-alpha has no effect without --f-divergence alpha"),
         ("dpo", {"f_divergence": "alpha", "f_alpha": 1.0}, r"--f-alpha is 1\.0"),
         ("dpo_norm", {"ld_alpha": 0.5}, "--ld-alpha is not defined for --loss dpo_norm"),
         ("dpo", {"ld_alpha": 1.5}, r"--ld-alpha is 1\.5"),
@@ -78,6 +78,16 @@ def test_a_beta_of_the_other_unit_is_warned_about(name: str, beta: float) -> Non
 def test_what_is_wrong_is_named(text: str, numbers: dict[str, Any], message: str) -> None:
     with pytest.raises(DpoCacheError, match=message):
         resolve_loss(text, **numbers)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("sigmoid", "dpo"), ("sigmoid_norm", "dpo_norm"), ("dop_norm", "dpo_norm"), ("appo_zero", "apo_zero")],
+)
+def test_a_loss_by_another_name_is_answered_with_ours(written: str, meant: str) -> None:
+    with pytest.raises(DpoCacheError, match=f"unknown --loss {written}") as refused:
+        resolve_loss(written)
+    assert refused.value.next_step == f"did you mean {meant}?"
 
 
 def test_a_resumed_run_compares_plain_json() -> None:

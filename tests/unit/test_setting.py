@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dpo_cache.cli import dpo_cache, dpo_train
 from dpo_cache.cli_options import config_options
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.build_config import BuildConfig
+from dpo_cache.stages.import_config import ImportConfig
 from dpo_cache.stages.setting import command_line_of, settings_of
 from dpo_cache.stages.train_config import TrainConfig
 
@@ -81,11 +83,12 @@ def test_a_yaml_key_that_is_no_option_is_an_error(tmp_path: Path) -> None:
     [
         (["--zero-stage", "4"], "--zero-stage is 4"),
         (["--beta", "0"], "--beta is 0"),
+        (["--adam-beta2", "1"], "--adam-beta2 is 1"),
         (
             ["--global-batch-size", "8", "--gradient-accumulation-steps", "2"],
             "--global-batch-size is given together",
         ),
-        (["--eval-steps", "5"], "--eval-steps without --eval-mixture"),
+        (["--eval-steps", "5"], "--eval-steps has no effect without --eval-mixture"),
         (["--keep-last-n-checkpoints", "0"], "--keep-last-n-checkpoints is 0"),
     ],
 )
@@ -94,9 +97,14 @@ def test_a_value_out_of_bounds_names_its_flag(arguments: list[str], message: str
         parsed(TrainConfig, ["--cache", "c", "--output", "o", *arguments])
 
 
-@pytest.mark.parametrize("config_class", [BuildConfig, TrainConfig])
-def test_every_setting_has_a_line_of_help(config_class: type) -> None:
-    assert all(declared.description.help for declared in settings_of(config_class))
+@pytest.mark.parametrize("config_class", [BuildConfig, ImportConfig, TrainConfig])
+def test_every_setting_has_help_and_stands_under_a_heading(config_class: type) -> None:
+    for declared in settings_of(config_class):
+        assert declared.description.help.endswith("."), declared.name
+        assert "default" not in declared.description.help, declared.name  # that is said by `default_text`
+        assert declared.description.group != "Options", declared.name
+    groups = [declared.description.group for declared in settings_of(config_class)]
+    assert len(list(itertools.groupby(groups))) == len(set(groups)), "options of one heading are declared together"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +138,7 @@ def test_an_option_that_must_be_given_is_asked_for(missing: str) -> None:
         ("max-steps: 1.7", "--max-steps is 1.7"),
         ("use-lora: maybe", "--use-lora is 'maybe'"),
         ("output: [a, b]", "--output is ['a', 'b']"),
-        ("config: other.yaml", "config is no option"),
+        ("config: other.yaml", "unknown option config"),
         ("betta: 3", "did you mean beta?"),
         ("max_steps: 1\nmax-steps: 2", "is given twice"),
         ("- a", "does not hold option names"),

@@ -60,10 +60,12 @@ def test_what_cannot_change_a_log_probability_may_vary(cache: Path, models: list
 
 def test_an_axis_that_leaves_the_cache_is_named_with_each_value_and_what_to_do(cache: Path, models: list[Path]) -> None:
     message = refusal(cache, grid={"model": [str(models[0]), str(models[1])], "dtype": ["float32", "bfloat16"]})
-    assert "the axis dtype leaves this cache: at dtype = bfloat16, --dtype is bfloat16, and the cache was" in message
-    assert f"the axis model leaves this cache: at model = {models[1]}, the policy" in message
+    assert (
+        "the cache cannot serve the axis dtype: at dtype = bfloat16, --dtype is bfloat16, and the cache was" in message
+    )
+    assert f"the cache cannot serve the axis model: at model = {models[1]}, the policy" in message
     assert f"model = {models[0]}" not in message
-    assert "take model out of the points and give each of its values a sweep and a cache of its own" in message
+    assert "remove model from the points, and give each of its values its own sweep and cache" in message
     assert "--allow-other-policy" in message
 
 
@@ -79,7 +81,7 @@ def test_an_option_of_all_points_is_no_axis(cache: Path) -> None:
 
 def test_mixtures_have_to_be_there_or_to_be_built(cache: Path, models: list[Path]) -> None:
     message = refusal(cache, grid={"mixture": ["train", "tarin"]}, train={"eval-mixture": "held-out"})
-    assert "the axis mixture leaves this cache: at mixture = tarin, the cache has no mixture 'tarin'" in message
+    assert "the cache cannot serve the axis mixture: at mixture = tarin, the cache has no mixture 'tarin'" in message
     assert "the cache has no mixture 'held-out', and no build makes it (there are: train)" in message
     assert "add a build with `mixture: held-out`" in message
     build = {"model": str(models[0]), "dataset": "h", "mixture": "held-out"}
@@ -101,4 +103,4 @@ def test_builds_are_of_one_reference_and_one_for_each_mixture(cache: Path, model
     message = refusal(cache, build=build, points=[{}])
     assert "the build of mixture train has another reference than the cache" in message
     assert "(weights_sha256)" in message
-    assert "two builds are for one mixture" in refusal(cache, build=[build, build], points=[{}])
+    assert "two builds make the same mixture" in refusal(cache, build=[build, build], points=[{}])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from dpo_cache.cli import dpo_train
+from dpo_cache.pipeline.training.objective import beta_warnings, resolve_loss
 from dpo_cache.stages.best_model import FIELDS
 from dpo_cache.stages.sweep_grid import read_grid
 from dpo_cache.stages.train_config import TrainConfig
@@ -43,8 +44,8 @@ def agents_command(command: list[str], values: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     "values",
     [
-        {"learning-rate": 4.7e-07, "beta": 5, "loss": "dpo_norm", "use-lora": True},
-        {"learning-rate": 1e-06, "beta": 20, "loss": "ipo", "use-lora": False},
+        {"learning-rate": 4.7e-07, "beta": 5, "use-lora": True},
+        {"learning-rate": 1e-06, "beta": 20, "use-lora": False},
     ],
 )
 def test_a_wandb_agent_starts_a_run_that_dpo_train_takes(values: dict[str, Any], tmp_path: Path) -> None:
@@ -67,9 +68,14 @@ def test_a_wandb_agent_starts_a_run_that_dpo_train_takes(values: dict[str, Any],
         with_tracking=True,
         learning_rate=values["learning-rate"],
         beta=values["beta"],
-        loss=values["loss"],
         use_lora=values["use-lora"],
     )
+
+
+def test_no_beta_of_the_wandb_sweep_is_one_that_dpo_train_warns_about() -> None:
+    parameters = yaml.safe_load((SWEEPS / "wandb.yaml").read_text(encoding="utf-8"))["parameters"]
+    for beta in parameters["beta"]["values"]:
+        assert beta_warnings(resolve_loss("dpo_norm", beta=beta)) == []
 
 
 def test_the_metric_that_a_wandb_sweep_maximises_is_one_that_is_logged() -> None:

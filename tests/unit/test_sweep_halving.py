@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
-from dpo_cache.stages.sweep_halving import better_ones, rung_shares, rung_steps
+from dpo_cache.stages.sweep_grid import SweepPoint
+from dpo_cache.stages.sweep_halving import (
+    better_ones,
+    default_figure,
+    given_up_on_a_tie,
+    margins_compare,
+    rung_shares,
+    rung_steps,
+    separations_compare,
+)
 from dpo_cache.stages.sweep_run import Score
+from dpo_cache.stages.train_config import TrainConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
 
-def score(accuracy: float | None, margin: float | None) -> Score:
-    return Score(accuracy=accuracy, margin=margin)
+def score(accuracy: float | None, margin: float | None, separation: float | None = None) -> Score:
+    return Score(accuracy=accuracy, margin=margin, separation=separation)
+
+
+def points(*options: dict[str, Any]) -> list[SweepPoint]:
+    return [
+        SweepPoint(name=str(number), options={}, config=TrainConfig(cache=Path("c"), output=Path("o"), **given))
+        for number, given in enumerate(options)
+    ]
 
 
 def test_eight_points_at_a_quarter_four_at_the_half_two_to_the_end() -> None:
@@ -32,10 +51,34 @@ def test_steps_of_a_rung_are_whole_and_at_least_one() -> None:
     assert [rung_steps(share, 1) for share in rung_shares(3, 2.0)] == [1, 1, 1]
 
 
-def test_the_figure_asked_for_decides_and_the_other_breaks_ties() -> None:
-    scores = {"a": score(0.9, 1.0), "b": score(0.8, 3.0), "c": score(0.9, 2.0)}
-    assert better_ones(scores, factor=3, by="margin") == ["b"]
-    assert better_ones(scores, factor=3, by="accuracy") == ["c"]
+def test_a_tie_of_the_accuracy_is_broken_by_margin_over_beta_and_not_by_the_margin() -> None:
+    scores = {"beta-20": score(0.9, 2.0, 0.1), "beta-2": score(0.9, 1.0, 0.5), "worse": score(0.8, 3.0, 9.0)}
+    assert better_ones(scores, factor=3, by="accuracy") == ["beta-2"]
+    assert better_ones(scores, factor=3, by="margin") == ["worse"]
+
+
+def test_points_that_only_a_tie_break_gave_up_are_named() -> None:
+    scores = {"a": score(0.9, 1.0, 0.1), "b": score(0.9, 1.0, 0.5), "c": score(0.8, 1.0, 0.9)}
+    assert given_up_on_a_tie(scores, ["b"], by="accuracy") == ["a"]
+    assert given_up_on_a_tie(scores, ["a", "b"], by="accuracy") == []
+
+
+def test_points_of_other_betas_are_halved_by_accuracy_unless_somebody_says_otherwise() -> None:
+    assert default_figure(points({"seed": 1}, {"seed": 2})) == "margin"
+    assert default_figure(points({"beta": 2.0}, {"beta": 5.0})) == "accuracy"
+
+
+def test_margins_compare_only_at_one_loss_and_beta() -> None:
+    assert margins_compare(points({"beta": 5.0}, {"beta": 5.0, "seed": 1}, {"loss": "dpo_norm"}))
+    assert not margins_compare(points({"beta": 5.0}, {"beta": 2.0}))
+    assert not margins_compare(points({"loss": "dpo"}, {"loss": "hinge"}))
+    assert not margins_compare(points({"loss": "dpo"}, {"loss": "dpo", "f_divergence": "js"}))
+
+
+def test_margins_over_beta_compare_among_losses_on_sums_or_among_losses_on_averages() -> None:
+    assert separations_compare(points({"beta": 5.0}, {"beta": 2.0}, {"loss": "ipo"}))
+    assert not separations_compare(points({"loss": "dpo_norm"}, {"loss": "dpo"}))
+    assert not separations_compare(points({"loss": "dpo"}, {"loss": "dpo", "ld_alpha": 0.5}))
 
 
 def test_a_run_without_a_finite_figure_is_worse_than_any() -> None:

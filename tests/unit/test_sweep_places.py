@@ -41,7 +41,7 @@ def test_on_a_cpu_runs_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPa
         ("01", {"gpus_per_run": 3}, "--gpus-per-run is 3\n  expected: at most 2"),
         ("01", {"parallel": 2}, "--parallel is for a CPU"),
         ("", {"gpus_per_run": 1}, "this machine has no GPU"),
-        ("01", {"gpus_per_run": 1, "num_gpus": 2}, "num-gpus is 2, and a run gets 1 GPUs"),
+        ("01", {"gpus_per_run": 1, "num_gpus": 2}, "num-gpus is 2, but a run gets 1 GPU"),
     ],
 )
 def test_what_the_machine_cannot_do_is_refused(gpus: str, options: dict[str, Any], message: str) -> None:

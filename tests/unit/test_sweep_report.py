@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def row(name: str, **fields: Any) -> SweepRow:
         "total_steps": 8,
         "accuracy": 0.5,
         "margin": 0.1,
+        "separation": 0.02,
         "step0_loss": 0.6931,
         "seconds": 12.0,
         "reference_forwards": 0,
@@ -31,9 +33,9 @@ ROWS = (
     row("third", accuracy=0.7, margin=9.0),
     row("given-up-early", status="given up", steps=2, accuracy=0.99),
     row("given-up-later", status="given up", steps=4, accuracy=0.6),
-    row("second", accuracy=0.8, margin=0.2),
-    row("first", accuracy=0.8, margin=0.3),
-    row("no-rewards", accuracy=None, margin=None),
+    row("second", accuracy=0.8, margin=0.4, separation=0.04),  # the larger margin by its larger beta alone
+    row("first", accuracy=0.8, margin=0.3, separation=0.15),
+    row("no-rewards", accuracy=None, margin=None, separation=None),
 )
 ORDER = ["first", "second", "third", "no-rewards", "given-up-later", "given-up-early", "failed"]
 
@@ -49,8 +51,20 @@ def report(folder: Path) -> SweepReport:
     )
 
 
-def test_points_stand_by_accuracy_then_margin_and_unfinished_ones_below(tmp_path: Path) -> None:
+def test_points_are_sorted_by_accuracy_then_by_margin_over_beta_and_unfinished_ones_come_last(tmp_path: Path) -> None:
     assert [row.name for row in report(tmp_path).rows] == ORDER
+
+
+def test_points_of_one_accuracy_are_tied_and_none_of_them_is_called_the_best(tmp_path: Path) -> None:
+    told = report(tmp_path)
+    assert told.to_json()["best"] == ["first", "second"]
+    assert "best: first, second (tied)\n" in told.text()
+    assert "Best: first, second (tied)." in told.markdown()
+    alone = replace(told, rows=told.rows[2:])
+    assert f"best: third\nmodel: {tmp_path}/third/model" in alone.text()
+    without_rewards = replace(told, rows=told.rows[3:])
+    assert not without_rewards.best
+    assert "best:" not in without_rewards.text()
 
 
 def test_all_three_files_tell_the_same(tmp_path: Path) -> None:

@@ -25,8 +25,11 @@ def config(**options: Any) -> TrainConfig:
         ({"hub_model_id": "lab/model"}, "--hub-model-id has no effect without --push-to-hub"),
         ({"hub_private": False}, "--no-hub-private has no effect without --push-to-hub"),
         ({"use_qlora": True}, "which cannot partition quantized weights"),
-        ({"keep_best": "margin"}, "--keep-best without --eval-mixture has nothing to judge by"),
-        ({"keep_best": "margin", "eval_mixture": "held-out", "loss": "simpo"}, "a loss without a reference"),
+        ({"keep_best": "margin"}, "--keep-best has no effect without --eval-mixture"),
+        (
+            {"keep_best": "margin", "eval_mixture": "held-out", "loss": "simpo"},
+            "--keep-best judges by rewards, and --loss simpo has none",
+        ),
         ({"wandb_project": "mine"}, "--wandb-project has no effect without --with-tracking"),
         ({"wandb_entity": "lab"}, "--wandb-entity has no effect without --with-tracking"),
         ({"wandb_tags": ("beta",)}, "--wandb-tags has no effect without --with-tracking"),

@@ -1,0 +1,50 @@
+"""The closing lines of a build: each number with what it counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from dpo_cache.stages.build_report import BuildReport
+
+REPORT = BuildReport(
+    cache=Path("cache"),
+    mixture="train",
+    dry_run=False,
+    training_pairs=97,
+    already_there=0,
+    distinct_pairs=96,
+    pairs_reused=0,
+    pairs_scored=96,
+    reference_forwards=9,
+    tokens=4048,
+    seconds=8.04,
+    scoring_seconds=5.5,
+    forward_seconds=0.7,
+    forward_share=0.98,
+    dropped={"identical-answers": 2},
+    truncated={},
+    warnings=("worker 1 died",),
+)
+
+
+def test_what_was_scored_is_told_with_one_time_and_what_is_in_it() -> None:
+    assert REPORT.summary().splitlines()[:4] == [
+        "warning: worker 1 died",
+        "skipped rows: 2 identical-answers",
+        "scored 96 pairs (4,048 tokens) in 9 forward passes, 5.5 s with start-up; reused 0 pairs",
+        "mixture train: 97 pairs; the build took 8.0 s",
+    ]
+
+
+def test_one_pair_is_not_written_as_several() -> None:
+    said = replace(REPORT, pairs_scored=1, reference_forwards=1, pairs_reused=1, training_pairs=1).summary()
+    assert "scored 1 pair (4,048 tokens) in 1 forward pass, 5.5 s with start-up; reused 1 pair" in said
+    assert "mixture train: 1 pair;" in said
+
+
+def test_a_build_that_scored_nothing_says_why() -> None:
+    said = replace(REPORT, pairs_scored=0, pairs_reused=96).summary()
+    assert "nothing to score: all 96 pairs are in the cache; no weights were loaded" in said
+    dry = replace(REPORT, dry_run=True, pairs_scored=24).summary()
+    assert dry.splitlines()[-1] == "would score 24 pairs and reuse 0; nothing was loaded or written"
