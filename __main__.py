@@ -1,7 +1,7 @@
 """``python -m dpo_cache build|info|…|train``: how the stages start their own processes."""
 
 from .cli import dpo_cache, dpo_train
-from .stages.child_processes import die_with_parent
+from .stages.processes.child_processes import die_with_parent
 
 if __name__ == "__main__":  # a spawned tokenizing process imports this file too
     die_with_parent()

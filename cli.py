@@ -18,11 +18,11 @@ from .cli_location import FILE, FOLDER, LOCATION
 from .cli_options import config_options
 from .cli_output import faults_explained, print_report, print_summary, stdout_for_reports
 from .errors import DpoCacheError
-from .stages.build_config import BuildConfig
-from .stages.import_config import NOT_IMPORTED, ImportConfig
-from .stages.location import Location
-from .stages.sweep_config import SweepConfig
-from .stages.train_config import TrainConfig
+from .stages.addresses.location import Location
+from .stages.building.build_config import BuildConfig
+from .stages.interchange.import_config import NOT_IMPORTED, ImportConfig
+from .stages.sweeping.sweep_config import SweepConfig
+from .stages.training.train_config import TrainConfig
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -75,8 +75,8 @@ def build_command(as_json: bool, **values: Any) -> None:
 def score_command(plan: Path, store: str, rank_of_node: int) -> None:
     """One scoring process of a build, which starts it."""
     with faults_explained():
-        from .stages.job_store import StoreAddress
-        from .stages.score import score_units
+        from .stages.processes.job_store import StoreAddress
+        from .stages.scoring.score import score_units
 
         score_units(plan, StoreAddress.parse(store), rank_of_node)
 
@@ -143,8 +143,8 @@ def verify_command(
     """
     with faults_explained():
         with stdout_for_reports():
-            from .stages.rescore import RescoreSettings
             from .stages.verify import verify_cache
+            from .stages.verifying.rescore import RescoreSettings
 
             rescoring = RescoreSettings.asked_for(rescore, model=model, seed=seed, trust_remote_code=trust_remote_code)
             report = verify_cache(cache, repair=repair, rescoring=rescoring)
@@ -409,7 +409,7 @@ def dpo_sweep(grid: Path, as_json: bool, **values: Any) -> None:
         with stdout_for_reports():
             config = SweepConfig(**values)
             from .stages.sweep import sweep
-            from .stages.sweep_report import SweepReport
+            from .stages.sweeping.sweep_report import SweepReport
 
             report = sweep(grid, config)
         print_report(report, as_json)

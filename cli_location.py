@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .stages.location import is_address
+from .stages.addresses.location import is_address
 
 
 class _Folder(click.Path):

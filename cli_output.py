@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import click
 
 from .errors import DpoCacheError
-from .stages.ranks import ranks_from_environment
+from .stages.processes.ranks import ranks_from_environment
 
 REFUSED_BY_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),

@@ -28,21 +28,21 @@ from dpo_cache.pipeline.cache.example_key import example_key
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.scoring.batching import plan_batches
+from dpo_cache.pipeline.scoring.device_limits import peak_flops_per_second, peak_memory_bytes
 from dpo_cache.pipeline.scoring.flops import ModelCost, forward_flops
 from dpo_cache.pipeline.scoring.layouts import scoring_batch
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.scoring.scoring_batch import Layout, ScoringBatch
 from dpo_cache.pipeline.training.activation_checkpointing import recompute_activations
 from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
-from dpo_cache.pipeline.training.device_limits import peak_flops_per_second, peak_memory_bytes
 from dpo_cache.pipeline.training.liger_layers import use_liger_layers
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.objective import resolve_loss
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
-from dpo_cache.stages.devices import device_of_rank
-from dpo_cache.stages.process_group import process_group
-from dpo_cache.stages.ranks import Ranks
+from dpo_cache.stages.processes.devices import device_of_rank
+from dpo_cache.stages.processes.process_group import process_group
+from dpo_cache.stages.processes.ranks import Ranks
 from result_table import dated_section, keep_section, machine, markdown_table
 from transformers import LlamaConfig, LlamaForCausalLM
 

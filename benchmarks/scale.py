@@ -31,9 +31,9 @@ from dpo_cache.pipeline.cache.mixture import Mixture  # noqa: E402
 from dpo_cache.pipeline.cache.mixture_check import check_mixture  # noqa: E402
 from dpo_cache.pipeline.cache.pair_order import epoch_order  # noqa: E402
 from dpo_cache.pipeline.cache.pair_stream import PairStream  # noqa: E402
-from dpo_cache.stages.build_cache import damaged_shards  # noqa: E402
-from dpo_cache.stages.build_config import BuildConfig  # noqa: E402
-from dpo_cache.stages.mixture_change import mixture_content  # noqa: E402
+from dpo_cache.stages.building.build_cache import damaged_shards  # noqa: E402
+from dpo_cache.stages.building.build_config import BuildConfig  # noqa: E402
+from dpo_cache.stages.building.mixture_change import mixture_content  # noqa: E402
 from peak_memory import PeakMemory  # noqa: E402
 from result_table import dated_section, keep_section, machine, markdown_table  # noqa: E402
 

@@ -88,7 +88,7 @@ def timed_run(arguments: list[str]) -> dict[str, Any]:
     started = psutil.Process().create_time()
     import deepspeed
     from dpo_cache.cli import dpo_train
-    from dpo_cache.stages import training_loop, training_run
+    from dpo_cache.stages.training import training_loop, training_run
 
     for owner, name, part in (
         (training_run.TrainingRun, "_prepare", CACHE),

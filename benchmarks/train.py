@@ -27,7 +27,7 @@ from command_line import add_pairs, add_threads, add_trl, benchmark_parser
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.mixture import Mixture
 from dpo_cache.pipeline.cache.pair_stream import PairStream
-from dpo_cache.stages.recipe import global_batches
+from dpo_cache.stages.training.recipe import global_batches
 from result_table import LOAD_BEFORE, dated_section, keep_section, markdown_table, threads_of_machine
 from small_llama import NUM_PARAMETERS, write_random_llama
 

@@ -20,7 +20,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.cache.mixture import check_name
 from ..pipeline.scoring.quantization import require_bitsandbytes
-from .build_cache import (
+from .building.build_cache import (
     damaged_shards,
     description_of,
     open_cache,
@@ -28,20 +28,20 @@ from .build_cache import (
     scratch_folder,
     wait_until_visible,
 )
-from .build_config import BuildConfig
-from .build_datasets import SPOOL, collect_datasets, open_datasets
-from .build_plan import ScoringPlan, cut_units
-from .build_reference import resolve_reference
-from .build_report import BuildReport
-from .job_store import STORE_FAULTS, JobStore, store_lost
-from .left_out import in_words, keys_by_reason
-from .library_output import quiet_libraries
-from .mixture_change import left_out_before, mixture_content, new_content
-from .mixture_content import MixtureContent
-from .pair_collection import CollectedPairs
-from .ranks import Ranks, ranks_from_environment
-from .scoring_job import ScoringOutcome, follow_scoring, lead_scoring
-from .terminal import say
+from .building.build_config import BuildConfig
+from .building.build_datasets import SPOOL, collect_datasets, open_datasets
+from .building.build_plan import ScoringPlan, cut_units
+from .building.build_reference import resolve_reference
+from .building.build_report import BuildReport
+from .building.left_out import in_words, keys_by_reason
+from .building.mixture_change import left_out_before, mixture_content, new_content
+from .building.mixture_content import MixtureContent
+from .building.pair_collection import CollectedPairs
+from .console.library_output import quiet_libraries
+from .console.terminal import say
+from .processes.job_store import STORE_FAULTS, JobStore, store_lost
+from .processes.ranks import Ranks, ranks_from_environment
+from .scoring.scoring_job import ScoringOutcome, follow_scoring, lead_scoring
 
 
 def build(config: BuildConfig) -> BuildReport | None:

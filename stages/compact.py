@@ -21,9 +21,9 @@ from ..pipeline.cache.durable_file import remove_durably
 from ..pipeline.cache.example_key import keys_array, prompt_hash_prefix
 from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.cache.row_reader import RowReader
-from .build_plan import MAX_UNIT_TOKENS, cut_into
-from .pair_collection import SpooledPairs
-from .progress import Progress
+from .building.build_plan import MAX_UNIT_TOKENS, cut_into
+from .building.pair_collection import SpooledPairs
+from .console.progress import Progress
 
 SMALL_SHARD_IDS = MAX_UNIT_TOKENS // 2
 """Below this a shard is joined with others of its kind. What comes of that is larger, but for the last one."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from .doctor_devices import examine_devices
-from .doctor_machine import examine_machine
-from .doctor_services import examine_services
-from .doctor_software import examine_software
-from .finding import Finding, Level
+from .machine.doctor_devices import examine_devices
+from .machine.doctor_machine import examine_machine
+from .machine.doctor_services import examine_services
+from .machine.doctor_software import examine_software
+from .machine.finding import Finding, Level
 
 MARKS = {Level.OK: "ok", Level.NOTE: "note", Level.WARNING: "warn", Level.FATAL: "FAIL"}
 COLOURS = {Level.OK: "green", Level.NOTE: "cyan", Level.WARNING: "yellow", Level.FATAL: "red"}

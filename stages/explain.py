@@ -13,13 +13,13 @@ import numpy.typing as npt
 
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.reference_identity import differences
-from .build_cache import damaged_shards
-from .build_config import BuildConfig
-from .build_datasets import collect_datasets, open_datasets
-from .build_reference import resolve_reference
-from .library_output import quiet_libraries
-from .mixture_change import differing_settings
-from .pair_collection import CollectedPairs
+from .building.build_cache import damaged_shards
+from .building.build_config import BuildConfig
+from .building.build_datasets import collect_datasets, open_datasets
+from .building.build_reference import resolve_reference
+from .building.mixture_change import differing_settings
+from .building.pair_collection import CollectedPairs
+from .console.library_output import quiet_libraries
 
 Difference = tuple[str, Any, Any]
 MAX_RANGES = 8

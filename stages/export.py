@@ -17,21 +17,11 @@ from ..pipeline.cache.durable_file import write_durably
 from ..pipeline.cache.example_key import canonical_scored_mask
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.scored_pair import ScoredPair
-from .progress import Progress
+from .console.progress import Progress
+from .interchange.trl_columns import REFERENCE_ID_KEY, TRL_SCHEMA
 
 ROWS_PER_GROUP = 1024
 """Rows in memory at a time."""
-TRL_SCHEMA = pa.schema(
-    [
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("chosen_ids", pa.list_(pa.int32())),
-        ("rejected_ids", pa.list_(pa.int32())),
-        ("ref_chosen_logps", pa.float64()),
-        ("ref_rejected_logps", pa.float64()),
-    ]
-)
-REFERENCE_ID_KEY = "dpo_cache.reference_id"
-"""Key of the file's metadata under which it says whose values it holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,8 +9,8 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.reference_identity import ReferenceIdentity
 from ..pipeline.cache.remote_cache import distinct_shards, num_bytes
-from .local_copy import glance
-from .location import Location, is_address
+from .addresses.local_copy import glance
+from .addresses.location import Location, is_address
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

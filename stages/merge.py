@@ -11,10 +11,10 @@ from typing import Any
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
-from .mixture_change import differing_settings, in_words
-from .mixture_content import MixtureContent
-from .mixture_union import canonical_order, united
-from .progress import Progress
+from .building.mixture_change import differing_settings, in_words
+from .building.mixture_content import MixtureContent
+from .building.mixture_union import canonical_order, united
+from .console.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

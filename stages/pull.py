@@ -14,9 +14,9 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.remote_cache import RemoteCache, distinct_shards, fetch_description, num_bytes
 from ..pipeline.cache.remote_files import RemoteFiles
-from .location import is_address
-from .next_command import training_commands
-from .progress import Progress
+from .addresses.location import is_address
+from .console.next_command import training_commands
+from .console.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

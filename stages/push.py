@@ -13,8 +13,8 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.mixture_check import check_mixture
 from ..pipeline.cache.remote_cache import distinct_shards, num_bytes
-from .hub_access import MAIN_BRANCH
-from .hub_dataset import HubDataset
+from .hub.hub_access import MAIN_BRANCH
+from .hub.hub_dataset import HubDataset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

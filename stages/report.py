@@ -18,9 +18,9 @@ from ..pipeline.report.run_record import RunRecord, read_run
 from ..pipeline.report.run_series import CHARTS, MAX_POINTS, series_of
 from ..pipeline.report.run_settings import settings_table
 from ..pipeline.report.run_table import NumberedRun, step_zero_row
-from .report_cache import cache_sections
-from .report_pairs import OpenMixtures, held_out_pairs
-from .report_sweep import named_folder, run_tables
+from .reporting.report_cache import cache_sections
+from .reporting.report_pairs import OpenMixtures, held_out_pairs
+from .reporting.report_sweep import named_folder, run_tables
 
 POINTS_OF_A_PAGE = 400_000
 """Some 20 MB; of many long runs every curve is drawn with fewer points."""

@@ -11,12 +11,12 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import DpoCacheError
-from .location import Location, location_of
+from .addresses.location import Location, location_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +98,7 @@ def settings_of(config_class: type[Any]) -> Iterator[Setting]:
             value_type=value_type,
             is_location=hints[config_field.name] == Location,
             repeats=repeats,
-            default=_default_of(config_field),
+            default=config_field.default,
             description=config_field.metadata["setting"],
         )
 
@@ -177,10 +177,6 @@ def _element_from_file(declared: Setting, value: Any) -> Any:
 
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
-
-
-def _default_of(config_field: Field[Any]) -> Any:
-    return config_field.default
 
 
 def _element_type(hint: Any) -> tuple[type, bool]:

@@ -16,18 +16,16 @@ from typing import Any
 
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
+from .addresses.local_copy import glance
 from .build import build
-from .child_processes import Job, python_command, run_jobs
-from .counted_noun import counted
-from .held_out_overlap import overlap_warnings
-from .library_output import quiet_libraries
-from .local_copy import glance
-from .output_folder import output_lock
-from .recipe import resolve_recipe, warnings_of
+from .console.counted_noun import counted
+from .console.library_output import quiet_libraries
+from .console.terminal import say
+from .processes.child_processes import Job, python_command, run_jobs
 from .setting import command_line_of
-from .sweep_config import SweepConfig
-from .sweep_grid import SweepGrid, SweepPoint, read_grid
-from .sweep_halving import (
+from .sweeping.sweep_config import SweepConfig
+from .sweeping.sweep_grid import SweepGrid, SweepPoint, read_grid
+from .sweeping.sweep_halving import (
     better_ones,
     default_figure,
     given_up_on_a_tie,
@@ -37,8 +35,8 @@ from .sweep_halving import (
     rung_steps,
     separations_compare,
 )
-from .sweep_places import places_for, visible_gpus
-from .sweep_report import (
+from .sweeping.sweep_places import places_for, visible_gpus
+from .sweeping.sweep_report import (
     FAILED,
     FINISHED,
     GIVEN_UP,
@@ -50,9 +48,11 @@ from .sweep_report import (
     options_text,
     recorded,
 )
-from .sweep_run import Score, SweepRun
-from .terminal import say
+from .sweeping.sweep_run import Score, SweepRun
 from .train import SAVING_GRACE_S
+from .training.held_out_overlap import overlap_warnings
+from .training.output_folder import output_lock
+from .training.recipe import resolve_recipe, warnings_of
 
 STOPPING_GRACE_S = SAVING_GRACE_S + 60.0
 """A run that is asked to stop gives its own processes this long to save, and then has to end itself."""
@@ -88,7 +88,7 @@ def sweep(grid_file: Path, config: SweepConfig) -> SweepReport | SweepPlan:
         KeyboardInterrupt: Asked to stop; what was under way has saved.
     """
     quiet_libraries()
-    from .sweep_check import check_points, expected_cache  # only now: it imports DeepSpeed
+    from .sweeping.sweep_check import check_points, expected_cache  # only now: it imports DeepSpeed
 
     grid = read_grid(grid_file)
     places = places_for(config, [point.config for point in grid.points], gpus=visible_gpus())

@@ -13,18 +13,18 @@ import torch
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
-from .child_processes import free_port, is_child, python_command, run_children, threads_for
-from .counted_noun import counted
-from .hub_model import HubTarget, upload_model
-from .library_output import quiet_libraries
-from .local_copy import glance, local_copy
-from .ranks import Ranks, ranks_from_environment
-from .recipe import resolve_recipe
+from .addresses.local_copy import glance, local_copy
+from .console.counted_noun import counted
+from .console.library_output import quiet_libraries
+from .hub.hub_model import HubTarget, upload_model
+from .processes.child_processes import free_port, is_child, python_command, run_children, threads_for
+from .processes.ranks import Ranks, ranks_from_environment
 from .setting import command_line_of
-from .train_config import TrainConfig
-from .train_dry_run import DryRunReport
-from .train_plan import TrainPlan, plan_of
-from .train_report import TrainReport
+from .training.recipe import resolve_recipe
+from .training.train_config import TrainConfig
+from .training.train_dry_run import DryRunReport
+from .training.train_plan import TrainPlan, plan_of
+from .training.train_report import TrainReport
 
 SAVING_GRACE_S = 600.0
 """How long ranks that are asked to stop may take to finish their step and save."""
@@ -105,8 +105,8 @@ def _upload(target: HubTarget, report: TrainReport) -> TrainReport:
 
 
 def _train_rank(config: TrainConfig, ranks: Ranks) -> TrainReport | DryRunReport | None:
-    from .process_group import process_group  # only now: it imports DeepSpeed
-    from .training_run import TrainingRun
+    from .processes.process_group import process_group  # only now: it imports DeepSpeed
+    from .training.training_run import TrainingRun
 
     cache_folder = _cache_folder(config)  # before the ranks meet: the wait for a long copy has no limit here
     with process_group(ranks) as device:

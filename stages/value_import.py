@@ -18,20 +18,20 @@ from ..pipeline.cache.mixture_rows import MixtureRows
 from ..pipeline.cache.pair_spool import PairSpool
 from ..pipeline.cache.scored_pair import ScoredPair
 from ..pipeline.data.token_pair import TokenPair
-from .build_cache import damaged_shards, open_cache, scratch_folder
-from .build_datasets import SPOOL, collect_datasets, open_datasets
-from .build_plan import cut_units
-from .build_reference import BuildReference, resolve_reference
-from .import_config import ImportConfig
-from .import_proof import prove_values
-from .import_report import ImportReport
-from .library_output import quiet_libraries
-from .mixture_change import mixture_content
-from .pair_collection import SpooledPairs
-from .progress import Progress
-from .terminal import say
-from .value_matching import matched_values, with_keys
-from .value_source import SourceValues, read_source
+from .building.build_cache import damaged_shards, open_cache, scratch_folder
+from .building.build_datasets import SPOOL, collect_datasets, open_datasets
+from .building.build_plan import cut_units
+from .building.build_reference import BuildReference, resolve_reference
+from .building.mixture_change import mixture_content
+from .building.pair_collection import SpooledPairs
+from .console.library_output import quiet_libraries
+from .console.progress import Progress
+from .console.terminal import say
+from .interchange.import_config import ImportConfig
+from .interchange.import_proof import prove_values
+from .interchange.import_report import ImportReport
+from .interchange.value_matching import matched_values, with_keys
+from .interchange.value_source import SourceValues, read_source
 
 
 def import_values(source_path: Path, config: ImportConfig) -> ImportReport:

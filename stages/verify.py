@@ -22,11 +22,11 @@ from ..pipeline.cache.mixture_check import check_mixture
 from ..pipeline.cache.parquet_file import KEY_COLUMN, file_sha256, reading
 from ..pipeline.cache.shard_file import SHARD_NAME, ShardReader, ShardRef, verify_shard
 from ..pipeline.cache.unreadable_file import UnreadableFileError
-from .local_copy import local_copy
-from .location import Location, is_address
-from .progress import Progress
-from .rescore import RescoreReport, RescoreSettings, rescore
-from .verify_report import Finding, FindingKind, Repair, VerifyReport
+from .addresses.local_copy import local_copy
+from .addresses.location import Location, is_address
+from .console.progress import Progress
+from .verifying.rescore import RescoreReport, RescoreSettings, rescore
+from .verifying.verify_report import Finding, FindingKind, Repair, VerifyReport
 
 
 def verify_cache(location: Location, *, repair: bool = False, rescoring: RescoreSettings | None = None) -> VerifyReport:

@@ -40,8 +40,8 @@ def write_shard(
 
     Args:
         shards_folder: Where the shard becomes visible, under the digest of its bytes.
-        rows: At least one, and no more than :func:`~dpo_cache.stages.build_plan.cut_units` puts into a unit, in the
-            order they are to have. Their counts and keys must be right.
+        rows: At least one, and no more than :func:`~dpo_cache.stages.building.build_plan.cut_units` puts into a unit,
+            in the order they are to have. Their counts and keys must be right.
         reference_id: Digest of the reference that scored them.
         scoring_version: Version of the scoring code, in the footer for readers without ``cache.json``.
         recorded: How they were scored (library versions, hardware, batch layout). Not part of any key, but of

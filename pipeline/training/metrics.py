@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..scoring.device_limits import peak_flops_per_second, peak_memory_bytes
 from ..scoring.flops import ModelCost, forward_flops
-from .device_limits import peak_flops_per_second, peak_memory_bytes
 from .micro_batch import ScoredMicroBatch
 from .objective import Objective
 

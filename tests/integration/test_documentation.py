@@ -18,8 +18,8 @@ import yaml
 from documentation_blocks import DATA, PARSED_ONLY, PROSE, ROOT, RUN, Block, blocks_of, our_commands, pages
 from dpo_cache import cli
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages.build_config import BuildConfig
-from dpo_cache.stages.train_config import TrainConfig
+from dpo_cache.stages.building.build_config import BuildConfig
+from dpo_cache.stages.training.train_config import TrainConfig
 from tiny_model import message_pairs, write_rows
 
 PAGES = {str(page.relative_to(ROOT)): page for page in pages()}

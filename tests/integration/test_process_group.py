@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 JOIN = """
-from dpo_cache.stages.process_group import process_group
-from dpo_cache.stages.ranks import Ranks
+from dpo_cache.stages.processes.process_group import process_group
+from dpo_cache.stages.processes.ranks import Ranks
 
 with process_group(Ranks(rank=0, num_ranks=1, rank_of_node=0, ranks_per_node=1)) as device:
     print(device)

@@ -20,8 +20,8 @@ from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.data.tokenizer import vocabulary_sha256
-from dpo_cache.stages import report_cache
 from dpo_cache.stages.report import report
+from dpo_cache.stages.reporting import report_cache
 from run_factory import EVAL_FIELDS, NUM_PAIRS, STEP_FIELDS, write_run
 from tiny_model import tiny_tokenizer
 

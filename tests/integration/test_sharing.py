@@ -26,16 +26,16 @@ from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import write_sealed_json
 from dpo_cache.pipeline.cache.mixture import Mixture
+from dpo_cache.stages.addresses.local_copy import local_copy
 from dpo_cache.stages.compact import compact
 from dpo_cache.stages.gc import collect_garbage
-from dpo_cache.stages.hub_dataset import HubDataset
+from dpo_cache.stages.hub.hub_dataset import HubDataset
 from dpo_cache.stages.inspect import inspect_cache
-from dpo_cache.stages.local_copy import local_copy
 from dpo_cache.stages.pull import pull
 from dpo_cache.stages.push import push
 from dpo_cache.stages.show import show
 from dpo_cache.stages.train import train
-from dpo_cache.stages.train_config import TrainConfig
+from dpo_cache.stages.training.train_config import TrainConfig
 from dpo_cache.stages.verify import verify_cache
 from file_server import FileServer, file_server
 from hub_server import TOKEN, Files, HubServer, hub_server
@@ -113,7 +113,7 @@ def test_what_is_pulled_is_byte_for_byte_what_was_pushed(hub: HubServer, tmp_pat
 def test_permission_is_asked_before_anything_is_sent_and_every_commit_is_a_whole_cache(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cache.stages.hub_dataset.BATCH_FILES", 2)
+    monkeypatch.setattr("dpo_cache.stages.hub.hub_dataset.BATCH_FILES", 2)
     make_shared(tmp_path / "ours")
     push(tmp_path / "ours", "lab/cache", revision="v1")
     asked, first_upload = hub.requests, next(n for n, request in enumerate(hub.requests) if "preupload" in request)
@@ -151,7 +151,7 @@ def test_a_shard_that_has_gone_bad_is_not_shared(hub: HubServer, tmp_path: Path)
 def test_an_upload_that_broke_off_goes_on_and_leaves_no_pointer_before(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cache.stages.hub_dataset.BATCH_FILES", 2)
+    monkeypatch.setattr("dpo_cache.stages.hub.hub_dataset.BATCH_FILES", 2)
     make_shared(tmp_path / "ours")
     hub.accept_uploads = 3
     with pytest.raises(DpoCacheError, match="failed") as failure:

@@ -18,10 +18,10 @@ from click.testing import CliRunner
 from dpo_cache.cli import dpo_sweep
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages import sweep as sweep_stage
-from dpo_cache.stages.child_processes import Job
+from dpo_cache.stages.processes.child_processes import Job
 from dpo_cache.stages.sweep import sweep
-from dpo_cache.stages.sweep_config import SweepConfig
-from dpo_cache.stages.sweep_report import SweepReport
+from dpo_cache.stages.sweeping.sweep_config import SweepConfig
+from dpo_cache.stages.sweeping.sweep_report import SweepReport
 from safetensors.torch import load_file
 from tiny_model import message_pairs, write_rows, write_tiny_model
 

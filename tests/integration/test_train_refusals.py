@@ -15,7 +15,7 @@ from dpo_cache.cli import dpo_train
 from dpo_cache.pipeline.cache import shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.shard_file import read_shard_rows
-from dpo_cache.stages import policy, recipe
+from dpo_cache.stages.training import policy, recipe
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
 

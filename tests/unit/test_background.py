@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from dpo_cache.stages.background import READ_AHEAD, ReadAhead, WriteBehind
+from dpo_cache.stages.processes.background import READ_AHEAD, ReadAhead, WriteBehind
 
 
 def test_items_come_in_order_and_only_a_few_are_made_ahead() -> None:

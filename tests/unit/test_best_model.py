@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from dpo_cache.stages.best_model import BestModel
+from dpo_cache.stages.training.best_model import BestModel
 
 
 def line(step: int, accuracy: float, margin: float = 0.0) -> dict[str, float]:

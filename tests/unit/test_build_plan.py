@@ -11,9 +11,9 @@ from dpo_cache.pipeline.cache import shard_writer
 from dpo_cache.pipeline.cache.shard_file import ShardReader
 from dpo_cache.pipeline.cache.shard_writer import MAX_ROW_GROUPS, write_shard
 from dpo_cache.pipeline.data.token_pair import TokenPair
-from dpo_cache.stages import build_plan
-from dpo_cache.stages.build_plan import MAX_UNIT_TOKENS, MIN_UNIT_TOKENS, cut_units
-from dpo_cache.stages.pair_collection import SpooledPairs
+from dpo_cache.stages.building import build_plan
+from dpo_cache.stages.building.build_plan import MAX_UNIT_TOKENS, MIN_UNIT_TOKENS, cut_units
+from dpo_cache.stages.building.pair_collection import SpooledPairs
 
 
 def waiting(prompts: list[int], lengths: list[int]) -> SpooledPairs:

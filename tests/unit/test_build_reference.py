@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages.build_cache import recorded_environment
-from dpo_cache.stages.build_config import BuildConfig
-from dpo_cache.stages.build_reference import resolve_reference
+from dpo_cache.stages.building.build_cache import recorded_environment
+from dpo_cache.stages.building.build_config import BuildConfig
+from dpo_cache.stages.building.build_reference import resolve_reference
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from tiny_model import write_tiny_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dpo_cache.stages.build_report import BuildReport
+from dpo_cache.stages.building.build_report import BuildReport
 
 REPORT = BuildReport(
     cache=Path("cache"),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages import child_processes
-from dpo_cache.stages.child_processes import Job, run_children, run_jobs
+from dpo_cache.stages.processes import child_processes
+from dpo_cache.stages.processes.child_processes import Job, run_children, run_jobs
 
 
 def python(code: str) -> list[str]:
@@ -57,8 +57,8 @@ def test_a_child_killed_from_outside_is_named_by_its_signal() -> None:
 PARENT = """
 import sys
 from pathlib import Path
-from dpo_cache.stages.child_processes import run_children
-code = "import os, time; from dpo_cache.stages.child_processes import die_with_parent; die_with_parent();" \\
+from dpo_cache.stages.processes.child_processes import run_children
+code = "import os, time; from dpo_cache.stages.processes.child_processes import die_with_parent; die_with_parent();" \\
        "open({path!r}, 'w').write(str(os.getpid())); time.sleep(60)"
 run_children([[sys.executable, "-c", code]], [{{}}])
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dpo_cache.pipeline.training.device_limits import peak_flops_per_second, peak_memory_bytes
+from dpo_cache.pipeline.scoring.device_limits import peak_flops_per_second, peak_memory_bytes
 
 
 @pytest.mark.parametrize(

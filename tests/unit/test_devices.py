@@ -6,9 +6,9 @@ import deepspeed
 import pytest
 import torch
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages import process_group
-from dpo_cache.stages.devices import device_of_rank, memory_explained
-from dpo_cache.stages.ranks import Ranks
+from dpo_cache.stages.processes import process_group
+from dpo_cache.stages.processes.devices import device_of_rank, memory_explained
+from dpo_cache.stages.processes.ranks import Ranks
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, *, count: int, visible: str | None) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from dpo_cache.stages import doctor_devices, doctor_machine, doctor_services, doctor_software
 from dpo_cache.stages.doctor import DoctorReport, examine
-from dpo_cache.stages.finding import Finding, Level
+from dpo_cache.stages.machine import doctor_devices, doctor_machine, doctor_services, doctor_software
+from dpo_cache.stages.machine.finding import Finding, Level
 from hub_server import TOKEN, HubServer, hub_server
 
 GIB = 2**30

@@ -10,7 +10,7 @@ from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.mixture import Mixture
 from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
-from dpo_cache.stages.held_out_overlap import num_shared, overlap_warnings
+from dpo_cache.stages.training.held_out_overlap import num_shared, overlap_warnings
 
 ROWS = make_rows(40)
 

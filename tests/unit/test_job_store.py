@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages import heartbeat, job_store
-from dpo_cache.stages.child_processes import free_port
-from dpo_cache.stages.job_store import JobStore
-from dpo_cache.stages.ranks import Ranks
+from dpo_cache.stages.processes import heartbeat, job_store
+from dpo_cache.stages.processes.child_processes import free_port
+from dpo_cache.stages.processes.job_store import JobStore
+from dpo_cache.stages.processes.ranks import Ranks
 
 
 @pytest.fixture(autouse=True)

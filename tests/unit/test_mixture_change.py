@@ -11,10 +11,10 @@ from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
-from dpo_cache.stages.build_config import BuildConfig
-from dpo_cache.stages.mixture_change import left_out_before, mixture_content
-from dpo_cache.stages.mixture_content import MixtureContent
-from dpo_cache.stages.pair_collection import CollectedPairs, SpooledPairs
+from dpo_cache.stages.building.build_config import BuildConfig
+from dpo_cache.stages.building.mixture_change import left_out_before, mixture_content
+from dpo_cache.stages.building.mixture_content import MixtureContent
+from dpo_cache.stages.building.pair_collection import CollectedPairs, SpooledPairs
 
 ROWS = make_rows(12)
 SOURCE = {"path": "made up", "dropped": {"empty-answer": 3}}

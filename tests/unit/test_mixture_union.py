@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from dpo_cache.pipeline.cache.example_key import keys_array
 from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
-from dpo_cache.stages.mixture_content import MixtureContent
-from dpo_cache.stages.mixture_union import canonical_order, united
+from dpo_cache.stages.building.mixture_content import MixtureContent
+from dpo_cache.stages.building.mixture_union import canonical_order, united
 
 
 def record(name: str, *, rows: int = 6, picked: int | None = None, **more: Any) -> dict[str, Any]:

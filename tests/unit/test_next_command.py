@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 
 from dpo_cache.cli import dpo_train
-from dpo_cache.stages.next_command import training_commands
-from dpo_cache.stages.train_config import TrainConfig
+from dpo_cache.stages.console.next_command import training_commands
+from dpo_cache.stages.training.train_config import TrainConfig
 
 
 def suggested(*mixtures: str) -> list[tuple[str, str | None]]:

@@ -102,7 +102,8 @@ def test_a_resumed_run_compares_plain_json() -> None:
 
 def test_the_settings_of_training_need_no_pytorch() -> None:
     code = (
-        "import sys, dpo_cache.stages.train_config; print([name for name in ('torch', 'numpy') if name in sys.modules])"
+        "import sys, dpo_cache.stages.training.train_config; "
+        "print([name for name in ('torch', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

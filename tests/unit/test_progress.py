@@ -4,8 +4,8 @@ import io
 import sys
 
 import pytest
-from dpo_cache.stages import progress
-from dpo_cache.stages.progress import Progress
+from dpo_cache.stages.console import progress
+from dpo_cache.stages.console.progress import Progress
 
 
 def test_in_a_log_file_every_state_is_a_line_with_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

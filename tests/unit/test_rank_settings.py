@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages.process_group import refuse_other_settings
+from dpo_cache.stages.processes.process_group import refuse_other_settings
 
 
 def faults_with(rates: list[float]) -> list[str]:

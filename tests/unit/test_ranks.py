@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages.ranks import first_slurm_node, ranks_from_environment, rendezvous_environment
+from dpo_cache.stages.processes.ranks import first_slurm_node, ranks_from_environment, rendezvous_environment
 
 SRUN = {
     "SLURM_STEP_ID": "0",

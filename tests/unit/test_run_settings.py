@@ -10,8 +10,8 @@ import pytest
 from cache_factory import fill_cache, make_cache, make_rows
 from dpo_cache.pipeline.report.run_record import RunRecord, read_run
 from dpo_cache.pipeline.report.run_settings import UNKNOWN, settings_of_run, settings_table
-from dpo_cache.stages.recipe import resolve_recipe
-from dpo_cache.stages.train_config import TrainConfig
+from dpo_cache.stages.training.recipe import resolve_recipe
+from dpo_cache.stages.training.train_config import TrainConfig
 from run_factory import write_run
 
 

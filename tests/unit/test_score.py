@@ -15,11 +15,11 @@ from dpo_cache.pipeline.cache.cache_json import CacheDescription
 from dpo_cache.pipeline.cache.pair_spool import PairSpoolWriter
 from dpo_cache.pipeline.cache.reference_identity import identify_reference
 from dpo_cache.pipeline.data.token_pair import TokenPair
-from dpo_cache.stages import score
-from dpo_cache.stages.build_plan import ScoringPlan, Unit
-from dpo_cache.stages.job_store import JobStore
-from dpo_cache.stages.score import ScoringWorker
-from dpo_cache.stages.unit_queue import UnitQueue
+from dpo_cache.stages.building.build_plan import ScoringPlan, Unit
+from dpo_cache.stages.processes.job_store import JobStore
+from dpo_cache.stages.scoring import score
+from dpo_cache.stages.scoring.score import ScoringWorker
+from dpo_cache.stages.scoring.unit_queue import UnitQueue
 from tiny_model import write_tiny_model
 
 CPU = torch.device("cpu")

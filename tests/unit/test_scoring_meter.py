@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from dpo_cache.pipeline.scoring.flops import ModelCost, forward_flops
-from dpo_cache.stages import scoring_meter
-from dpo_cache.stages.scoring_meter import ScoringMeter, meter_reading
+from dpo_cache.stages.scoring import scoring_meter
+from dpo_cache.stages.scoring.scoring_meter import ScoringMeter, meter_reading
 
 COST = ModelCost(backbone_weights=10**9, head_weights=10**6, attention_width=4096)
 BATCH: Any = SimpleNamespace(num_tokens=1000, num_attended=10_000, num_scored=500)

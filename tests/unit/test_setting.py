@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from dpo_cache.cli import dpo_cache, dpo_train
 from dpo_cache.cli_options import config_options
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages.build_config import BuildConfig
-from dpo_cache.stages.import_config import ImportConfig
+from dpo_cache.stages.building.build_config import BuildConfig
+from dpo_cache.stages.interchange.import_config import ImportConfig
 from dpo_cache.stages.setting import command_line_of, settings_of
-from dpo_cache.stages.train_config import TrainConfig
+from dpo_cache.stages.training.train_config import TrainConfig
 
 
 def parsed(config_class: type, arguments: list[str]) -> object:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from cache_factory import make_cache, make_rows
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages import build_cache
-from dpo_cache.stages.build_cache import wait_until_visible
+from dpo_cache.stages.building import build_cache
+from dpo_cache.stages.building.build_cache import wait_until_visible
 
 
 def test_a_shard_that_a_shared_file_system_shows_late_is_waited_for(tmp_path: Path) -> None:

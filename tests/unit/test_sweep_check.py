@@ -11,10 +11,10 @@ from cache_factory import fill_cache, make_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.cache_json import CacheDescription
-from dpo_cache.stages.build_config import BuildConfig
-from dpo_cache.stages.build_reference import resolve_reference
-from dpo_cache.stages.sweep_check import check_points, expected_cache
-from dpo_cache.stages.sweep_grid import read_grid
+from dpo_cache.stages.building.build_config import BuildConfig
+from dpo_cache.stages.building.build_reference import resolve_reference
+from dpo_cache.stages.sweeping.sweep_check import check_points, expected_cache
+from dpo_cache.stages.sweeping.sweep_grid import read_grid
 from tiny_model import write_tiny_model
 
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from dpo_cache.cli import dpo_train
 from dpo_cache.pipeline.training.objective import beta_warnings, resolve_loss
-from dpo_cache.stages.best_model import FIELDS
-from dpo_cache.stages.sweep_grid import read_grid
-from dpo_cache.stages.train_config import TrainConfig
+from dpo_cache.stages.sweeping.sweep_grid import read_grid
+from dpo_cache.stages.training.best_model import FIELDS
+from dpo_cache.stages.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = ROOT / "scripts" / "sweep"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages.build_config import BuildConfig
-from dpo_cache.stages.sweep_grid import SweepGrid, point_name, read_grid, value_text
-from dpo_cache.stages.train_config import TrainConfig
+from dpo_cache.stages.building.build_config import BuildConfig
+from dpo_cache.stages.sweeping.sweep_grid import SweepGrid, point_name, read_grid, value_text
+from dpo_cache.stages.training.train_config import TrainConfig
 from hypothesis import given
 from hypothesis import strategies as st
 

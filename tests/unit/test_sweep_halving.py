@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dpo_cache.stages.sweep_grid import SweepPoint
-from dpo_cache.stages.sweep_halving import (
+from dpo_cache.stages.sweeping.sweep_grid import SweepPoint
+from dpo_cache.stages.sweeping.sweep_halving import (
     better_ones,
     default_figure,
     given_up_on_a_tie,
@@ -18,8 +18,8 @@ from dpo_cache.stages.sweep_halving import (
     rung_steps,
     separations_compare,
 )
-from dpo_cache.stages.sweep_run import Score
-from dpo_cache.stages.train_config import TrainConfig
+from dpo_cache.stages.sweeping.sweep_run import Score
+from dpo_cache.stages.training.train_config import TrainConfig
 from hypothesis import given
 from hypothesis import strategies as st
 

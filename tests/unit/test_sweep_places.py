@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages.sweep_config import SweepConfig
-from dpo_cache.stages.sweep_places import places_for, visible_gpus
-from dpo_cache.stages.train_config import TrainConfig
+from dpo_cache.stages.sweeping.sweep_config import SweepConfig
+from dpo_cache.stages.sweeping.sweep_places import places_for, visible_gpus
+from dpo_cache.stages.training.train_config import TrainConfig
 
 
 def places(gpus: str, num_gpus: int | None = None, **options: Any) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_cache.stages.sweep_report import SweepBuild, SweepReport, SweepRow
+from dpo_cache.stages.sweeping.sweep_report import SweepBuild, SweepReport, SweepRow
 
 
 def row(name: str, **fields: Any) -> SweepRow:

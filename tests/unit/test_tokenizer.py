@@ -14,7 +14,7 @@ from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.data.pair_tokenizer import PairTokenizer
 from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
 from dpo_cache.pipeline.data.tokenizer import load_tokenizer, vocabulary_sha256
-from dpo_cache.stages.show import decoder_of
+from dpo_cache.stages.reporting.shown_pair import decoder_of
 from huggingface_hub import constants
 from own_code import use_modules_in, write_tokenizer_with_code
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages.train_config import TrainConfig
+from dpo_cache.stages.training.train_config import TrainConfig
 
 
 def config(**options: Any) -> TrainConfig:

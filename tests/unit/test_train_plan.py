@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cache_factory import fill_cache, make_cache, make_rows
-from dpo_cache.stages.recipe import resolve_recipe
-from dpo_cache.stages.train_config import TrainConfig
-from dpo_cache.stages.train_plan import TrainPlan, plan_of
+from dpo_cache.stages.training.recipe import resolve_recipe
+from dpo_cache.stages.training.train_config import TrainConfig
+from dpo_cache.stages.training.train_plan import TrainPlan, plan_of
 
 
 def planned(folder: Path, *, num_ranks: int = 1, **options: Any) -> TrainPlan:

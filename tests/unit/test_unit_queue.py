@@ -6,9 +6,10 @@ from contextlib import suppress
 from typing import Any, cast
 
 import pytest
-from dpo_cache.stages import heartbeat, unit_queue
-from dpo_cache.stages.left_out import UnusablePair
-from dpo_cache.stages.unit_queue import UnitQueue
+from dpo_cache.stages.building.left_out import UnusablePair
+from dpo_cache.stages.processes import heartbeat
+from dpo_cache.stages.scoring import unit_queue
+from dpo_cache.stages.scoring.unit_queue import UnitQueue
 from torch._C._distributed_c10d import HashStore
 
 

@@ -1,0 +1,91 @@
+"""Which reference a build scores with, and how its rows become tokens: all that decides what can be reused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...pipeline.cache.reference_identity import ReferenceIdentity, code_that_runs, identify_reference
+from ...pipeline.data.tokenization_settings import TokenizationSettings
+from ...pipeline.scoring.model_loading import load_config, resolve_attention
+from ...pipeline.scoring.pair_scorer import SCORING_VERSION
+from ..hub.model_folder import TOKENIZER_FILES, ModelFolder, find_model_folder
+from .build_config import BuildConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildReference:
+    """A reference as a build's settings and this machine resolve it; no weights are loaded.
+
+    Attributes:
+        model: Its files.
+        adapter: Those of a peft adapter on top of it.
+        dtype: Precision of weights and forward passes.
+        attention: The attention kernel.
+        identity: What its values depend on.
+        tokenization: How rows become tokens.
+    """
+
+    model: ModelFolder
+    adapter: ModelFolder | None
+    dtype: str
+    attention: str
+    identity: ReferenceIdentity
+    tokenization: TokenizationSettings
+
+    def names(self) -> dict[str, Any]:
+        """Where its files came from, for people and for who has to find them again."""
+        names = {"model": _lasting_name(self.model), "commit": self.model.commit}
+        if self.adapter is not None:
+            names |= {"adapter": _lasting_name(self.adapter), "adapter_commit": self.adapter.commit}
+        return names
+
+
+def resolve_reference(config: BuildConfig) -> BuildReference:
+    """Find the reference's files and identify them.
+
+    Raises:
+        DpoCacheError: The model cannot be found, or its files are no model that we can score with.
+    """
+    model = find_model_folder(config.model, config.model_revision)
+    adapter = find_model_folder(config.adapter, config.adapter_revision) if config.adapter else None
+    tokenizer = find_model_folder(config.tokenizer, None, files=TOKENIZER_FILES) if config.tokenizer else model
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if config.trust_remote_code:
+        code_that_runs(model.folder)  # refuses code from elsewhere before any of it is fetched
+    model_config = load_config(model.folder, trust_remote_code=config.trust_remote_code)
+    attention = resolve_attention(config.attn_implementation, model_config, device)
+    return BuildReference(
+        model=model,
+        adapter=adapter,
+        dtype=dtype,
+        attention=attention,
+        identity=identify_reference(
+            model.folder,
+            adapter_folder=adapter.folder if adapter else None,
+            weight_dtype=dtype,
+            compute_dtype=dtype,
+            attention=attention,
+            scoring_version=SCORING_VERSION,
+            quantization=config.quantization,
+            trust_remote_code=config.trust_remote_code,
+        ),
+        tokenization=TokenizationSettings(
+            tokenizer=_lasting_name(tokenizer),
+            tokenizer_revision=tokenizer.commit,
+            chat_template=config.chat_template,
+            max_seq_length=config.max_seq_length,
+            truncation=config.truncation,  # type: ignore[arg-type]  # checked against its choices
+            mask=config.mask,  # type: ignore[arg-type]
+            trust_remote_code=config.trust_remote_code,
+        ),
+    )
+
+
+def _lasting_name(model: ModelFolder) -> str:
+    """What finds it again from another working folder."""
+    return model.name if model.commit else str(Path(model.name).expanduser().absolute())

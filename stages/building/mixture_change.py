@@ -1,0 +1,183 @@
+"""What a build makes of the mixture of its name: new, unchanged, described anew, replaced or extended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ...errors import DpoCacheError
+from ...pipeline.cache.cache_folder import ReferenceCache
+from ...pipeline.cache.canonical_json import canonical_bytes
+from ...pipeline.cache.example_key import Keys, name_keys
+from ...pipeline.cache.key_index import KeyIndex
+from ...pipeline.cache.mixture import Mixture
+from ...pipeline.cache.mixture_rows import MixtureRows
+from ...pipeline.cache.unreadable_file import UnreadableFileError
+from ...pipeline.data.dataset_source import DatasetSpec
+from .build_config import BuildConfig
+from .left_out import recorded_keys
+from .mixture_content import MixtureContent
+from .mixture_union import united
+from .pair_collection import CollectedPairs
+
+
+def mixture_content(
+    cache: ReferenceCache,
+    config: BuildConfig,
+    collected: CollectedPairs,
+    *,
+    known: KeyIndex,
+    warn: Callable[[str], None],
+) -> MixtureContent:
+    """What the mixture is to hold after this build.
+
+    Where it holds the same pairs already, only what is recorded of them is brought up to date: a pointer says how the
+    last build of its name made them.
+
+    Args:
+        cache: The cache.
+        config: Names the mixture, and what shall become of one that has other pairs.
+        collected: The pairs of this build.
+        known: The keys that the cache holds.
+        warn: Tells people that the present mixture is damaged.
+
+    Raises:
+        DpoCacheError: The cache has a mixture of this name with other pairs, and neither ``--replace`` nor
+            ``--extend`` says what shall become of it; or ``--extend`` would mix two ways of making tokens, or add to
+            a mixture whose own pairs are lost.
+    """
+    content = new_content(collected)
+    if config.mixture not in cache.mixture_names():
+        return content
+    try:
+        existing = cache.read_mixture(config.mixture)
+        existing.table.verify()
+    except DpoCacheError as error:
+        if config.extend or isinstance(error, UnreadableFileError):
+            raise
+        warn(f"warning: mixture {config.mixture} is written anew: {error.found}")
+        return content
+    is_whole = {shard.file_name for shard in existing.shards} <= {path.name for path in cache.shards.paths()}
+    is_whole &= existing.has_token_logps or not config.token_logps
+    if config.extend:
+        extended = _extended(existing, content, known)
+        return replace(extended, is_new=extended.is_new or not is_whole)
+    if _same_pairs(existing.rows(), content.rows):
+        return replace(content, is_new=not is_whole or not _says_the_same(existing, content))
+    if config.replace:
+        return content
+    raise _changed(existing, content, config)
+
+
+def new_content(collected: CollectedPairs) -> MixtureContent:
+    """The content of a mixture of just these pairs."""
+    return MixtureContent(
+        rows=collected.rows, tokenization=collected.tokenization, sources=collected.sources, is_new=True
+    )
+
+
+def left_out_before(cache: ReferenceCache, config: BuildConfig, collected: CollectedPairs) -> CollectedPairs:
+    """With ``--drop-nonfinite``, the pairs without those that the mixture of this name leaves out already."""
+    if not config.drop_nonfinite or config.mixture not in cache.mixture_names():
+        return collected
+    try:
+        existing = cache.read_mixture(config.mixture)
+    except DpoCacheError:  # damaged: they are scored again
+        return collected
+    return collected.without(recorded_keys(existing.sources))
+
+
+def _extended(existing: Mixture, added: MixtureContent, known: KeyIndex) -> MixtureContent:
+    """The existing rows and those of the added ones that it does not have: repeating the command adds nothing."""
+    differing = differing_settings(existing.tokenization, added.tokenization)
+    if differing:
+        raise DpoCacheError(
+            f"mixture {existing.name} was made with other tokens: {in_words(differing)}",
+            expected="the same settings for all pairs of a mixture",
+            next_step="repeat the command with the mixture's settings, or give these pairs another --mixture",
+        )
+    before = MixtureContent.of(existing)
+    _refuse_lost_pairs(existing, before, added, known)
+    both = united([before, added])
+    num_added = len(both.rows) - len(before.rows)
+    return replace(
+        both,
+        is_new=num_added > 0 or len(both.sources) > len(before.sources),
+        already_there=len(added.rows) - num_added,
+    )
+
+
+def _refuse_lost_pairs(existing: Mixture, before: MixtureContent, added: MixtureContent, known: KeyIndex) -> None:
+    """Pairs that stand in no shard can be scored again only from the rows they were made of."""
+    keys: Keys = np.unique(before.rows.example_keys)
+    lost = keys[(known.find(keys) < 0) & ~np.isin(keys, added.rows.example_keys)]
+    if len(lost):
+        datasets = " ".join(f"--dataset {_spec_of(source)}" for source in existing.sources)
+        raise DpoCacheError(
+            f"{len(lost)} pairs of mixture {existing.name} are in no shard that can be used: {name_keys(lost)}",
+            expected="a whole mixture to add to",
+            next_step="build it once more from all its datasets, with the same options; only what is lost is scored: "
+            f"dpo-cache build --mixture {existing.name} --replace {datasets} …",
+        )
+
+
+def _spec_of(source: dict[str, Any]) -> str:
+    """A dataset's record as it is given on the command line."""
+    options = {name: str(source[name]) for name in ("config", "revision", "amount") if source.get(name)}
+    if source.get("split") not in (None, "train"):
+        options["split"] = str(source["split"])
+    return str(DatasetSpec(path=str(source.get("path") or "UNKNOWN"), **options))
+
+
+def _same_pairs(ours: MixtureRows, theirs: MixtureRows) -> bool:
+    return np.array_equal(np.sort(ours.example_keys), np.sort(theirs.example_keys))
+
+
+def _says_the_same(existing: Mixture, content: MixtureContent) -> bool:
+    ours = [existing.tokenization, existing.sources, existing.dropped]
+    return canonical_bytes(ours) == canonical_bytes([content.tokenization, content.sources, content.dropped])
+
+
+def _changed(existing: Mixture, content: MixtureContent, config: BuildConfig) -> DpoCacheError:
+    old, new = np.unique(existing.rows().example_keys), np.unique(content.rows.example_keys)
+    kept = len(np.intersect1d(old, new))
+    differing = differing_settings(existing.tokenization, content.tokenization)
+    because = f", because of {in_words(differing)}" if differing else ""
+    left_out = np.concatenate([np.empty(0, dtype=new.dtype), *recorded_keys(existing.sources).values()])
+    again = len(np.intersect1d(new, left_out))
+    return DpoCacheError(
+        f"mixture {config.mixture} has {existing.num_pairs} training pairs, this build makes {len(content.rows)}: "
+        f"{len(new) - kept} are new and {len(old) - kept} are gone{because}",
+        expected="the same pairs, or a word on what shall become of the mixture",
+        next_step=(f"add --drop-nonfinite to leave out {again} as before; else " if again else "")
+        + "add --replace to let the name mean these pairs, --extend to add them, or --mixture OTHER; "
+        "pairs the cache has scored are reused in any case",
+    )
+
+
+def differing_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Fields of two tokenizations that decide about ids, with both values; library versions and paths do not."""
+    ours, theirs = dict(_deciding_fields(ours)), dict(_deciding_fields(theirs))
+    names = sorted(ours.keys() | theirs.keys())
+    return [(name, ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)]
+
+
+def in_words(differing: list[tuple[str, Any, Any]]) -> str:
+    """Differing fields for a message."""
+    return "; ".join(f"{name} (was {_short(was)}, now {_short(now)})" for name, was, now in differing)
+
+
+def _deciding_fields(tokenization: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    settings = tokenization.get("settings") or {}
+    yield from ((name, settings.get(name)) for name in ("max_seq_length", "truncation", "mask"))
+    for name in ("chat_template", "tool_chat_template"):
+        yield name, (tokenization.get(name) or {}).get("sha256")
+    yield "tokenizer", tokenization.get("tokenizer_sha256") or tokenization.get("vocabulary_sha256")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "…" if len(text) > 24 else text

@@ -1,0 +1,1 @@
+"""Words and bars on the terminal."""

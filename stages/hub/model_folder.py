@@ -1,0 +1,69 @@
+"""From a path or a Hub id to a folder with the files of one commit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ...errors import DpoCacheError, first_line
+
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+MODEL_FILES = ["*.safetensors", *TOKENIZER_FILES]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFolder:
+    """Where the files of a model lie, and what the user called it.
+
+    Attributes:
+        folder: A local folder.
+        name: The path or Hub id as given.
+        commit: The Hub commit the files belong to; None for a local folder.
+        adapter: Those of an adapter that is to be added to the weights.
+    """
+
+    folder: Path
+    name: str
+    commit: str | None
+    adapter: ModelFolder | None = None
+
+
+def find_model_folder(
+    path_or_id: str, revision: str | None, *, files: Sequence[str] = tuple(MODEL_FILES)
+) -> ModelFolder:
+    """The local folder of a model, downloaded from the Hub where it is an id.
+
+    Args:
+        path_or_id: The folder or the id.
+        revision: Branch, tag or commit on the Hub; None for the main branch.
+        files: Which files are needed, as patterns of their names.
+
+    Raises:
+        DpoCacheError: No such folder, and no such model on the Hub or in its local copy.
+    """
+    folder = Path(path_or_id).expanduser()
+    if path_or_id and folder.is_dir():
+        if revision is not None:
+            raise DpoCacheError(
+                f"the revision {revision} has no meaning for the folder {folder}",
+                expected="a Hub id with a revision, or a folder without one",
+            )
+        return ModelFolder(folder=folder.resolve(), name=path_or_id, commit=None)
+    if not path_or_id or folder.exists() or path_or_id.startswith(("/", "./", "../", "~")):
+        raise DpoCacheError(
+            f"{folder} is a file" if folder.is_file() else f"there is no folder {path_or_id!r}",
+            expected="a folder with config.json and safetensors weights, or a Hub id",
+        )
+    try:
+        snapshot = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=list(files)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as missing:
+        raise DpoCacheError(
+            f"there is no folder {path_or_id}, and the Hub has no such model for you: {first_line(missing)}",
+            expected="a folder with config.json and safetensors weights, or a Hub id",
+            next_step="check the spelling; for a gated model run `hf auth login` first",
+        ) from missing
+    return ModelFolder(folder=snapshot, name=path_or_id, commit=snapshot.name)

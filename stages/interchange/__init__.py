@@ -1,0 +1,1 @@
+"""Reference values from other trainers, and for them."""

@@ -1,0 +1,1 @@
+"""What ``dpo-cache doctor`` looks at."""

@@ -1,0 +1,1 @@
+"""Processes and threads: which rank is which, on which device, failing together."""

@@ -1,0 +1,53 @@
+"""Which device a process computes on, and what is said when its memory runs out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ...errors import DpoCacheError, first_line
+
+
+def device_of_rank(rank_of_node: int) -> torch.device:
+    """The GPU of a process of this machine, made its current one; the CPU where there is no GPU.
+
+    A cluster may show every process one GPU, its own (``srun --gpus-per-task``): then that is it, whatever the rank.
+
+    Raises:
+        DpoCacheError: More processes than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    shown_its_own = len(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 == num_gpus
+    if rank_of_node >= num_gpus and not (shown_its_own and "CUDA_VISIBLE_DEVICES" in os.environ):
+        raise DpoCacheError(
+            f"process {rank_of_node + 1} of this machine has no GPU",
+            expected=f"at most {num_gpus} processes, one for each GPU that torch sees",
+        )
+    # Batches change their size all the time: without this, free memory lies in pieces that fit nothing.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    device = torch.device("cuda", min(rank_of_node, num_gpus - 1))
+    torch.cuda.set_device(device)
+    return device
+
+
+def share_cores(processes_here: int) -> None:
+    """Give this process its share of the machine's cores, whatever its launcher thought: torchrun allows one."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
+
+
+@contextmanager
+def memory_explained(next_step: str) -> Iterator[None]:
+    """Turn a GPU that is full into a fault with a way out.
+
+    Raises:
+        DpoCacheError: The GPU's memory ran out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as full:
+        raise DpoCacheError(f"the GPU's memory ran out: {first_line(full)}", next_step=next_step) from full

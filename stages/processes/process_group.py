@@ -1,0 +1,168 @@
+"""torch.distributed and the device of one rank, and a way to fail together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from ...errors import DpoCacheError
+from ...pipeline.training.host_group import forget_host_group, host_group, open_host_group
+from ..console.terminal import say
+from .child_processes import free_port
+from .devices import device_of_rank
+from .ranks import Ranks, rendezvous_environment
+
+TIMEOUT = timedelta(minutes=30)
+Result = TypeVar("Result")
+
+
+@contextmanager
+def process_group(ranks: Ranks) -> Iterator[torch.device]:
+    """Join the ranks of this job; gives this rank's device.
+
+    Raises:
+        DpoCacheError: This machine has more processes than GPUs.
+    """
+    device = device_of_rank(ranks.rank_of_node)
+    with _rendezvous(ranks, device):
+        prepare_deepspeed()
+        deepspeed.init_distributed(
+            dist_backend="gloo" if device.type == "cpu" else "nccl",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=TIMEOUT,
+        )
+        open_host_group()
+        try:
+            yield device
+        except BaseException:
+            # NCCL would wait for ranks that wait for this one: it is left as it is, and ends with the process.
+            if device.type == "cpu" or ranks.num_ranks == 1:
+                _part()
+            raise
+        _part()
+
+
+def _part() -> None:
+    forget_host_group()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _rendezvous(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """The variables that say which rank this is; processes that this one starts later are no ranks of this job."""
+    rendezvous = rendezvous_environment(ranks)
+    if ranks.num_ranks == 1 and "MASTER_PORT" not in os.environ:
+        rendezvous["MASTER_PORT"] = str(free_port())  # alone: two runs on one machine must not meet
+    if device.type == "cuda":
+        rendezvous["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
+    before = dict(os.environ)
+    os.environ.update(rendezvous)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def all_or_none(work: Callable[[], Result], *, on: bool = True) -> Result | None:
+    """Do something on some ranks; if it fails on one, all ranks raise the same fault.
+
+    A rank that raised alone would leave the others waiting in their next collective.
+
+    Args:
+        work: What to do.
+        on: Whether this rank does it.
+
+    Returns:
+        What ``work`` returned; None on the ranks that did not do it.
+
+    Raises:
+        DpoCacheError: It failed on some rank.
+    """
+    fault: str | None = None
+    result: Result | None = None
+    if on:
+        try:
+            result = work()
+        except DpoCacheError as raised:
+            fault = str(raised)
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault, group=host_group())
+    explained = [text for text in faults if text]
+    if explained:
+        raise DpoCacheError(explained[0])
+    return result
+
+
+def decided_by_first(decide: Callable[[], Result]) -> Result:
+    """Let rank 0 decide and tell the others: what a folder holds may look different from another machine.
+
+    Raises:
+        DpoCacheError: Rank 0 could not decide; on all ranks alike.
+    """
+    decision: list[Result | None] = [all_or_none(decide, on=dist.get_rank() == 0)]
+    dist.broadcast_object_list(decision, src=0, group=host_group())
+    return cast("Result", decision[0])
+
+
+def refuse_other_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse a job whose ranks were started with different settings; all ranks call this.
+
+    A launcher starts each machine with a command line of its own, and a sweep may propose other values to each: ranks
+    that go by different learning rates would train without a word.
+
+    Raises:
+        DpoCacheError: Naming each setting of a rank that is not rank 0's; on all ranks alike.
+    """
+    first = decided_by_first(lambda: dict(settings))
+
+    def compare() -> None:
+        different = [
+            f"{name} is {settings[name]!r} and rank 0 has {value!r}"
+            for name, value in first.items()
+            if settings[name] != value
+        ]
+        if different:
+            raise DpoCacheError(
+                f"rank {dist.get_rank()} was started with other settings: {'; '.join(different)}",
+                expected="the same command on all machines",
+                next_step="let one process propose the values and the launcher hand them to all ranks",
+            )
+
+    all_or_none(compare)
+
+
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether it is so on some rank."""
+    flag = torch.tensor(int(value), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def say_once(message: str) -> None:
+    """Say it, on rank 0 alone."""
+    if dist.get_rank() == 0:
+        say(message)
+
+
+def prepare_deepspeed() -> None:
+    """Quiet it, and keep it from compiling what nobody here calls.
+
+    Its notes at level INFO, and torch's about calls that DeepSpeed makes, are not for people who train. Its operator
+    over shared memory serves inference alone, and would need a C++ compiler at the first start on a CPU.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed.* is deprecated", category=FutureWarning)
+    # peft and DeepSpeed ask transformers by a name that it has renamed.
+    warnings.filterwarnings("ignore", message=r".*gradient_checkpointing.* is deprecated", category=FutureWarning)

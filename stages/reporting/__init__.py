@@ -1,0 +1,1 @@
+"""What a report takes from caches and sweeps."""

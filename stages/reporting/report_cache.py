@@ -1,0 +1,148 @@
+"""What runs were trained from, as far as their records and the cache, if it is still there, can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import DpoCacheError
+from ...pipeline.cache.scored_pair import ScoredPair
+from ...pipeline.report.histogram import Histogram, histogram
+from ...pipeline.report.page_content import CacheSection, PairGroup
+from ...pipeline.report.run_record import RunRecord
+from .report_pairs import OpenMixture, OpenMixtures, OutermostPairs
+
+SAMPLED_BLOCKS = 16
+"""Blocks of a mixture that are read for its distributions: some 16,000 pairs, however large it is."""
+
+
+def cache_sections(runs: Sequence[RunRecord], mixtures: OpenMixtures) -> list[CacheSection]:
+    """One section for each training set that the runs name."""
+    distinct: dict[tuple[Any, ...], RunRecord] = {}
+    for run in runs:
+        if run.settings:
+            named = [run.settings.get("cache"), run.settings.get("mixture")]
+            distinct.setdefault((*map(str, named), str(run.resolved.get("mixture_digest"))), run)
+    return [_section(run, mixtures) for run in distinct.values()]
+
+
+def _section(run: RunRecord, mixtures: OpenMixtures) -> CacheSection:
+    heading = f"The cache: {run.settings.get('cache')}, mixture {run.settings.get('mixture')}"
+    recorded = [
+        ("reference id", str(run.resolved.get("reference_id"))),
+        ("mixture digest", str(run.resolved.get("mixture_digest"))),
+        ("training pairs", str(run.resolved.get("num_pairs"))),
+    ]
+    try:
+        opened = mixtures.open(run, "mixture")
+        if opened.mixture.digest != run.resolved.get("mixture_digest"):
+            raise DpoCacheError(f"mixture {opened.mixture.name} now holds other pairs")
+        sample = _sample(opened)
+    except DpoCacheError as fault:
+        return CacheSection(
+            heading=heading,
+            facts=recorded,
+            note=f"The cache cannot be read, so only what the run recorded is shown: {fault.found}.",
+        )
+    return CacheSection(
+        heading=heading,
+        facts=[*_facts(opened), *recorded[:2]],
+        note="",
+        sampled=sample.origin(opened.mixture.num_pairs),
+        histograms=sample.histograms(),
+        pairs=sample.pairs,
+    )
+
+
+def _facts(opened: OpenMixture) -> list[tuple[str, str]]:
+    cache, mixture = opened.cache, opened.mixture
+    commit = cache.recorded.get("commit")
+    settings = mixture.tokenization.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    tokens = sum(mixture.num_ids.values())
+    return [
+        ("reference", f"{cache.recorded.get('model')}" + (f" @ {commit}" if commit else "")),
+        ("weights", cache.identity.weights_sha256),
+        ("numerics", f"{cache.identity.precision}, attention {cache.identity.attention}"),
+        ("pairs", f"{mixture.num_pairs:,} ({mixture.num_distinct_pairs:,} distinct)"),
+        ("tokens", f"{tokens:,}, {tokens / mixture.num_pairs:,.0f} per pair"),
+        *[(name.replace("_", " "), str(value)) for name, value in settings.items() if value is not None],
+        ("skipped rows", ", ".join(f"{count} {why}" for why, count in mixture.dropped.items()) or "none"),
+        *[("from", f"{source.get('path')}, {source.get('picked_rows', 'all')} rows") for source in mixture.sources],
+    ]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Sample:
+    """Numbers of some pairs. Each list holds one array a block."""
+
+    prompt_lengths: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    chosen_lengths: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    rejected_lengths: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    chosen_logps: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    rejected_logps: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    pairs: PairGroup | None = None
+
+    def add(self, rows: Sequence[ScoredPair]) -> None:
+        """Take the numbers of a block, and let go of its tokens."""
+        self.prompt_lengths.append(np.array([len(row.pair.prompt_ids) for row in rows], dtype=np.float64))
+        self.chosen_lengths.append(np.array([len(row.pair.chosen_ids) for row in rows], dtype=np.float64))
+        self.rejected_lengths.append(np.array([len(row.pair.rejected_ids) for row in rows], dtype=np.float64))
+        self.chosen_logps.append(np.array([row.ref_chosen_logps / row.chosen_tokens for row in rows]))
+        self.rejected_logps.append(np.array([row.ref_rejected_logps / row.rejected_tokens for row in rows]))
+
+    def origin(self, num_pairs: int) -> str:
+        """What stands under the distributions."""
+        sampled = sum(map(len, self.prompt_lengths))
+        if sampled == num_pairs:
+            return f"Distributions over all {num_pairs:,} pairs. The outermost bars include everything beyond them."
+        return (
+            f"Distributions over a sample: {sampled:,} of {num_pairs:,} pairs, from {len(self.prompt_lengths)} places "
+            "of the mixture, which is sorted by a hash. The outermost bars include everything beyond them."
+        )
+
+    def histograms(self) -> tuple[Histogram, ...]:
+        """Lengths and log-probabilities, chosen beside rejected."""
+        prompts, chosen, rejected, chosen_logps, rejected_logps = (
+            np.concatenate(blocks)
+            for blocks in (
+                self.prompt_lengths,
+                self.chosen_lengths,
+                self.rejected_lengths,
+                self.chosen_logps,
+                self.rejected_logps,
+            )
+        )
+        return (
+            histogram("Length of the prompts", "tokens", {"prompt": prompts}),
+            histogram("Length of the answers", "tokens", {"chosen": chosen, "rejected": rejected}),
+            histogram(
+                "Log-probability under the reference",
+                "nats per token",
+                {"chosen": chosen_logps, "rejected": rejected_logps},
+            ),
+        )
+
+
+def _sample(opened: OpenMixture) -> _Sample:
+    """Whole blocks at equal distances: their rows lie together in the shards, and a hash decided which they are."""
+    mixture = opened.mixture
+    num_blocks = -(-mixture.num_pairs // mixture.block_rows)
+    sample, outermost = _Sample(), OutermostPairs(opened)
+    for block in np.unique(np.linspace(0, num_blocks - 1, SAMPLED_BLOCKS).round().astype(np.int64)).tolist():
+        start = block * mixture.block_rows
+        rows = opened.stream.read(np.arange(start, min(start + mixture.block_rows, mixture.num_pairs)))
+        sample.add(rows)
+        margins = (sample.chosen_logps[-1] - sample.rejected_logps[-1]).tolist()
+        for row, margin in zip(rows, margins, strict=True):
+            outermost.offer(row, margin)
+    sample.pairs = outermost.group(
+        "Pairs by the reference's own margin",
+        "Before any training: the chosen answer's log-probability per token less the rejected answer's, in nats, among "
+        "the pairs counted above.",
+    )
+    return sample

@@ -1,0 +1,1 @@
+"""Stage one, the scoring processes, and what they share with the leading one."""

@@ -1,0 +1,84 @@
+"""A reference larger than one GPU: its weights partitioned over all ranks by DeepSpeed ZeRO-3.
+
+Every forward pass gathers each weight from all ranks, so all of them run the same number of passes: a rank without
+a batch runs an empty one until nobody has any left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from transformers.integrations import HfDeepSpeedConfig
+
+from ...pipeline.scoring.model_loading import load_causal_lm
+from ...pipeline.scoring.pair_scorer import PairScorer
+from ..building.build_plan import ScoringPlan
+from ..processes.job_store import StoreAddress
+from ..processes.process_group import TIMEOUT, prepare_deepspeed
+from ..processes.ranks import ranks_from_environment
+
+Batch = TypeVar("Batch")
+
+
+class PartitionedScoring:
+    """The reference, spread over the ranks of the job.
+
+    Args:
+        plan: With which model.
+        address: The build's store, through which the ranks find each other.
+        device: This rank's.
+    """
+
+    def __init__(self, plan: ScoringPlan, address: StoreAddress, device: torch.device) -> None:
+        ranks = ranks_from_environment()
+        assert ranks is not None, "whoever starts a partitioned worker says which rank it is"
+        self._device = device
+        store = address.connect()
+        store.set_timeout(TIMEOUT)  # ranks may be minutes apart: some still copy the model
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("ranks", store),
+            rank=ranks.rank,
+            world_size=ranks.num_ranks,
+            timeout=TIMEOUT,
+        )
+        prepare_deepspeed()
+        deepspeed.init_distributed()
+        config = _zero3_config(plan.dtype)
+        partitioning = HfDeepSpeedConfig(config)  # while it lives, weights are partitioned as they are read
+        model = load_causal_lm(
+            plan.model_folder,
+            dtype=getattr(torch, plan.dtype),
+            attention=plan.attention,
+            device=device,
+            adapter=plan.adapter_folder,
+            trust_remote_code=plan.trust_remote_code,
+        )
+        del partitioning
+        self.engine: Any = deepspeed.initialize(model=PairScorer(model).eval(), config=config)[0]
+        self.engine.eval()
+
+    def in_step(self, batches: Iterable[Batch]) -> Iterator[Batch | None]:
+        """This rank's batches, and None for each pass that only the others need."""
+        own = iter(batches)
+        while True:
+            batch = next(own, None)
+            ranks_with_work = torch.tensor([batch is not None], dtype=torch.int32, device=self._device)
+            dist.all_reduce(ranks_with_work)
+            if not ranks_with_work.item():
+                return
+            yield batch
+
+
+def _zero3_config(dtype: str) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+        "zero_optimization": {"stage": 3},
+    }

@@ -1,0 +1,56 @@
+"""How ``dpo-sweep`` goes about the points of a grid; what they are stands in the grid's file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import DpoCacheError
+from ..setting import check_settings, setting
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """Which points are trained to the end, and how many at a time."""
+
+    strategy: str = setting(
+        "grid",
+        help="grid: train every point to the end. halving: give up the worse points early, judged on held-out pairs.",
+        choices=("grid", "halving"),
+    )
+    halving_by: str | None = setting(
+        None,
+        help="Held-out figure that decides which points go on.",
+        default_text="accuracy; margin if all points share loss and beta",
+        choices=("margin", "accuracy"),
+    )
+    halving_factor: float | None = setting(
+        None,
+        help="One in this many points goes on, with this many times the updates.",
+        default_text="2",
+        above=1,
+    )
+    rungs: int | None = setting(
+        None, help="How often points are compared, counting the end.", default_text="3", minimum=2
+    )
+    gpus_per_run: int | None = setting(
+        None,
+        help="GPUs per run; as many runs as fit go side by side.",
+        default_text="all GPUs, one run after another",
+        minimum=1,
+    )
+    parallel: int | None = setting(None, help="Runs side by side on a CPU.", default_text="1", minimum=1)
+    plan: bool = setting(False, help="Check everything and print the command of every point; start nothing.")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        halving = {
+            "--halving-by": self.halving_by,
+            "--halving-factor": self.halving_factor,
+            "--rungs": self.rungs,
+        }
+        given = [flag for flag, value in halving.items() if value is not None]
+        if given and self.strategy != "halving":
+            raise DpoCacheError(
+                f"{given[0]} has no effect without --strategy halving",
+                next_step=f"add --strategy halving, or leave out {given[0]}",
+            )

@@ -1,0 +1,148 @@
+"""One point of a sweep on the disk: how far its run has come, and how good it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ...errors import DpoCacheError
+from ...pipeline.report.run_record import Line, metrics_lines
+from ..training.recipe import Recipe
+from ..training.train_report import FILE as SUMMARY
+from ..training.train_report import TrainReport
+from .sweep_grid import SweepPoint
+
+HOW_IT_IS_RUN = {
+    *("cache", "output", "resume", "stop_after_steps", "num_gpus", "tokens_per_microbatch"),
+    *("checkpointing_steps", "keep_last_n_checkpoints", "logging_steps"),
+    *("with_tracking", "wandb_project", "wandb_entity", "wandb_tags", "with_tensorboard", "run_name"),
+}
+"""Settings that may change between two starts of a sweep: the results of a run do not depend on them. The pairs
+and the reference behind `cache` are compared by their digests."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """The rewards of a run at some update; a figure that a loss does not have, or that is not finite, is None.
+
+    Attributes:
+        accuracy: Share of the pairs whose chosen answer has the higher reward.
+        margin: Mean reward of the chosen answers less that of the rejected ones.
+        separation: The margin divided by beta: nats, of the loss's kind. Breaks ties of the accuracy, which the margin
+            itself must not do: it grows with beta.
+    """
+
+    accuracy: float | None
+    margin: float | None
+    separation: float | None
+
+    def key(self, by: str = "accuracy") -> tuple[float, float]:
+        """Sorts runs, best last: by accuracy, then separation; or by margin, then accuracy."""
+        accuracy, margin, separation = (
+            -math.inf if figure is None else figure for figure in (self.accuracy, self.margin, self.separation)
+        )
+        return (accuracy, separation) if by == "accuracy" else (margin, accuracy)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepRun:
+    """A point with the numbers of its run.
+
+    Attributes:
+        point: The point.
+        recipe: What its options come to, with this cache.
+    """
+
+    point: SweepPoint
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """The point's name."""
+        return self.point.name
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.point.config.output
+
+    def report(self) -> TrainReport | None:
+        """What the run came to; None before it has stopped as it was told to."""
+        return TrainReport.read(self.folder) if (self.folder / SUMMARY).exists() else None
+
+    def has_reached(self, step: int) -> bool:
+        """Whether nothing is left to do up to update ``step``."""
+        report = self.report()
+        return report is not None and report.steps >= step
+
+    def steps_done(self) -> int:
+        """Updates that are known to be done."""
+        report = self.report()
+        logged = [int(line["training_step"]) for line in self._logged()]
+        return max([report.steps if report else 0, *logged])
+
+    def step_zero_loss(self) -> float | None:
+        """Loss before the first update; None before it was measured."""
+        proof = self.folder / "step0.json"
+        return float(json.loads(proof.read_text(encoding="utf-8"))["loss"]) if proof.exists() else None
+
+    def has_begun(self) -> bool:
+        """Whether there is anything to go on from."""
+        return (self.folder / SUMMARY).exists() or any((self.folder / "checkpoints").glob("step_*"))
+
+    def held_out_score(self, step: int) -> Score:
+        """The first evaluation after update ``step`` or later: the same one however far the run has come since."""
+        lines = [line for line in self._logged() if "eval/loss" in line and line["training_step"] >= step]
+        return self._score(lines[0] if lines else {}, "eval/")
+
+    def last_score(self, *, held_out: bool) -> Score:
+        """The last evaluation; or the last logged updates, each of whose pairs was scored before it was trained on."""
+        field = "eval/loss" if held_out else "train_loss"
+        lines = [line for line in self._logged() if field in line]
+        return self._score(lines[-1] if lines else {}, "eval/" if held_out else "")
+
+    def _score(self, line: Line, prefix: str) -> Score:
+        margin = _finite(line.get(f"{prefix}rewards/margin"))
+        return Score(
+            accuracy=_finite(line.get(f"{prefix}rewards/accuracy")),
+            margin=margin,
+            separation=None if margin is None else margin / self.recipe.loss.lead.beta,
+        )
+
+    def refuse_other_settings(self) -> None:
+        """Refuse to count, or to go on with, a run of the same name that was begun with other settings.
+
+        Raises:
+            DpoCacheError: Naming each setting that differs.
+        """
+        recorded = self.folder / "config.json"
+        if not self.has_begun() or not recorded.exists():
+            return
+        before = json.loads(recorded.read_text(encoding="utf-8"))
+        settings, now = before["settings"], json.loads(json.dumps(asdict(self.point.config), default=str))
+        different = [
+            f"{name} was {settings.get(name)!r} and is {now.get(name)!r}"
+            for name in sorted(settings.keys() | now.keys())
+            if name not in HOW_IT_IS_RUN and settings.get(name) != now.get(name)
+        ]
+        different += [
+            f"{what} is another one"
+            for field, what in (("mixture_digest", "the training mixture"), ("reference_id", "the reference"))
+            if before["resolved"][field] != getattr(self.recipe, field)
+        ]
+        if different:
+            raise DpoCacheError(
+                f"{self.folder} holds a run with other settings: {'; '.join(different)}",
+                expected="the settings it was begun with",
+                next_step="give the sweep another output, or remove that folder to train the point again",
+            )
+
+    def _logged(self) -> list[Line]:
+        lines, _ = metrics_lines(self.folder)
+        return lines
+
+
+def _finite(figure: float | None) -> float | None:
+    return figure if figure is not None and math.isfinite(figure) else None

@@ -1,0 +1,1 @@
+"""Stage two: one run, its recipe, its loop and what it saves."""

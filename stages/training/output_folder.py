@@ -1,0 +1,73 @@
+"""The folder of a run: refused where it would be overwritten, locked while it is written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...errors import DpoCacheError
+
+LOCK = ".lock"
+BEFORE_FIRST_STEP = {LOCK, "config.json", "step0.json", "dry-run.json"}
+"""What a run that failed before its first update leaves: nothing to lose, nothing to resume."""
+
+
+def refuse_overwriting(output: Path) -> None:
+    """Refuse a folder that holds anything a fresh run could harm.
+
+    Raises:
+        DpoCacheError: The folder is not empty, or another process trains into it.
+    """
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise DpoCacheError(f"--output {output} is a file", expected="a folder, or a name that is free")
+    held = sorted(set(os.listdir(output)) - BEFORE_FIRST_STEP)
+    if held:
+        if (output / LOCK).exists():  # a run that is still going cannot be gone on with
+            with output_lock(output):
+                pass
+        raise DpoCacheError(
+            f"--output {output} is not empty: it holds {', '.join(held[:5])}",
+            expected="an empty folder, one that does not exist yet, or a run to resume",
+            next_step="add --resume to continue that run, or give another --output",
+        )
+
+
+@contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """Held while a run writes its folder.
+
+    Raises:
+        DpoCacheError: Another process trains into this folder, or it cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / LOCK).open("a+", encoding="utf-8")
+    except OSError as refused:
+        raise DpoCacheError(f"--output {output} cannot be written: {refused.strerror}") from refused
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as taken:
+            lock.seek(0)
+            raise DpoCacheError(
+                f"--output {output} is in use by process {lock.read().strip() or 'unknown'}",
+                next_step="wait for that run to end, or give another --output",
+            ) from taken
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a small file of the run, replaced as a whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,145 @@
+"""The checkpoints of one run, in ``checkpoints/`` of its folder: which to go on from, loading it, saving the next."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ...errors import DpoCacheError
+from ...pipeline.training.checkpoint_folder import (
+    Checkpoint,
+    TrainerState,
+    check_same_run,
+    held_bytes,
+    newest_checkpoint,
+    open_checkpoint,
+)
+from ...pipeline.training.checkpoints import convert_checkpoint, load_checkpoint, needs_conversion, save_checkpoint
+from ...pipeline.training.disk_space import check_free_space
+from ...pipeline.training.host_group import wait_for_all
+from ...pipeline.training.policy_engine import PolicyEngine
+from ..processes.process_group import all_or_none, decided_by_first, say_once
+from ..processes.ranks import Ranks
+from .recipe import Recipe
+from .train_config import TrainConfig
+
+
+class RunCheckpoints:
+    """What all ranks do together about checkpoints.
+
+    Args:
+        config: The settings.
+        recipe: The resolved numbers.
+        ranks: Which rank of how many this is.
+    """
+
+    def __init__(self, config: TrainConfig, recipe: Recipe, ranks: Ranks) -> None:
+        self._config = config
+        self._recipe = recipe
+        self._ranks = ranks
+        self._folder = config.output / "checkpoints"
+        self._keep_last = None if config.keep_last_n_checkpoints == -1 else config.keep_last_n_checkpoints
+
+    def find(self, policy_sha256: str) -> Checkpoint | None:
+        """The checkpoint to go on from, the same on all ranks; None for a fresh start.
+
+        Args:
+            policy_sha256: Of the weights that the policy started from, which a checkpoint of an adapter needs again.
+
+        Raises:
+            DpoCacheError: It is not complete, or of a run that differs in what has to stay; or the run is finished and
+                its checkpoints are gone. On all ranks alike.
+        """
+        self._must_stay = self._recipe.must_stay(policy_sha256)
+        if self._config.resume is None:
+            return None
+        checkpoint = decided_by_first(lambda: self._choose(str(self._config.resume)))
+        if checkpoint is None:
+            say_once(f"no complete checkpoint in {self._folder}: starting from the beginning")
+        else:
+            say_once(f"going on from {checkpoint.path}")
+        return checkpoint
+
+    def is_converted(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is loaded in the form that any number of ranks can load."""
+        return needs_conversion(checkpoint, num_ranks=self._ranks.num_ranks)
+
+    def load(self, engine: PolicyEngine, checkpoint: Checkpoint) -> None:
+        """Load it into an engine that was made for it.
+
+        Raises:
+            DpoCacheError: It could not be converted; on all ranks alike.
+        """
+        if not self.is_converted(checkpoint):
+            load_checkpoint(engine, checkpoint)
+            return
+        say_once(f"converting a checkpoint of {checkpoint.state.num_ranks} ranks for {self._ranks.num_ranks}")
+        converted = self._folder / "converted"
+
+        def convert_afresh() -> None:
+            shutil.rmtree(converted, ignore_errors=True)
+            convert_checkpoint(checkpoint, converted)
+
+        all_or_none(convert_afresh, on=self._ranks.rank == 0)
+        load_checkpoint(engine, checkpoint, converted=converted)
+        wait_for_all()  # all ranks have read it
+        if self._ranks.rank == 0:
+            shutil.rmtree(converted, ignore_errors=True)
+
+    def check_free_space(self, engine: PolicyEngine, saved_dtype: torch.dtype) -> None:
+        """Before hours are spent on what could not be saved.
+
+        Args:
+            engine: The policy.
+            saved_dtype: What the model is written in.
+
+        Raises:
+            DpoCacheError: There is too little room; on all ranks alike.
+        """
+
+        def check() -> None:
+            check_free_space(
+                self._config.output,
+                parameters=engine.parameters(),
+                weight_bytes=4 if self._recipe.dtype == "float32" else 2,
+                keep_last=self._keep_last,
+                held_bytes=held_bytes(self._folder, at_most=self._keep_last),
+                num_models=1 if self._config.keep_best is None else 2,
+                saved_bytes=saved_dtype.itemsize,
+                only_adapter=self._config.saves_adapter,
+            )
+
+        all_or_none(check, on=self._ranks.rank == 0)
+
+    def save(
+        self, engine: PolicyEngine, *, updates_done: int, unlogged: Mapping[str, float], tracking_run_id: str | None
+    ) -> None:
+        """Save everything to go on from; collective."""
+        save_checkpoint(
+            engine,
+            self._folder,
+            TrainerState(
+                step=updates_done,
+                num_ranks=self._ranks.num_ranks,
+                zero_stage=self._config.zero_stage,
+                run=self._must_stay,
+                tracking_run_id=tracking_run_id,
+                unlogged=unlogged,
+            ),
+            keep_last=self._keep_last,
+        )
+
+    def _choose(self, resume: str) -> Checkpoint | None:
+        checkpoint = newest_checkpoint(self._folder) if resume == "latest" else open_checkpoint(Path(resume))
+        if checkpoint is not None:
+            check_same_run(checkpoint, run=self._must_stay, zero_stage=self._config.zero_stage)
+        elif (self._config.output / "model").exists():
+            raise DpoCacheError(
+                f"the run in {self._config.output} is finished, and its checkpoints are gone",
+                expected="a checkpoint to go on from, or a run that has not begun",
+                next_step="its model is in model/; to train again, give another --output",
+            )
+        return checkpoint

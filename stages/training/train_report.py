@@ -1,0 +1,91 @@
+"""The results of a run, for people and for programs: ``summary.json`` of its folder."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..console.counted_noun import counted
+from ..hub.hub_model import HubUpload
+from .output_folder import write_json
+
+FILE = "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainReport:
+    """A run that is finished, or that ended where ``--stop-after-steps`` said.
+
+    Attributes:
+        output: The run's folder.
+        steps: Updates done.
+        total_steps: Updates of the whole run.
+        pairs: Training pairs that went into them, by this process and those it resumed from.
+        seconds: Wall time of this process.
+        reference_forwards: Forward passes of the reference: none, the trainer has no code for it.
+        step0: How far policy and cache were apart before the first update.
+        eval_before: Evaluation before the first update, where there is one.
+        eval_after: Evaluation after the last.
+        last: The last logged line.
+        hub: The result of ``--push-to-hub``; None without it.
+    """
+
+    output: str
+    steps: int
+    total_steps: int
+    pairs: int
+    seconds: float
+    reference_forwards: int
+    step0: dict[str, Any] | None
+    eval_before: dict[str, float] | None
+    eval_after: dict[str, float] | None
+    last: dict[str, float]
+    hub: HubUpload | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing of the run is left to do; then there is a model."""
+        return self.steps == self.total_steps
+
+    def write(self) -> None:
+        """Keep it in the run's folder."""
+        write_json(Path(self.output) / FILE, asdict(self))
+
+    @classmethod
+    def read(cls, output: Path) -> TrainReport:
+        """Read what :meth:`write` wrote."""
+        fields = json.loads((output / FILE).read_text(encoding="utf-8"))
+        hub = fields.pop("hub")
+        return cls(**fields, hub=HubUpload(**hub) if hub else None)
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """The closing lines on a terminal."""
+        lines = [
+            f"trained {counted(self.steps, 'update')} on {counted(self.pairs, 'pair')} in {self.seconds:.0f} s; "
+            "reference forward passes: 0"
+        ]
+        if self.step0:
+            lines.append(
+                f"step 0: loss {self.step0['loss']:.6f}, policy and cache differ by at most "
+                f"{self.step0['max_per_token']:.2g} nats per token"
+            )
+        if self.eval_before and self.eval_after and "eval/rewards/accuracy" in self.eval_after:
+            before, after = (line["eval/rewards/accuracy"] for line in (self.eval_before, self.eval_after))
+            margin = self.eval_after["eval/rewards/margin"]
+            lines.append(f"held out: reward accuracy {before:.1%} before, {after:.1%} after, margin {margin:.3g}")
+        if self.is_finished:
+            lines.append(f"model: {self.output}/model")
+        else:
+            lines.append(f"stopped after {self.steps} of {self.total_steps} updates; --resume continues from there")
+        if self.hub:
+            lines.append(self.hub.summary())
+        page = Path(self.output) / "report.html"
+        lines.append(f"next: {shlex.join(['dpo-report', self.output, '-o', str(page)])}")
+        return "\n".join(lines)

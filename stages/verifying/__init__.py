@@ -1,0 +1,1 @@
+"""What ``dpo-cache verify`` finds, and scores again."""

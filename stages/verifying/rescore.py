@@ -1,0 +1,256 @@
+"""Score a sample of a cache again: how far the same reference is from its own values in batches of other shapes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...errors import DpoCacheError
+from ...pipeline.cache.cache_folder import ReferenceCache
+from ...pipeline.cache.key_index import KeyIndex
+from ...pipeline.cache.reference_identity import identify_reference
+from ...pipeline.cache.scored_pair import VALUE_COLUMNS, ScoredPair
+from ...pipeline.cache.shard_file import read_shard_rows
+from ...pipeline.data.token_pair import TokenPair
+from ...pipeline.scoring.batching import plan_batches
+from ...pipeline.scoring.layout_choice import choose_layout
+from ...pipeline.scoring.layouts import scoring_batch
+from ...pipeline.scoring.model_loading import load_causal_lm
+from ...pipeline.scoring.pair_scorer import SCORING_VERSION, PairScorer
+from ...pipeline.scoring.scoring_batch import Layout
+from ...pipeline.training.step_zero import BOUNDS
+from ..console.library_output import quiet_libraries
+from ..hub.model_folder import find_model_folder
+from ..processes.devices import device_of_rank, memory_explained
+
+TOKENS_PER_BATCH = 4096
+"""Another budget than any build has by default, so that batches have other shapes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RescoreSettings:
+    """What to score again.
+
+    Attributes:
+        pairs: Size of the random sample.
+        model: Where the reference lies now; None for where it lay when the cache was made.
+        seed: Of the sample.
+        trust_remote_code: Whether the model's own Python code may run.
+    """
+
+    pairs: int
+    model: str | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    @classmethod
+    def asked_for(
+        cls, pairs: int | None, *, model: str | None, seed: int | None, trust_remote_code: bool
+    ) -> RescoreSettings | None:
+        """From what a command line gave; None where nothing is to be scored again.
+
+        Raises:
+            DpoCacheError: Something is said about a sample that nobody asked for.
+        """
+        if pairs is not None:
+            return cls(pairs=pairs, model=model, seed=seed or 0, trust_remote_code=trust_remote_code)
+        given = {"--model": model is not None, "--seed": seed is not None, "--trust-remote-code": trust_remote_code}
+        for option, is_given in given.items():
+            if is_given:
+                raise DpoCacheError(f"{option} has no effect without --rescore", next_step="add --rescore N")
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """How far values are from the cached ones: ``|ours − cached| / scored tokens`` of a side, in nats.
+
+    Attributes:
+        way: How the pairs were batched.
+        mean_per_token: Over all sides.
+        max_per_token: Of the worst side.
+        max_in_bounds: The worst side in units of the bound that training's step-0 proof sets.
+    """
+
+    way: str
+    mean_per_token: float
+    max_per_token: float
+    max_in_bounds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RescoreReport:
+    """The noise floor of a cache.
+
+    Attributes:
+        pairs: Pairs scored again.
+        dtype: Precision of the reference.
+        bound_per_token: What training's step-0 proof allows.
+        spreads: One for each way of batching.
+        outliers: Keys of pairs beyond the bound, by the digest of the shard that holds them.
+    """
+
+    pairs: int
+    dtype: str
+    bound_per_token: float
+    spreads: list[Spread]
+    outliers: dict[str, list[bytes]]
+
+    def to_json(self) -> dict[str, Any]:
+        """One object for ``--json``."""
+        outliers = {shard: [key.hex() for key in keys] for shard, keys in self.outliers.items()}
+        return {**asdict(self), "outliers": outliers}
+
+    def text(self) -> str:
+        """For an 80-column terminal."""
+        width = 2 + max(len(spread.way) for spread in self.spreads)
+        lines = [
+            f"scored {self.pairs} pairs again in {self.dtype}: difference in nats per token",
+            f"{'':{width}}{'mean':>10}{'max':>10}{'max / bound':>13}",
+        ]
+        for spread in self.spreads:
+            lines.append(
+                f"{'  ' + spread.way:{width}}{spread.mean_per_token:10.2e}{spread.max_per_token:10.2e}"
+                f"{spread.max_in_bounds:13.4f}"
+            )
+        lines.append(f"  the bound is that of training's check at step 0, {self.bound_per_token:g}")
+        return "\n".join(lines)
+
+
+@memory_explained("verify on a machine with more GPU memory, or on the CPU: CUDA_VISIBLE_DEVICES= dpo-cache verify …")
+def rescore(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -> RescoreReport:
+    """Score a random sample of the indexed pairs with the recorded reference.
+
+    Raises:
+        DpoCacheError: The model is not there, or is another one than scored the cache, naming what differs.
+    """
+    quiet_libraries()
+    device = device_of_rank(0)
+    scorer = _load_reference(cache, settings, device)
+    shards, rows = _sample(cache, index, settings)
+    if not rows:
+        raise DpoCacheError(f"{cache.path} holds no pair that could be scored again")
+    pairs = [row.pair for row in rows]
+    longest = max(pairs, key=lambda pair: pair.shared_prefix_tokens)
+    layout = choose_layout(scorer, device=device, pairs=[longest])
+    ways = {
+        "one pair at a time, padded": (Layout.PADDED, [[number] for number in range(len(pairs))]),
+        f"{TOKENS_PER_BATCH} tokens a batch, {layout}": (
+            layout,
+            plan_batches(pairs, layout, tokens_per_batch=TOKENS_PER_BATCH),
+        ),
+    }
+    dtype = cache.identity.compute_dtype
+    bound = BOUNDS.get(dtype, BOUNDS["bfloat16"])
+    spreads, within = [], np.ones(len(rows), dtype=np.bool_)
+    for way, (way_layout, batches) in ways.items():
+        distances_P4 = np.full((len(rows), len(VALUE_COLUMNS)), np.nan)
+        for members in batches:
+            values = score_pairs(scorer, [pairs[member] for member in members], way_layout, device)
+            distances_P4[members] = _distances([rows[member] for member in members], values)
+        within &= (distances_P4 <= bound).all(axis=1)  # so that what is not a number is not within
+        sides_P2 = distances_P4[:, :2]
+        worst = float(sides_P2.max())
+        spreads.append(
+            Spread(way=way, mean_per_token=float(sides_P2.mean()), max_per_token=worst, max_in_bounds=worst / bound)
+        )
+    outliers: dict[str, list[bytes]] = defaultdict(list)
+    for number in np.flatnonzero(~within).tolist():
+        outliers[shards[number]].append(rows[number].key)
+    return RescoreReport(pairs=len(rows), dtype=dtype, bound_per_token=bound, spreads=spreads, outliers=dict(outliers))
+
+
+def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: torch.device) -> PairScorer:
+    recorded_name, commit = cache.recorded.get("model"), cache.recorded.get("commit")
+    try:
+        model = find_model_folder(settings.model or str(recorded_name), None if settings.model else commit)
+    except DpoCacheError as error:
+        raise DpoCacheError(
+            f"the reference is not where it was when the cache was made: {error.found}",
+            next_step=f"dpo-cache verify {cache.path} --rescore {settings.pairs} --model WHERE_IT_IS_NOW",
+        ) from error
+    adapter_name = cache.recorded.get("adapter")
+    adapter = find_model_folder(str(adapter_name), cache.recorded.get("adapter_commit")) if adapter_name else None
+    ours = cache.identity
+    if ours.remote_code_sha256 and not settings.trust_remote_code:
+        raise DpoCacheError(
+            "the values were computed by Python code that came with the model, and it does not run unasked",
+            next_step=f"dpo-cache verify {cache.path} --rescore {settings.pairs} --trust-remote-code",
+        )
+    cache.require_reference(
+        identify_reference(
+            model.folder,
+            adapter_folder=adapter.folder if adapter else None,
+            weight_dtype=ours.weight_dtype,
+            compute_dtype=ours.compute_dtype,
+            attention=ours.attention,
+            scoring_version=SCORING_VERSION,
+            quantization=ours.quantization,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    )
+    return PairScorer(
+        load_causal_lm(
+            model.folder,
+            dtype=getattr(torch, ours.compute_dtype),
+            attention=ours.attention,
+            device=device,
+            adapter=adapter.folder if adapter else None,
+            quantization=ours.quantization,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    ).eval()
+
+
+def _sample(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -> tuple[list[str], list[ScoredPair]]:
+    """Digests of the shards that hold the sampled rows, and the rows."""
+    size = min(settings.pairs, len(index))
+    places = np.random.RandomState(settings.seed).choice(len(index), size=size, replace=False)
+    shards: list[str] = []
+    rows: list[ScoredPair] = []
+    for number in np.unique(index.shard_numbers[places]).tolist():
+        shard = index.shards[number]
+        wanted = np.sort(index.rows[places[index.shard_numbers[places] == number]])
+        rows += read_shard_rows(_shard_path(cache, shard.file_name), wanted.tolist())
+        shards += [shard.sha256] * len(wanted)
+    return shards, rows
+
+
+@torch.inference_mode()
+def score_pairs(
+    scorer: PairScorer, pairs: Sequence[TokenPair], layout: Layout, device: torch.device
+) -> npt.NDArray[np.float64]:
+    """The four values of each pair of one batch, in the order of ``VALUE_COLUMNS``, shape (pairs, 4)."""
+    logps = scorer(scoring_batch(pairs, layout).to(device))
+    columns = (
+        logps.chosen_logps_B,
+        logps.rejected_logps_B,
+        logps.chosen_common_logps_B,
+        logps.rejected_common_logps_B,
+    )
+    values: npt.NDArray[np.float64] = torch.stack(columns, dim=1).cpu().numpy()
+    return values
+
+
+def _distances(rows: Sequence[ScoredPair], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Nats per token; none from a value that the cache does not know."""
+    cached = np.array([[getattr(row, name) for name in VALUE_COLUMNS] for row in rows])
+    distances: npt.NDArray[np.float64] = np.abs(values - cached) / np.array([_tokens(row) for row in rows])
+    return np.where(np.isnan(cached), 0.0, distances)
+
+
+def _tokens(row: ScoredPair) -> tuple[int, int, int, int]:
+    """How many tokens each of the four values is a sum over."""
+    common = min(row.chosen_tokens, row.rejected_tokens)
+    return row.chosen_tokens, row.rejected_tokens, common, common
+
+
+def _shard_path(cache: ReferenceCache, file_name: str) -> Path:
+    return cache.path / "shards" / file_name
