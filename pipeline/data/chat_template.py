@@ -74,6 +74,11 @@ def resolve_chat_template(tokenizer: Any, choice: str | None) -> ChatTemplate | 
     return template
 
 
+def without_fixed_date(text: str) -> str:
+    """A :attr:`ChatTemplate.text` as it was found, to be used where the date may be today's."""
+    return text.removeprefix(_FIXED_DATE)
+
+
 def resolve_tool_template(tokenizer: Any, choice: str | None) -> ChatTemplate | None:
     """The template for rows with tools, where a tokenizer has one of its own and nothing was chosen.
 

@@ -23,25 +23,21 @@ from ..scoring.model_loading import find_causal_lm, is_noise, load_causal_lm, re
 from ..scoring.quantization import quantized_layers
 from .host_group import wait_for_all
 from .lora_adapter import adapter_state, gathered, lora_change, merged_parameters, same_adapter, write_adapter
+from .model_tokenizer import ModelTokenizer
 from .policy_engine import PolicyEngine
 from .tensor_headers import TensorHeader, check_headers, checkpoint_dtype, header_of
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 MAX_SHARD_SIZE = "5GB"
 
 
 def export_model(
-    engine: PolicyEngine, folder: Path, *, base_folder: Path, trust_remote_code: bool = False, card: str = ""
+    engine: PolicyEngine,
+    folder: Path,
+    *,
+    base_folder: Path,
+    tokenizer: ModelTokenizer | None = None,
+    trust_remote_code: bool = False,
+    card: str = "",
 ) -> None:
     """Write the policy, an adapter on it added to its weights; collective, and only rank 0 writes.
 
@@ -52,8 +48,8 @@ def export_model(
     Args:
         engine: The trained policy, partitioned or not.
         folder: The model's folder. One already there is replaced once the new one is whole.
-        base_folder: The checkpoint that training started from. Weights are written in its dtype, and its tokenizer
-            is copied.
+        base_folder: The checkpoint that training started from. Weights are written in its dtype.
+        tokenizer: Written beside the weights; None for the checkpoint's.
         trust_remote_code: Run Python code that comes with the model.
         card: Text of a README.md.
 
@@ -61,6 +57,7 @@ def export_model(
         DpoCacheError: It could not be written, or a header is not what it should be.
     """
     model = engine.scorer.model
+    tokenizer = tokenizer or ModelTokenizer(base_folder=base_folder)
     dtype = checkpoint_dtype(base_folder)
     is_rounded = dtype.itemsize > engine.scorer.dtype.itemsize
     has_adapter = find_causal_lm(model) is not model
@@ -77,6 +74,7 @@ def export_model(
             )
             whole = same_adapter(model, adapter, base)
             _write(whole, _gathered_state(whole, dtype, keep=True), temporary, dtype, base_folder)
+            tokenizer.write(temporary)
 
     else:
         masters = engine.master_weight if is_rounded else None
@@ -84,21 +82,28 @@ def export_model(
 
         def write(temporary: Path) -> None:
             _write(model, state, temporary, dtype, base_folder)
+            tokenizer.write(temporary)
 
     _write_on_main(engine, folder, write, card)
 
 
 def export_adapter(
-    engine: PolicyEngine, folder: Path, *, base_folder: Path, base: str, revision: str | None, card: str = ""
+    engine: PolicyEngine,
+    folder: Path,
+    *,
+    base: str,
+    revision: str | None,
+    tokenizer: ModelTokenizer,
+    card: str = "",
 ) -> None:
     """Write the adapter alone, with the tokenizer; collective, and only rank 0 writes.
 
     Args:
         engine: A policy with an adapter, partitioned or not.
         folder: As for :func:`export_model`.
-        base_folder: The checkpoint that training started from; its tokenizer is copied.
-        base: That checkpoint as a path or a Hub id, which those who load the adapter need.
+        base: The checkpoint that training started from as a path or a Hub id, which those who load the adapter need.
         revision: Its commit on the Hub.
+        tokenizer: Written beside the adapter.
         card: Text of a README.md.
 
     Raises:
@@ -109,7 +114,7 @@ def export_adapter(
 
     def write(temporary: Path) -> None:
         write_adapter(model, state, temporary, base=base, revision=revision)
-        _copy_tokenizer(base_folder, temporary)
+        tokenizer.write(temporary)
         check_headers(temporary, {name: header_of(tensor) for name, tensor in state.items()})
 
     _write_on_main(engine, folder, write, card)
@@ -179,14 +184,7 @@ def _write(model: nn.Module, state: dict[str, Tensor], folder: Path, dtype: torc
     expected = _expected_headers(causal_lm, state)
     causal_lm.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
     _restore_config(folder / "config.json", base_folder / "config.json", dtype)
-    _copy_tokenizer(base_folder, folder)
     check_headers(folder, expected)
-
-
-def _copy_tokenizer(base_folder: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (base_folder / name).is_file():
-            shutil.copyfile(base_folder / name, folder / name)
 
 
 def _follow_umask(folder: Path) -> None:

@@ -44,6 +44,7 @@ def model_card(
     header += ["tags:", "- dpo", "- dpo-cache"]
     numbers = {key: value for key, value in recipe.to_json().items() if key not in NOT_RECIPE}
     identity = cache.identity
+    template = (mixture.tokenization.get("chat_template") or {}).get("name")
     return "\n".join(
         [
             "---",
@@ -70,6 +71,7 @@ def model_card(
             f"| reference weights, SHA-256 | `{identity.weights_sha256}` |",
             f"| scored in | {identity.precision}, {identity.attention} attention |",
             f"| mixture | {mixture.name}, {mixture.num_pairs} pairs, digest `{mixture.digest}` |",
+            *([f"| chat template | {template} |"] if template not in (None, "tokenizer") else []),
             "",
             "## Metrics",
             "",

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...pipeline.training.model_export import export_adapter, export_model
+from ...pipeline.training.model_tokenizer import ModelTokenizer, tokenizer_of_pairs
 from ...pipeline.training.policy_engine import PolicyEngine
+from ..console.terminal import say
 from ..hub.model_folder import ModelFolder
 from .model_card import model_card
 from .recipe import Recipe
@@ -33,6 +35,13 @@ class ModelWriter:
         self._pairs = pairs
         self._base = base
         self._engine = engine
+        self._tokenizer = ModelTokenizer(base_folder=base.folder)
+        if engine.rank == 0:  # the only one that writes
+            self._tokenizer = tokenizer_of_pairs(
+                pairs.mixture.tokenization, base.folder, trust_remote_code=config.trust_remote_code
+            )
+            if self._tokenizer.warning is not None:
+                say(f"warning: {self._tokenizer.warning}")
 
     def write(self, folder: Path, line: Mapping[str, float], evaluation: Mapping[str, float] | None) -> None:
         """Save the policy, or its adapter, with a card.
@@ -54,8 +63,14 @@ class ModelWriter:
             evaluation=evaluation,
         )
         if not self._config.saves_adapter:
-            remote_code = self._config.trust_remote_code
-            export_model(self._engine, folder, base_folder=base.folder, trust_remote_code=remote_code, card=card)
+            export_model(
+                self._engine,
+                folder,
+                base_folder=base.folder,
+                tokenizer=self._tokenizer,
+                trust_remote_code=self._config.trust_remote_code,
+                card=card,
+            )
             return
         name = base.name if base.commit else str(base.folder)
-        export_adapter(self._engine, folder, base_folder=base.folder, base=name, revision=base.commit, card=card)
+        export_adapter(self._engine, folder, base=name, revision=base.commit, tokenizer=self._tokenizer, card=card)

@@ -15,6 +15,7 @@ from dpo_cache.pipeline.training.checkpoints import load_checkpoint, save_checkp
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings
 from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.model_export import export_adapter, export_model
+from dpo_cache.pipeline.training.model_tokenizer import ModelTokenizer
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -67,7 +68,9 @@ def train_quantized(folder: str, cases: list[tuple[int, bool]]) -> list[Any]:
         resumed = engine()
         load_checkpoint(resumed, checkpoint)
         again = train(resumed, 3, 5)
-        export_adapter(straight, output / "adapter", base_folder=base, base=str(base), revision=None)
+        export_adapter(
+            straight, output / "adapter", base=str(base), revision=None, tokenizer=ModelTokenizer(base_folder=base)
+        )
         export_model(straight, output / "merged", base_folder=base)
         straight.deepspeed.eval()
         policy: Any = straight.scorer.model
