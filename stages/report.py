@@ -77,7 +77,7 @@ def report(folders: Sequence[Path], page: Path, *, figures_folder: Path | None =
     """
     if figures_folder is not None:
         require_matplotlib()
-    named = [named_folder(folder) for folder in dict.fromkeys(folders)]
+    named = [named_folder(folder) for folder in dict.fromkeys(folder.resolve() for folder in folders)]
     paths = list(dict.fromkeys(path for folder in named for path in folder.runs))
     runs = [read_run(path, name=name) for path, name in zip(paths, _names(paths), strict=True)]
     content = _content(runs, run_tables(named, dict(zip(paths, _numbered(runs), strict=True))))
@@ -93,7 +93,7 @@ def report(folders: Sequence[Path], page: Path, *, figures_folder: Path | None =
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """The folders' names, with as many of the folders above as tell them apart."""
-    parts = [path.resolve().parts for path in paths]
+    parts = [path.parts for path in paths]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1

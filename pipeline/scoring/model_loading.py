@@ -185,12 +185,20 @@ def find_head(model: nn.Module) -> nn.Linear:
     return head
 
 
+def noise_of(config: Any) -> dict[str, float]:
+    """The dropout probabilities and router jitters of a config and its text part that are not zero."""
+    return {name: value for part in _parts(config) for name, value in vars(part).items() if is_noise(name, value)}
+
+
 def set_dropout_to_zero(config: Any) -> None:
-    """Set every dropout probability and router jitter of a config to zero, of its parts too."""
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for name, value in vars(part).items():
-            if is_noise(name, value):
-                setattr(part, name, 0.0)
+    """Set every dropout probability and router jitter of a config to zero, of its text part too."""
+    for part in _parts(config):
+        for name in noise_of(part):
+            setattr(part, name, 0.0)
+
+
+def _parts(config: Any) -> list[Any]:
+    return list({id(part): part for part in (config, config.get_text_config())}.values())
 
 
 def set_module_dropout_to_zero(model: nn.Module) -> None:

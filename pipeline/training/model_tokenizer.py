@@ -100,7 +100,7 @@ def tokenizer_of_pairs(
 
 
 def _made_by(tokenizer: Any, tokenization: Mapping[str, Any]) -> bool:
-    whole = tokenization.get("tokenizer_sha256")
-    if whole is not None:
-        return tokenizer_sha256(tokenizer) == whole
-    return vocabulary_sha256(tokenizer) == tokenization.get("vocabulary_sha256")
+    """Told by the whole tokenizer, or by its vocabulary where it is not a fast one."""
+    whole: str | None = tokenization.get("tokenizer_sha256")
+    vocabulary: str | None = tokenization.get("vocabulary_sha256")
+    return vocabulary_sha256(tokenizer) == vocabulary if whole is None else tokenizer_sha256(tokenizer) == whole

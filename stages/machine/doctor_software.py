@@ -24,7 +24,7 @@ OPTIONAL = {
     "bitsandbytes": "needed for --quantization and --use-qlora: pip install bitsandbytes",
     "tensorboard": "needed for --with-tensorboard: pip install tensorboard",
 }
-CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 """Lies beside the code in a checkout; an installed package comes without."""
 
 

@@ -154,7 +154,7 @@ def is_child() -> bool:
 
 def python_command(*arguments: str) -> list[str]:
     """This interpreter running this package's command line."""
-    return [sys.executable, "-m", __package__.rpartition(".")[0], *arguments]
+    return [sys.executable, "-m", __package__.partition(".")[0], *arguments]
 
 
 def free_port() -> int:

@@ -22,7 +22,7 @@ class NamedFolder:
     """A folder and the runs it stands for.
 
     Attributes:
-        path: As it was named.
+        path: Absolute, without links.
         runs: Itself, or the runs below it.
         states: What a sweep knows of its points, by name: given up, failed, never started.
         faults: Why points failed, by name.
@@ -49,7 +49,8 @@ def named_folder(path: Path) -> NamedFolder:
         return NamedFolder(path=path, runs=[path], states={}, faults={})
     below, found = [path], []
     for _ in range(MAX_DEPTH):
-        below = sorted(inner for outer in below if outer.is_dir() for inner in outer.iterdir() if inner.is_dir())
+        inside = {inner.resolve() for outer in below if outer.is_dir() for inner in outer.iterdir()}
+        below = sorted(inner for inner in inside if inner.is_dir())
         found += [inner for inner in below if is_run(inner)]
         below = [inner for inner in below if not is_run(inner)]
     if not found:

@@ -158,8 +158,8 @@ def load_policy(
         targets = tuple(lora["target_modules"])
         settings = LoraSettings(rank=lora["rank"], alpha=lora["alpha"], target_modules=targets, seed=config.seed)
         policy = add_lora(policy, settings)
-    if config.gradient_checkpointing:
-        recompute_activations(policy)
+    if config.share_of_kept_activations < 1.0:
+        recompute_activations(policy, kept_share=config.share_of_kept_activations)
     gather_expert_blocks_whole(policy)
     module: nn.Module = policy
     return module

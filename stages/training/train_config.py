@@ -165,6 +165,14 @@ class TrainConfig:
     gradient_checkpointing: bool = for_memory(
         False, help="Recompute activations in the backward pass: less memory, about a third more computation."
     )
+    activation_memory_budget: float | None = for_memory(
+        None,
+        help="Share of the layers that keep their activations, evenly spread: 0 recomputes all, as "
+        "--gradient-checkpointing does.",
+        default_text="1, or 0 with --gradient-checkpointing",
+        minimum=0.0,
+        maximum=1.0,
+    )
     num_gpus: int | None = for_memory(
         None, help="Processes, one per GPU.", default_text="all GPUs; one process on a CPU", minimum=1
     )
@@ -288,6 +296,12 @@ class TrainConfig:
             offload_parameters=self.offload_parameters,
             hierarchical_partition_size=self.zero_hpz_partition_size,
         )
+        if self.gradient_checkpointing and self.activation_memory_budget is not None:
+            raise DpoCacheError(
+                "--gradient-checkpointing and --activation-memory-budget are given together",
+                expected="one of them",
+                next_step="leave out --gradient-checkpointing: a budget of 0 means the same",
+            )
         if self.plan and self.dry_run:
             raise DpoCacheError("--plan and --dry-run are given together", expected="one of them")
         if self.keep_last_n_checkpoints == 0:
@@ -308,6 +322,13 @@ class TrainConfig:
     def resolved_run_name(self) -> str:
         """The run's name in trackers and on the Hub."""
         return self.run_name or self.output.resolve().name
+
+    @property
+    def share_of_kept_activations(self) -> float:
+        """Share of the layers that keep their activations for the backward pass."""
+        if self.activation_memory_budget is not None:
+            return self.activation_memory_budget
+        return 0.0 if self.gradient_checkpointing else 1.0
 
     @property
     def quantization(self) -> str | None:

@@ -112,13 +112,21 @@ def _memory(config: TrainConfig, recipe: Recipe) -> str:
     parts = [
         f"ZeRO stage {recipe.zero_stage}",
         f"micro-batches of at most {counted(recipe.tokens_per_microbatch, 'token')}, or one longer pair",
-        f"gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
+        _activations(config.share_of_kept_activations),
     ]
     if config.offload_optimizer:
         parts.append("optimizer state in host memory")
     if config.offload_parameters:
         parts.append("weights in host memory")
     return "; ".join(parts)
+
+
+def _activations(kept_share: float) -> str:
+    if kept_share == 1.0:
+        return "activations are kept"
+    if kept_share == 0.0:
+        return "activations are recomputed"
+    return f"{kept_share:.0%} of the layers keep their activations, the others recompute them"
 
 
 def _checkpoints(config: TrainConfig) -> str:

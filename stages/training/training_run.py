@@ -17,7 +17,7 @@ from ...pipeline.cache.mixture import Mixture
 from ...pipeline.cache.parquet_file import KEY_COLUMN
 from ...pipeline.report.run_record import metrics_lines
 from ...pipeline.scoring.layout_choice import choose_layout
-from ...pipeline.scoring.model_loading import load_config
+from ...pipeline.scoring.model_loading import load_config, noise_of
 from ...pipeline.scoring.pair_scorer import PairScorer
 from ...pipeline.scoring.scoring_batch import Layout
 from ...pipeline.training.checkpoint_folder import Checkpoint
@@ -181,6 +181,9 @@ class TrainingRun:
         if self._config.offload_optimizer:
             share_cores(self._ranks.ranks_per_node)
         model_config = load_config(origin.model.folder, trust_remote_code=self._config.trust_remote_code)
+        if self._is_main and (noise := noise_of(model_config)):
+            names = ", ".join(f"{name} {value:g}" for name, value in noise.items())
+            say(f"the model's dropout ({names}) is off: its reference was scored without")
         engine_config = deepspeed_config(
             EngineSettings(
                 zero_stage=self._config.zero_stage,

@@ -311,6 +311,15 @@ def test_a_page_of_many_runs_does_not_grow_without_bound(tmp_path: Path, monkeyp
     assert sum(len(curve["values"]) for chart in charts for curve in chart["curves"]) <= 30_000
 
 
+def test_a_run_of_two_names_is_one_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "sweep" / "run")
+    for link in (tmp_path / "link", tmp_path / "sweep" / "link"):
+        link.symlink_to(run)
+    summary = report([run, tmp_path / "link", tmp_path / "sweep" / ".." / "sweep" / "run"], tmp_path / "page.html")
+    assert summary.runs == [run.resolve()]
+    assert report([tmp_path / "sweep"], tmp_path / "page.html").runs == [run.resolve()]
+
+
 def test_the_command_reports_what_it_wrote_and_refuses_what_is_no_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     out, pictures = tmp_path / "sub" / "page.html", tmp_path / "png"

@@ -191,9 +191,9 @@ def test_a_run_evaluates_logs_and_saves_a_model_that_loads(reference: Path, tmp_
     for name, rows in (("train", message_pairs(20)), ("held-out", message_pairs(11, seed=3))):
         dataset = write_rows(tmp_path / f"{name}.jsonl", rows)
         command = ("--model", tied, "--dataset", dataset, "--mixture", name, "--cache", tmp_path / "cache")
-        run(dpo_cache("build", *command, "--dtype", "bfloat16"))
+        run(dpo_cache("build", *command, "--dtype", "bfloat16", "--chat-template", "tulu"))
     output = tmp_path / "run"
-    evaluated = ("--eval-mixture", "held-out", "--eval-steps", 2, "--num-gpus", 2, "--gradient-checkpointing")
+    evaluated = ("--eval-mixture", "held-out", "--eval-steps", 2, "--num-gpus", 2, "--activation-memory-budget", 0.5)
     kept = ("--keep-best", "margin")
     report = run(train(tmp_path / "cache", output, *evaluated, *kept, "--num-train-epochs", 2, "--warmup-ratio", 0.5))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -213,6 +213,10 @@ def test_a_run_evaluates_logs_and_saves_a_model_that_loads(reference: Path, tmp_
     best = json.loads((output / "best.json").read_text(encoding="utf-8"))
     assert best["training_step"] == max((2, 4, 6), key=by_step.__getitem__)
     assert (output / "best/model.safetensors").exists()
+    for folder in ("best", "model"):
+        tokenizer = AutoTokenizer.from_pretrained(output / folder)
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+        assert prompt == "<|user|>\nhello\n"
 
     header = load_file(output / "model/model.safetensors")
     assert {weight.dtype for weight in header.values()} == {torch.bfloat16}

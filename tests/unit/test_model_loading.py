@@ -16,6 +16,7 @@ from dpo_cache.pipeline.scoring.model_loading import (
     find_head,
     load_causal_lm,
     load_config,
+    noise_of,
     resolve_attention,
 )
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
@@ -54,7 +55,9 @@ def test_a_loaded_model_has_the_dtype_and_kernel_asked_for_and_is_ready_to_score
     ],
 )
 def test_training_mode_is_as_deterministic_as_evaluation(tmp_path: Path, name: str, noise: dict[str, float]) -> None:
-    model = load(saved(tmp_path, name, **noise))
+    folder = saved(tmp_path, name, **noise)
+    assert noise.items() <= noise_of(load_config(folder)).items()
+    model = load(folder)
     scorer = PairScorer(model)
     batch = padded_batch(token_pairs())
     expected = scorer(batch).token_logps_N

@@ -36,12 +36,23 @@ def config(**options: Any) -> TrainConfig:
         ({"model_revision": "v1"}, "--model-revision has no effect without --model"),
         ({"zero_stage": 0, "offload_optimizer": True}, "--offload-optimizer has no effect at --zero-stage 0"),
         ({"zero_stage": 2, "offload_parameters": True}, "--offload-parameters has no effect at --zero-stage 2"),
+        (
+            {"gradient_checkpointing": True, "activation_memory_budget": 0.5},
+            "--gradient-checkpointing and --activation-memory-budget are given together",
+        ),
         ({"plan": True, "dry_run": True}, "--plan and --dry-run are given together"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DpoCacheError, match=message):
         config(**options)
+
+
+def test_one_number_says_how_many_layers_keep_their_activations() -> None:
+    assert config().share_of_kept_activations == 1.0
+    assert config(gradient_checkpointing=True).share_of_kept_activations == 0.0
+    assert config(activation_memory_budget=0.25).share_of_kept_activations == 0.25
+    assert config(activation_memory_budget=0.0).share_of_kept_activations == 0.0
 
 
 def test_an_adapter_has_numbers_and_a_full_policy_has_none() -> None:

@@ -33,8 +33,13 @@ def test_a_plan_names_policy_evaluation_memory_and_checkpoints(tmp_path: Path) -
     assert "made up, the cache's reference; LoRA adapter (rank 8, alpha 16, all-linear), saved as an adapter" in said
     assert "4 pairs of mixture held-out, before the first update, every 2 updates and after the last; the best" in said
     assert "ZeRO stage 1; micro-batches of at most" in said
+    assert "activations are kept" in said
     assert "every 500 updates and at the end; the last one is kept" in said
     assert "warning" not in said
+
+
+def test_a_plan_says_which_activations_are_kept(tmp_path: Path) -> None:
+    assert "25% of the layers keep their activations" in planned(tmp_path, activation_memory_budget=0.25).summary()
 
 
 def test_updates_are_counted_from_one_as_in_the_metrics(tmp_path: Path) -> None:
