@@ -329,7 +329,7 @@ def test_values_that_code_of_the_models_own_computed_are_scored_again_only_by_th
     assert "computed by Python code that came with the model, and it does not run unasked" in message
     assert "--trust-remote-code" in message
     message = refusal("verify", cache.path, "--rescore", 1, "--model", reference, "--trust-remote-code")
-    assert f"remote_code_sha256: cached '{'d' * 64}', asked for None" in message
+    assert f"remote_code_sha256: cached '{'d' * 12}…', asked for None" in message
 
 
 # ---- gc and compact --------------------------------------------------------------------------------------------------
