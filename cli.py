@@ -16,7 +16,7 @@ from .cli_completion import SHELLS, complete_mixture, completion_script
 from .cli_help import GroupedCommand
 from .cli_location import FILE, FOLDER, LOCATION
 from .cli_options import config_options
-from .cli_output import faults_explained, print_report, print_summary, stdout_for_reports
+from .cli_output import command_run, print_report, print_summary
 from .errors import DpoCacheError
 from .stages.addresses.location import Location
 from .stages.building.build_config import BuildConfig
@@ -59,7 +59,7 @@ def build_command(as_json: bool, **values: Any) -> None:
       dpo-cache build --model allenai/Llama-3.1-Tulu-3-8B-SFT \\
           --dataset allenai/llama-3.1-tulu-3-8b-preference-mixture --cache tulu3-cache
     """
-    with faults_explained(), stdout_for_reports():
+    with command_run():
         config = BuildConfig(**values)
         from .stages.build import build
 
@@ -74,7 +74,7 @@ def build_command(as_json: bool, **values: Any) -> None:
 @click.argument("rank_of_node", type=int)
 def score_command(plan: Path, store: str, rank_of_node: int) -> None:
     """One scoring process of a build, which starts it."""
-    with faults_explained():
+    with command_run():
         from .stages.processes.job_store import StoreAddress
         from .stages.scoring.score import score_units
 
@@ -91,10 +91,11 @@ def info_command(cache: Location, as_json: bool) -> None:
     Example:
       dpo-cache info tulu3-cache
     """
-    with faults_explained():
+    with command_run():
         from .stages.inspect import inspect_cache
 
-        print_report(inspect_cache(cache), as_json)
+        report = inspect_cache(cache)
+    print_report(report, as_json)
 
 
 @dpo_cache.command("show", context_settings=CONTEXT, short_help="Print pairs as text, with the scored tokens coloured.")
@@ -110,10 +111,11 @@ def show_command(cache: Location, count: int, mixture: str | None, key: str | No
     Example:
       dpo-cache show tulu3-cache -n 2
     """
-    with faults_explained():
+    with command_run():
         from .stages.show import show
 
-        print_report(show(cache, count=count, mixture_name=mixture, key=key), as_json)
+        report = show(cache, count=count, mixture_name=mixture, key=key)
+    print_report(report, as_json)
 
 
 @dpo_cache.command("verify", context_settings=CONTEXT, short_help="Check every checksum, key, count and value.")
@@ -141,14 +143,13 @@ def verify_command(
     Example:
       dpo-cache verify tulu3-cache --rescore 100
     """
-    with faults_explained():
-        with stdout_for_reports():
-            from .stages.verify import verify_cache
-            from .stages.verifying.rescore import RescoreSettings
+    with command_run():
+        from .stages.verify import verify_cache
+        from .stages.verifying.rescore import RescoreSettings
 
-            rescoring = RescoreSettings.asked_for(rescore, model=model, seed=seed, trust_remote_code=trust_remote_code)
-            report = verify_cache(cache, repair=repair, rescoring=rescoring)
-        print_report(report, as_json)
+        rescoring = RescoreSettings.asked_for(rescore, model=model, seed=seed, trust_remote_code=trust_remote_code)
+        report = verify_cache(cache, repair=repair, rescoring=rescoring)
+    print_report(report, as_json)
     if not report.is_sound:
         sys.exit(1)
 
@@ -166,12 +167,11 @@ def explain_command(cache: Path, as_json: bool, **values: Any) -> None:
     Example:
       dpo-cache explain tulu3-cache --model allenai/Llama-3.1-Tulu-3-8B-SFT --dataset more.jsonl
     """
-    with faults_explained():
-        with stdout_for_reports():
-            from .stages.explain import explain
+    with command_run():
+        from .stages.explain import explain
 
-            report = explain(BuildConfig(cache=cache, **values))
-        print_report(report, as_json)
+        report = explain(BuildConfig(cache=cache, **values))
+    print_report(report, as_json)
 
 
 @dpo_cache.command("push", context_settings=CONTEXT, short_help="Upload a cache to the Hugging Face Hub.")
@@ -199,10 +199,11 @@ def push_command(
     Example:
       dpo-cache push tulu3-cache my-lab/tulu3-cache
     """
-    with faults_explained():
+    with command_run():
         from .stages.push import push
 
-        print_report(push(cache, repository, revision=revision, public=public, mixture_names=mixtures), as_json)
+        report = push(cache, repository, revision=revision, public=public, mixture_names=mixtures)
+    print_report(report, as_json)
 
 
 @dpo_cache.command("pull", context_settings=CONTEXT, short_help="Download a shared cache and check it.")
@@ -223,10 +224,11 @@ def pull_command(
     Example:
       dpo-cache pull my-lab/tulu3-cache tulu3-cache --mixture train
     """
-    with faults_explained():
+    with command_run():
         from .stages.pull import pull
 
-        print_report(pull(source, folder, revision=revision, mixture_names=mixtures, replace=replace), as_json)
+        report = pull(source, folder, revision=revision, mixture_names=mixtures, replace=replace)
+    print_report(report, as_json)
 
 
 @dpo_cache.command("merge", context_settings=CONTEXT, short_help="Unite caches of one reference.")
@@ -242,10 +244,11 @@ def merge_command(sources: tuple[Path, ...], cache: Path, as_json: bool) -> None
     Example:
       dpo-cache merge node0-cache node1-cache --cache tulu3-cache
     """
-    with faults_explained():
+    with command_run():
         from .stages.merge import merge
 
-        print_report(merge(sources, cache), as_json)
+        report = merge(sources, cache)
+    print_report(report, as_json)
 
 
 @dpo_cache.command("export", context_settings=CONTEXT, short_help="Write a mixture for TRL's DPOTrainer.")
@@ -262,10 +265,11 @@ def export_command(cache: Path, output: Path, mixture: str, as_json: bool) -> No
     Example:
       dpo-cache export tulu3-cache tulu3.parquet
     """
-    with faults_explained():
+    with command_run():
         from .stages.export import export
 
-        print_report(export(cache, output, mixture_name=mixture), as_json)
+        report = export(cache, output, mixture_name=mixture)
+    print_report(report, as_json)
 
 
 @dpo_cache.command(
@@ -284,13 +288,12 @@ def import_command(source: Path, as_json: bool, **values: Any) -> None:
     Example:
       dpo-cache import 3f1c8a.pt --values averages --model my-sft-model --dataset pairs.jsonl --cache my-cache
     """
-    with faults_explained():
-        with stdout_for_reports():
-            config = ImportConfig(**values)
-            from .stages.value_import import import_values
+    with command_run():
+        config = ImportConfig(**values)
+        from .stages.value_import import import_values
 
-            report = import_values(source, config)
-        print_report(report, as_json)
+        report = import_values(source, config)
+    print_report(report, as_json)
 
 
 @dpo_cache.command("gc", context_settings=CONTEXT, short_help="Remove files that no mixture uses.")
@@ -307,7 +310,7 @@ def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> No
     Example:
       dpo-cache gc tulu3-cache
     """
-    with faults_explained():
+    with command_run():
         from .stages.gc import GarbageReport, collect_garbage
 
         def agree(report: GarbageReport) -> bool:
@@ -317,7 +320,8 @@ def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> No
             except (click.Abort, RuntimeError) as silence:  # no terminal, or none any more
                 raise DpoCacheError("removal was not confirmed", next_step="add --yes") from silence
 
-        print_report(collect_garbage(cache, min_age_days=min_age_days, agree=agree), as_json)
+        report = collect_garbage(cache, min_age_days=min_age_days, agree=agree)
+    print_report(report, as_json)
 
 
 @dpo_cache.command("compact", context_settings=CONTEXT, short_help="Drop duplicate rows.")
@@ -330,10 +334,11 @@ def compact_command(cache: Path, as_json: bool) -> None:
     Example:
       dpo-cache compact tulu3-cache
     """
-    with faults_explained():
+    with command_run():
         from .stages.compact import compact
 
-        print_report(compact(cache), as_json)
+        report = compact(cache)
+    print_report(report, as_json)
 
 
 @dpo_cache.command("doctor", context_settings=CONTEXT, short_help="Check this machine and the installation.")
@@ -347,12 +352,11 @@ def doctor_command(as_json: bool) -> None:
     Example:
       dpo-cache doctor
     """
-    with faults_explained():
-        with stdout_for_reports():
-            from .stages.doctor import examine
+    with command_run():
+        from .stages.doctor import examine
 
-            report = examine(Path.cwd())
-        print_report(report, as_json)
+        report = examine(Path.cwd())
+    print_report(report, as_json)
     if not report.can_run:
         sys.exit(1)
 
@@ -382,7 +386,7 @@ def dpo_train(as_json: bool, **values: Any) -> None:
     Example:
       dpo-train --cache tulu3-cache --output runs/beta-5 --beta 5 --global-batch-size 128
     """
-    with faults_explained(to_go_on="--resume continues from the last checkpoint"), stdout_for_reports():
+    with command_run(to_go_on="--resume continues from the last checkpoint"):
         config = TrainConfig(**values)
         from .stages.train import train
 
@@ -405,14 +409,13 @@ def dpo_sweep(grid: Path, as_json: bool, **values: Any) -> None:
     Example:
       dpo-sweep scripts/sweep/beta_and_rate.yaml
     """
-    with faults_explained():
-        with stdout_for_reports():
-            config = SweepConfig(**values)
-            from .stages.sweep import sweep
-            from .stages.sweeping.sweep_report import SweepReport
+    with command_run():
+        config = SweepConfig(**values)
+        from .stages.sweep import sweep
+        from .stages.sweeping.sweep_report import SweepReport
 
-            report = sweep(grid, config)
-        print_report(report, as_json)
+        report = sweep(grid, config)
+    print_report(report, as_json)
     if isinstance(report, SweepReport) and report.num_failed:
         sys.exit(1)
 
@@ -443,9 +446,8 @@ def dpo_report(runs: tuple[Path, ...], page: Path, figures_folder: Path | None, 
     Example:
       dpo-report runs/beta-2 runs/beta-5 -o report.html
     """
-    with faults_explained():
-        with stdout_for_reports():
-            from .stages.report import report
+    with command_run():
+        from .stages.report import report
 
-            summary = report(runs, page, figures_folder=figures_folder)
-        print_report(summary, as_json)
+        summary = report(runs, page, figures_folder=figures_folder)
+    print_report(summary, as_json)

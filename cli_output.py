@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import click
 
 from .errors import DpoCacheError
+from .stages.processes.child_processes import leave_fault
 from .stages.processes.ranks import ranks_from_environment
 
 REFUSED_BY_THE_MACHINE = {
@@ -34,23 +33,26 @@ class Report(Protocol):
 
 
 @contextlib.contextmanager
-def faults_explained(*, to_go_on: str = "the same command continues from there") -> Iterator[None]:
-    """Turn a fault that the user can fix into its message and exit code 1, without a traceback; with ``--json`` also
-    into an object ``error`` on stdout.
+def command_run(*, to_go_on: str = "the same command continues from there") -> Iterator[None]:
+    """The work of a command: libraries' prints, some as early as their import, go to stderr.
+
+    A fault that the user can fix ends in its message and exit code 1, without a traceback; with ``--json`` also in an
+    object ``error`` on stdout.
     """
     try:
-        with _sigterm_as_ctrl_c():
+        with contextlib.redirect_stdout(sys.stderr), _sigterm_as_ctrl_c():
             yield
     except DpoCacheError as fault:
-        _tell(f"Error: {fault}", {"found": fault.found, "expected": fault.expected, "next_step": fault.next_step})
+        _tell(str(fault), {"found": fault.found, "expected": fault.expected, "next_step": fault.next_step})
         sys.exit(1)
     except OSError as refused:
         if refused.errno not in REFUSED_BY_THE_MACHINE:
             raise
-        _tell(f"Error: {refused}", {"found": str(refused)})
+        _tell(str(refused), {"found": str(refused)})
         sys.exit(1)
     except KeyboardInterrupt:
-        _tell(f"Stopped. Finished work is kept; {to_go_on}.", {"found": "stopped", "next_step": to_go_on})
+        stopped = f"Stopped. Finished work is kept; {to_go_on}."
+        _tell(stopped, {"found": "stopped", "next_step": to_go_on}, prefix="")
         sys.exit(1)
 
 
@@ -67,11 +69,6 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def stdout_for_reports() -> contextlib.redirect_stdout[Any]:
-    """Send what libraries print to stderr while they work, some of it as early as their import."""
-    return contextlib.redirect_stdout(sys.stderr)
-
-
 def print_report(report: Report, as_json: bool) -> None:
     """What a command was asked for goes to stdout; colours only to a terminal."""
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else report.text())
@@ -84,13 +81,11 @@ def print_summary(summary: str, as_json: Mapping[str, Any] | None) -> None:
         click.echo(json.dumps(as_json, indent=2))
 
 
-def _tell(message: str, error: Mapping[str, str | None]) -> None:
-    """Print a fault; a process with a launcher leaves it to the launcher, which prints each message once."""
-    fault_file = os.environ.get("DPO_CACHE_FAULT_FILE")
-    if fault_file is not None:
-        Path(fault_file).write_text(message, encoding="utf-8")
+def _tell(message: str, error: Mapping[str, str | None], *, prefix: str = "Error: ") -> None:
+    """Print a fault, unless the process that started this one prints it for all of its children."""
+    if leave_fault(message):
         return
-    click.echo(message, err=True)
+    click.echo(prefix + message, err=True)
     context = click.get_current_context(silent=True)
     if context is not None and context.params.get("as_json") and _speaks_for_the_job():
         click.echo(json.dumps({"error": error}, indent=2))

@@ -17,6 +17,7 @@ from ..pipeline.cache.durable_file import write_durably
 from ..pipeline.cache.example_key import canonical_scored_mask
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.scored_pair import ScoredPair
+from .console.byte_size import byte_size
 from .console.progress import Progress
 from .interchange.trl_columns import REFERENCE_ID_KEY, TRL_SCHEMA
 
@@ -52,7 +53,7 @@ class ExportReport:
         """For an 80-column terminal."""
         return "\n".join(
             [
-                f"{self.output}: {self.pairs:,} pairs of mixture {self.mixture}, {self.num_bytes / 2**20:,.1f} MiB",
+                f"{self.output}: {self.pairs:,} pairs of mixture {self.mixture}, {byte_size(self.num_bytes)}",
                 f"the longest prompt with an answer has {self.longest:,} tokens: in TRL, set max_length=None, or to no",
                 "less, or its sums and these are over different tokens",
             ]

@@ -14,6 +14,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.durable_file import remove_durably
 from ..pipeline.cache.parquet_file import reading
 from ..pipeline.cache.shard_file import SHARD_NAME
+from .console.byte_size import byte_size
 
 SECONDS_A_DAY = 86_400
 
@@ -76,7 +77,7 @@ class GarbageReport:
         if not counts:
             return "\n".join(filter(None, ["nothing to remove: a mixture names every old shard and table", spared]))
         did = "removed" if self.removed else "no mixture names"
-        return "\n".join(filter(None, [f"{did} {', '.join(counts)}: {self.num_bytes / 2**20:,.1f} MiB", spared]))
+        return "\n".join(filter(None, [f"{did} {', '.join(counts)}: {byte_size(self.num_bytes)}", spared]))
 
     def _count(self, kind: str) -> int:
         return sum(item.kind == kind for item in self.garbage)

@@ -11,6 +11,8 @@ from ..pipeline.cache.reference_identity import ReferenceIdentity
 from ..pipeline.cache.remote_cache import distinct_shards, num_bytes
 from .addresses.local_copy import glance
 from .addresses.location import Location, is_address
+from .console.byte_size import byte_size
+from .console.counted_noun import counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +59,7 @@ class CacheReport:
             f"           id {self.reference_id[:16]}…  weights {identity.weights_sha256[:16]}…",
             f"           {identity.precision}, attention {identity.attention}",
             *_imported_lines(self.recorded),
-            f"shards     {self.shards:,} {'file' if self.shards == 1 else 'files'}, {_size(self.shard_bytes)}",
+            f"shards     {counted(self.shards, 'file')}, {byte_size(self.shard_bytes)}",
         ]
         for mixture in self.mixtures.values():
             lines += _mixture_lines(mixture)
@@ -95,13 +97,6 @@ def inspect_cache(location: Location) -> CacheReport:
 def _imported_lines(recorded: dict[str, Any]) -> list[str]:
     source = recorded.get("begun_with")
     return [f"           begun with values imported from {source['name']} ({source['from']})"] if source else []
-
-
-def _size(num_bytes: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.1f} {unit}"
-    return f"{num_bytes / 1024:,.1f} KiB"
 
 
 def _mixture_json(mixture: Mixture) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.remote_cache import RemoteCache, distinct_shards, fetch_description, num_bytes
 from ..pipeline.cache.remote_files import RemoteFiles
 from .addresses.location import is_address
+from .console.byte_size import byte_size
 from .console.next_command import training_commands
 from .console.progress import Progress
 
@@ -51,7 +52,7 @@ class PullReport:
         return "\n".join(
             [
                 f"{self.address}{commit}",
-                f"{self.cache}: fetched {self.fetched} of {self.shards} shards, {self.fetched_bytes / 2**20:,.1f} MiB; "
+                f"{self.cache}: fetched {self.fetched} of {self.shards} shards, {byte_size(self.fetched_bytes)}; "
                 "every digest holds",
                 *(f"mixture {name}: {pairs:,} training pairs" for name, pairs in self.mixtures.items()),
                 training_commands(self.cache, self.mixtures),

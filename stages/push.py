@@ -13,6 +13,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.mixture_check import check_mixture
 from ..pipeline.cache.remote_cache import distinct_shards, num_bytes
+from .console.byte_size import byte_size
 from .hub.hub_access import MAIN_BRANCH
 from .hub.hub_dataset import HubDataset
 
@@ -53,7 +54,7 @@ class PushReport:
             [
                 *(f"warning: {warning}" for warning in self.warnings),
                 f"{self.url} ({'private' if self.private else 'public'})",
-                f"uploaded {self.uploaded} of {self.shards} shards, {self.uploaded_bytes / 2**20:,.1f} MiB",
+                f"uploaded {self.uploaded} of {self.shards} shards, {byte_size(self.uploaded_bytes)}",
                 *(f"mixture {name}: {pairs:,} training pairs" for name, pairs in self.mixtures.items()),
                 "next: state the licence in its README, then anyone who may see it can",
                 f"  dpo-train --cache hf://datasets/{self.repo_id}{at_revision} --output runs/first",

@@ -18,6 +18,7 @@ from ..pipeline.report.run_record import RunRecord, read_run
 from ..pipeline.report.run_series import CHARTS, MAX_POINTS, series_of
 from ..pipeline.report.run_settings import settings_table
 from ..pipeline.report.run_table import NumberedRun, step_zero_row
+from .console.byte_size import byte_size
 from .reporting.report_cache import cache_sections
 from .reporting.report_pairs import OpenMixtures, held_out_pairs
 from .reporting.report_sweep import named_folder, run_tables
@@ -58,7 +59,7 @@ class ReportSummary:
     def text(self) -> str:
         """For a terminal."""
         runs = "1 run" if len(self.runs) == 1 else f"{len(self.runs)} runs"
-        lines = [*self.notes, f"{self.page}: {runs}, {self.page_bytes / 1024:,.0f} KiB; open it in any browser"]
+        lines = [*self.notes, f"{self.page}: {runs}, {byte_size(self.page_bytes)}; open it in any browser"]
         if self.figures:
             lines.append(f"{self.figures[0].parent}: {len(self.figures)} figures")
         return "\n".join(lines)

@@ -61,7 +61,8 @@ def train(config: TrainConfig) -> TrainReport | DryRunReport | TrainPlan | None:
 def _plan(config: TrainConfig, num_ranks: int) -> TrainPlan:
     with glance(config.cache, _mixture_names(config), first_rows=0) as folder:
         cache = ReferenceCache.open(folder)
-        mixture, evaluation, *_ = *(cache.read_mixture(name) for name in _mixture_names(config)), None
+        mixture = cache.read_mixture(config.mixture)
+        evaluation = cache.read_mixture(config.eval_mixture) if config.eval_mixture else None
         recipe = resolve_recipe(config, cache, mixture, num_ranks=num_ranks)
         return plan_of(config, recipe, cache, mixture, evaluation)
 
@@ -97,13 +98,6 @@ def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport | Dry
     return DryRunReport.read(config.output) if config.dry_run else TrainReport.read(config.output)
 
 
-def _upload(target: HubTarget, report: TrainReport) -> TrainReport:
-    steps = f"{report.steps} updates on {report.pairs} pairs"
-    uploaded = replace(report, hub=upload_model(target, Path(report.output) / "model", message=f"DPO: {steps}"))
-    uploaded.write()
-    return uploaded
-
-
 def _train_rank(config: TrainConfig, ranks: Ranks) -> TrainReport | DryRunReport | None:
     from .processes.process_group import process_group  # only now: it imports DeepSpeed
     from .training.training_run import TrainingRun
@@ -115,3 +109,10 @@ def _train_rank(config: TrainConfig, ranks: Ranks) -> TrainReport | DryRunReport
     if run.hub_target is not None and isinstance(report, TrainReport) and report.is_finished:
         report = _upload(run.hub_target, report)  # the ranks have parted: no one waits for it
     return report if ranks.rank == 0 and not is_child() else None
+
+
+def _upload(target: HubTarget, report: TrainReport) -> TrainReport:
+    steps = f"{report.steps} updates on {report.pairs} pairs"
+    uploaded = replace(report, hub=upload_model(target, Path(report.output) / "model", message=f"DPO: {steps}"))
+    uploaded.write()
+    return uploaded

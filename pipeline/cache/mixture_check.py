@@ -38,6 +38,7 @@ def check_mixture(cache: ReferenceCache, mixture: Mixture) -> None:
     hash_now = sum(shard.num_bytes for shard in mixture.shards) <= HASH_AT_ONCE_BYTES
     unscored: list[Keys] = []
     unusable: list[tuple[Keys, PairValues]] = []
+    remedy = f"score them again with: dpo-cache verify --repair {cache.path}, then dpo-cache build"
     for shard, path, wanted, rows in _by_shard(cache, mixture):
         try:
             if hash_now:
@@ -53,9 +54,8 @@ def check_mixture(cache: ReferenceCache, mixture: Mixture) -> None:
             raise DpoCacheError(
                 f"mixture {mixture.name} lacks {len(wanted)} pairs ({name_keys(wanted)}): {error.found}",
                 expected=error.expected,
-                next_step=f"score them again with: dpo-cache verify --repair {cache.path}, then dpo-cache build",
+                next_step=remedy,
             ) from error
-    remedy = f"score them again with: dpo-cache verify --repair {cache.path}, then dpo-cache build"
     if len(keys := np.concatenate(unscored)):
         raise DpoCacheError(
             f"{len(keys)} pairs of mixture {mixture.name} count no scored token: {name_keys(keys)}", next_step=remedy

@@ -68,10 +68,14 @@ class MixtureRows:
         side by side, otherwise as good as random, and the same however the datasets were listed.
         """
         rows = self.take(np.lexsort((self.source_rows, self.sources, self.example_keys)))
-        first = np.ones(len(rows), dtype=np.bool_)
-        first[1:] = rows.example_keys[1:] != rows.example_keys[:-1]
-        starts = np.flatnonzero(first)
-        places = np.arange(len(rows))
-        repeats = (places - np.repeat(starts, np.diff(np.append(starts, len(rows))))).astype(np.int32)
+        starts_run = np.ones(len(rows), dtype=np.bool_)
+        starts_run[1:] = rows.example_keys[1:] != rows.example_keys[:-1]
+        repeats = places_in_runs(starts_run).astype(np.int32)
         order = np.lexsort((rows.prompt_hashes, repeats))  # stable, so equal prompts stay in the order of keys
         return rows.take(order), repeats[order]
+
+
+def places_in_runs(starts_run: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """The place of each row within its run of equal rows: 0 where one starts, then 1, …"""
+    starts = np.flatnonzero(starts_run)
+    return np.arange(len(starts_run)) - np.repeat(starts, np.diff(np.append(starts, len(starts_run))))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...pipeline.cache.canonical_json import canonical_bytes
-from ...pipeline.cache.mixture_rows import MixtureRows
+from ...pipeline.cache.mixture_rows import MixtureRows, places_in_runs
 from .left_out import DROPPED, LEFT_OUT
 from .mixture_content import MixtureContent
 
@@ -79,8 +79,6 @@ def _earlier_equals(columns: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64
     order = np.lexsort(columns[::-1])  # stable
     starts_run = np.ones(len(order), dtype=np.bool_)
     starts_run[1:] = np.any([column[order][1:] != column[order][:-1] for column in columns], axis=0)
-    starts = np.flatnonzero(starts_run)
-    places = np.arange(len(order))
     earlier = np.empty(len(order), dtype=np.int64)
-    earlier[order] = places - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    earlier[order] = places_in_runs(starts_run)
     return earlier

@@ -26,6 +26,8 @@ from .stop_request import stop_requests
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.1
 GRACE_S = 30.0
+FAULT_FILE = "DPO_CACHE_FAULT_FILE"
+"""Variable that names the file in which a child leaves the message of a fault."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +151,19 @@ def run_jobs(
 
 def is_child() -> bool:
     """Whether :func:`run_children` started this process; then its parent reports."""
-    return "DPO_CACHE_FAULT_FILE" in os.environ
+    return FAULT_FILE in os.environ
+
+
+def leave_fault(message: str) -> bool:
+    """Leave the message of a fault to the parent, which prints that of several children once.
+
+    Returns:
+        Whether there is such a parent.
+    """
+    if not is_child():
+        return False
+    Path(os.environ[FAULT_FILE]).write_text(message, encoding="utf-8")
+    return True
 
 
 def python_command(*arguments: str) -> list[str]:
@@ -186,7 +200,7 @@ def die_with_parent() -> None:
 def _start(
     command: Sequence[str], environment: Mapping[str, str], fault_file: Path, *, log: Path | None = None
 ) -> Child:
-    ours = {"DPO_CACHE_FAULT_FILE": str(fault_file), "DPO_CACHE_PARENT": str(os.getpid())}
+    ours = {FAULT_FILE: str(fault_file), "DPO_CACHE_PARENT": str(os.getpid())}
     with contextlib.ExitStack() as opened:
         output = opened.enter_context(log.open("ab")) if log else None
         process = subprocess.Popen(
@@ -220,7 +234,7 @@ def _faults(children: Sequence[Child]) -> list[str]:
     """What went wrong, each message once. Children stopped because of another's fault have nothing to say."""
     explained = [child.fault_file.read_text("utf-8") for child in children if child.fault_file.exists()]
     if explained:
-        return list(dict.fromkeys(text.removeprefix("Error: ") for text in explained))
+        return list(dict.fromkeys(explained))
     failed = [child.process.returncode for child in children if child.process.returncode != 0]
     return [f"a process of this job ended with {_how(code)}; its own output is above" for code in failed[:1]]
 
@@ -229,7 +243,7 @@ def _fault_of(job: Job, child: Child) -> str | None:
     if child.process.returncode == 0:
         return None
     if child.fault_file.exists():
-        return child.fault_file.read_text("utf-8").removeprefix("Error: ")
+        return child.fault_file.read_text("utf-8")
     return f"{job.name} ended with {_how(child.process.returncode)}; its output is in {job.log}"
 
 

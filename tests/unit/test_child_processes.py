@@ -14,6 +14,13 @@ from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.processes import child_processes
 from dpo_cache.stages.processes.child_processes import Job, run_children, run_jobs
 
+FAILS = """
+import sys
+from dpo_cache.stages.processes.child_processes import leave_fault
+assert leave_fault("no")
+sys.exit(1)
+"""
+
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
@@ -41,7 +48,7 @@ def test_children_that_end_well_are_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_child_that_fails_stops_its_siblings_and_its_message_is_raised_once(tmp_path: Path) -> None:
-    fails = python("import os, sys; open(os.environ['DPO_CACHE_FAULT_FILE'], 'w').write('Error: no'); sys.exit(1)")
+    fails = python(FAILS)
     waits = python(f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)")
     with pytest.raises(DpoCacheError, match=r"^no$"):
         run_children([waits, fails, fails], [{}, {}, {}])
@@ -126,9 +133,8 @@ def test_there_are_never_more_jobs_than_places_and_all_get_their_turn(tmp_path: 
 
 
 def test_a_job_that_fails_leaves_the_others_alone_and_says_why(tmp_path: Path) -> None:
-    explains = "import os, sys; open(os.environ['DPO_CACHE_FAULT_FILE'], 'w').write('Error: no'); sys.exit(1)"
     journal = Journal(tmp_path)
-    journal.run({"a": SAY_PLACE, "b": explains, "c": "import sys; sys.exit(3)", "d": SAY_PLACE}, 2)
+    journal.run({"a": SAY_PLACE, "b": FAILS, "c": "import sys; sys.exit(3)", "d": SAY_PLACE}, 2)
     assert journal.faults["a"] is None
     assert journal.faults["b"] == "no"
     assert journal.faults["c"] == f"c ended with exit code 3; its output is in {tmp_path / 'c.log'}"

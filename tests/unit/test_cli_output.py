@@ -10,7 +10,7 @@ import pytest
 from cache_factory import make_cache
 from click.testing import CliRunner
 from dpo_cache.cli import dpo_cache, dpo_train
-from dpo_cache.cli_output import faults_explained
+from dpo_cache.cli_output import command_run
 
 
 def test_a_fault_is_one_object_on_stdout_where_json_was_asked_for(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_what_names_no_repository_is_not_asked_for(tmp_path: Path) -> None:
 
 def test_a_request_to_stop_ends_a_command_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit), faults_explained():
+    with pytest.raises(SystemExit), command_run():
         signal.raise_signal(signal.SIGTERM)
     assert "Stopped. Finished work is kept" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before

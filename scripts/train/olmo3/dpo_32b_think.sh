@@ -1,13 +1,5 @@
 #!/usr/bin/env bash
-# OLMo-3 32B Think: score the pairs once with the reference, then train from the cache.
+# OLMo-3 32B Think, on 16 machines of 8 GPUs unless NODES says otherwise: see ../recipe.sh
 #   bash scripts/train/olmo3/dpo_32b_think.sh [OPTIONS OF dpo-train]
-# Both commands take up where they were stopped. CACHE and OUTPUT name other folders; docs/multi-node.md tells how to
-# start it on several machines. All numbers, and where they come from, stand in the two YAML files.
-set -euo pipefail
-here=$(dirname "$0")
-cache=${CACHE:-caches/olmo3-32b-think}
-output=${OUTPUT:-runs/olmo3-32b-think}
 export NODES=${NODES:-16}
-
-bash "$here/../launch.sh" dpo-cache build --config "$here/dpo_32b_think.build.yaml" --cache "$cache"
-bash "$here/../launch.sh" dpo-train --config "$here/dpo_32b_think.train.yaml" --cache "$cache" --output "$output" --resume "$@"
+exec bash "$(dirname "$0")/../recipe.sh" olmo3/dpo_32b_think "$@"

@@ -1,13 +1,5 @@
 #!/usr/bin/env bash
-# Tülu-3 8B: score the pairs once with the reference, then train from the cache.
+# Tülu-3 8B, on 4 machines of 8 GPUs unless NODES says otherwise: see ../recipe.sh
 #   bash scripts/train/tulu3/dpo_8b.sh [OPTIONS OF dpo-train]
-# Both commands take up where they were stopped. CACHE and OUTPUT name other folders; docs/multi-node.md tells how to
-# start it on several machines. All numbers, and where they come from, stand in the two YAML files.
-set -euo pipefail
-here=$(dirname "$0")
-cache=${CACHE:-caches/tulu3-8b}
-output=${OUTPUT:-runs/tulu3-8b}
 export NODES=${NODES:-4}
-
-bash "$here/../launch.sh" dpo-cache build --config "$here/dpo_8b.build.yaml" --cache "$cache"
-bash "$here/../launch.sh" dpo-train --config "$here/dpo_8b.train.yaml" --cache "$cache" --output "$output" --resume "$@"
+exec bash "$(dirname "$0")/../recipe.sh" tulu3/dpo_8b "$@"
