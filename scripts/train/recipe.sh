@@ -8,7 +8,7 @@
 # OUTPUT   folder of the run [default: runs/olmo2-7b]
 # NODES    machines [default: the recipe's own number]
 set -euo pipefail
-here=$(dirname "$0")
+here=$(cd "$(dirname "$0")" && pwd)
 recipe=$1
 shift
 name=$(echo "${recipe/\/dpo_/-}" | tr _ -)
