@@ -60,7 +60,7 @@ class Piece:
         kind: ``build`` or ``train``.
         point: Its place in the sweep, from 0; the one build for all has that of the first.
         seconds: Wall time of its process.
-        forwards: Forward passes of the reference.
+        forwards: Forward passes of the reference, of a build.
         in_forwards_s: Seconds in them.
         loss: Loss of the last update, for a training.
     """
@@ -68,7 +68,7 @@ class Piece:
     kind: str
     point: int
     seconds: float
-    forwards: int
+    forwards: int = 0
     in_forwards_s: float = 0.0
     loss: float | None = None
 
@@ -131,8 +131,7 @@ class Workplace:
             *("--global-batch-size", self._options.global_batch_size),
         )
         shutil.rmtree(self._folder / output)
-        forwards, loss = int(report["reference_forwards"]), float(report["last"]["train_loss"])
-        return Piece(kind="train", point=point, seconds=seconds, forwards=forwards, loss=loss)
+        return Piece(kind="train", point=point, seconds=seconds, loss=float(report["last"]["train_loss"]))
 
     def _run(self, *arguments: object) -> tuple[float, dict[str, Any]]:
         started = time.perf_counter()

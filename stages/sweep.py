@@ -264,7 +264,7 @@ class Sweep:
         )
 
     def _row(self, run: SweepRun, *, held_out: bool) -> SweepRow:
-        report, score = run.report(), self._comparable(run.last_score(held_out=held_out))
+        score = self._comparable(run.last_score(held_out=held_out))
         return SweepRow(
             name=run.name,
             options=options_text(run.point.options),
@@ -276,7 +276,6 @@ class Sweep:
             separation=score.separation,
             step0_loss=run.step_zero_loss(),
             seconds=self._seconds.get(run.name, 0.0),
-            reference_forwards=report.reference_forwards if report else 0,
             fault=self._faults.get(run.name),
         )
 

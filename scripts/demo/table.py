@@ -33,7 +33,7 @@ def column(builds: list[dict[str, Any]], run: dict[str, Any]) -> dict[str, Any]:
     return {
         "pairs_scored": sum(build["pairs_scored"] for build in builds),
         "pairs_reused": sum(build["pairs_reused"] for build in builds),
-        "reference_forwards": sum(build["reference_forwards"] for build in builds) + run["reference_forwards"],
+        "reference_forwards": sum(build["reference_forwards"] for build in builds),
         "step0_loss": run["step0"]["loss"],
         "accuracy_before": run["eval_before"]["eval/rewards/accuracy"],
         "accuracy_after": run["eval_after"]["eval/rewards/accuracy"],

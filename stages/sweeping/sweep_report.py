@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..console.counted_noun import counted
 from ..training.output_folder import write_json
 from .sweep_grid import value_text
 from .sweep_run import Score
@@ -34,7 +33,6 @@ class SweepRow:
         separation: The margin divided by beta; None where that has another unit at other points.
         step0_loss: Loss before the first update.
         seconds: Wall time of all its processes, those of earlier starts of the sweep included.
-        reference_forwards: Forward passes of the reference that its training ran: none.
         fault: Why it failed.
     """
 
@@ -48,7 +46,6 @@ class SweepRow:
     separation: float | None
     step0_loss: float | None
     seconds: float
-    reference_forwards: int
     fault: str | None
 
     def place(self) -> tuple[object, ...]:
@@ -68,11 +65,10 @@ class SweepRow:
             "" if self.separation is None else f"{self.separation:.3g}",
             "" if self.step0_loss is None else f"{self.step0_loss:.4f}",
             f"{self.seconds:,.0f}",
-            str(self.reference_forwards),
         ]
 
 
-TITLES = ("point", "status", "accuracy", "margin", "margin / beta", "step-0 loss", "seconds", "reference forwards")
+TITLES = ("point", "status", "accuracy", "margin", "margin / beta", "step-0 loss", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +115,11 @@ class SweepReport:
         return [row.name for row in finished if row.accuracy == finished[0].accuracy]
 
     @property
+    def reference_forwards(self) -> int:
+        """Forward passes of the reference: all of them in builds, as training has no code for any."""
+        return sum(build.reference_forwards for build in self.builds)
+
+    @property
     def num_failed(self) -> int:
         """Points that failed."""
         return sum(row.status == FAILED for row in self.rows)
@@ -132,12 +133,7 @@ class SweepReport:
 
     def to_json(self) -> dict[str, Any]:
         """One object for ``--json``."""
-        return {
-            **asdict(self),
-            "best": self.best,
-            "reference_forwards": sum(row.reference_forwards for row in self.rows),
-            "build_reference_forwards": sum(build.reference_forwards for build in self.builds),
-        }
+        return {**asdict(self), "best": self.best, "reference_forwards": self.reference_forwards}
 
     def csv(self) -> str:
         """A line a point, a column an option."""
@@ -168,7 +164,7 @@ class SweepReport:
 
     def text(self) -> str:
         """The table on a terminal, and what to do next."""
-        lines = [*_aligned(TITLES[:-1], [row.cells()[:-1] for row in self.rows]), ""]
+        lines = [*_aligned(TITLES, [row.cells() for row in self.rows]), ""]
         lines.append(f"accuracy and margin: {self.judged_by}")
         lines.append(self._forwards())
         for row in self.rows:
@@ -185,12 +181,9 @@ class SweepReport:
         return ", ".join(self.best) + (" (tied)" if len(self.best) > 1 else "")
 
     def _forwards(self) -> str:
-        started = sum(row.status != NOT_STARTED for row in self.rows)
-        said = f"Reference forwards: {sum(row.reference_forwards for row in self.rows)} in {counted(started, 'run')}"
         if not self.builds:
-            return f"{said}; the cache was complete."
-        forwards = sum(build.reference_forwards for build in self.builds)
-        return f"{said}; {forwards} in building the cache, once for all runs."
+            return "Forward passes of the reference: none, as the cache was complete."
+        return f"Forward passes of the reference: {self.reference_forwards} in building the cache, once for all runs."
 
 
 def recorded(output: Path) -> dict[str, Any] | None:

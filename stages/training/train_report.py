@@ -25,7 +25,6 @@ class TrainReport:
         total_steps: Updates of the whole run.
         pairs: Training pairs that went into them, by this process and those it resumed from.
         seconds: Wall time of this process.
-        reference_forwards: Forward passes of the reference: none, the trainer has no code for it.
         step0: How far policy and cache were apart before the first update.
         eval_before: Evaluation before the first update, where there is one.
         eval_after: Evaluation after the last.
@@ -38,7 +37,6 @@ class TrainReport:
     total_steps: int
     pairs: int
     seconds: float
-    reference_forwards: int
     step0: dict[str, Any] | None
     eval_before: dict[str, float] | None
     eval_after: dict[str, float] | None
@@ -67,10 +65,7 @@ class TrainReport:
 
     def summary(self) -> str:
         """The closing lines on a terminal."""
-        lines = [
-            f"trained {counted(self.steps, 'update')} on {counted(self.pairs, 'pair')} in {self.seconds:.0f} s; "
-            "reference forward passes: 0"
-        ]
+        lines = [f"trained {counted(self.steps, 'update')} on {counted(self.pairs, 'pair')} in {self.seconds:.0f} s"]
         if self.step0:
             lines.append(
                 f"step 0: loss {self.step0['loss']:.6f}, policy and cache differ by at most "

@@ -362,7 +362,6 @@ class TrainingRun:
             total_steps=self._recipe.total_steps,
             pairs=self._loop.pairs_after(updates_done),
             seconds=time.monotonic() - self._started,
-            reference_forwards=0,
             step0=asdict(step_zero) if step_zero else None,
             eval_before=eval_before,
             eval_after=eval_after,

@@ -80,7 +80,6 @@ def test_ten_updates_equal_plain_pytorch_on_one_rank_and_on_two(
     for ranks, output in enumerate(outputs, start=1):
         report = run(train(shared_cache, output, *ADAM, "--max-steps", 10, "--num-gpus", ranks))
         assert report["step0"]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-        assert report["reference_forwards"] == 0
     one, two = map(metrics, outputs)
     assert [line["training_step"] for line in one] == list(range(1, 11))
 
@@ -95,6 +94,27 @@ def test_ten_updates_equal_plain_pytorch_on_one_rank_and_on_two(
     saved = AutoModelForCausalLM.from_pretrained(outputs[1] / "model")
     for (name, ours_after), plainly_after in zip(saved.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours_after, plainly_after, rtol=1e-3, atol=2e-4, msg=name)
+
+
+COUNTING_MODELS = """
+import sys
+from transformers import AutoModelForCausalLM
+loaded, load = [], AutoModelForCausalLM.from_pretrained
+AutoModelForCausalLM.from_pretrained = lambda path, **options: loaded.append(str(path)) or load(path, **options)
+from dpo_cache.cli import dpo_train
+dpo_train(sys.argv[1:], standalone_mode=False)
+print(loaded)
+"""
+
+
+def test_a_run_loads_one_model_the_policy(shared_cache: Path, reference: Path, tmp_path: Path) -> None:
+    command = train(shared_cache, tmp_path / "run", "--max-steps", 1)
+    arguments = command[command.index("train") + 1 :]
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTING_MODELS, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str([str(reference)])
 
 
 def test_a_sum_with_a_loss_that_sorts_the_global_batch_does_not_depend_on_the_ranks(
