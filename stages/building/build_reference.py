@@ -25,6 +25,7 @@ class BuildReference:
         adapter: Those of a peft adapter on top of it.
         dtype: Precision of weights and forward passes.
         attention: The attention kernel.
+        vocab_size: How many tokens the model has embeddings for; None where its config does not say.
         identity: What its values depend on.
         tokenization: How rows become tokens.
     """
@@ -33,6 +34,7 @@ class BuildReference:
     adapter: ModelFolder | None
     dtype: str
     attention: str
+    vocab_size: int | None
     identity: ReferenceIdentity
     tokenization: TokenizationSettings
 
@@ -64,6 +66,7 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
         adapter=adapter,
         dtype=dtype,
         attention=attention,
+        vocab_size=getattr(model_config.get_text_config(), "vocab_size", None),
         identity=identify_reference(
             model.folder,
             adapter_folder=adapter.folder if adapter else None,

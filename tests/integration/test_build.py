@@ -207,6 +207,20 @@ def test_a_folder_with_something_else_in_it_is_no_cache(reference: Path, pairs_f
     assert "is not a cache and not empty: it holds" in fails(build(reference, pairs_file, tmp_path))
 
 
+def test_a_token_that_the_model_does_not_have_is_refused_before_anything_is_scored(
+    pairs_file: Path, reference: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    known = len(tokenizer)
+    tokenizer.add_tokens(["yes"])  # as people do, and leave the embeddings as they are
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    command = build(reference, pairs_file, tmp_path / "cache", "--tokenizer", tmp_path / "tokenizer", "--dry-run")
+    message = refusal(*command[3:])
+    assert f"row 0 has the token id {known}, and the model has embeddings for {known} tokens" in message
+
+
 @pytest.fixture
 def nan_model(reference: Path, tmp_path: Path) -> Path:
     """The reference, but with no finite value for some of the pairs."""
