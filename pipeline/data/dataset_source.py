@@ -245,6 +245,8 @@ def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
+    if isinstance(cause, StopIteration):  # what an empty file leaves of its first line
+        return DpoCacheError(f"--dataset {spec}: it has no rows")
     return DpoCacheError(
         f"--dataset {spec} cannot be read: {first_line(cause)}",
         expected=f"a file ({', '.join(_FILE_TYPES)}, also .gz, .zst), a folder of those, or a Hub dataset",

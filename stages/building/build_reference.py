@@ -10,9 +10,10 @@ import torch
 
 from ...pipeline.cache.reference_identity import ReferenceIdentity, code_that_runs, identify_reference
 from ...pipeline.data.tokenization_settings import TokenizationSettings
+from ...pipeline.data.tokenizer import TOKENIZER_FILES
 from ...pipeline.scoring.model_loading import load_config, resolve_attention
 from ...pipeline.scoring.pair_scorer import SCORING_VERSION
-from ..hub.model_folder import TOKENIZER_FILES, ModelFolder, find_model_folder
+from ..hub.model_folder import ModelFolder, find_model_folder
 from .build_config import BuildConfig
 
 
