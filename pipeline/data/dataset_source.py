@@ -133,6 +133,9 @@ class DatasetSource:
             DpoCacheError: A text is not UTF-8.
         """
         names = [name for name in self.column_names if columns is None or name in columns]
+        if not names:  # the library cannot index a table without columns
+            yield from ({} for _ in row_numbers)
+            return
         dataset = self._dataset.select_columns(names)
         for start in range(0, len(row_numbers), _READ_ROWS):
             try:

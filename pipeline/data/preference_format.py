@@ -11,6 +11,8 @@ from typing import Any
 from ...errors import DpoCacheError
 
 Row = Mapping[str, Any]
+TELLING_COLUMNS = ("prompt", "chosen", "rejected")
+"""The columns that tell a format."""
 
 
 class PreferenceFormat(StrEnum):
