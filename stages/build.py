@@ -37,6 +37,7 @@ from .building.left_out import in_words, keys_by_reason
 from .building.mixture_change import left_out_before, mixture_content, new_content
 from .building.mixture_content import MixtureContent
 from .building.pair_collection import CollectedPairs
+from .console.counted_noun import counted
 from .console.library_output import quiet_libraries
 from .console.terminal import say
 from .processes.job_store import STORE_FAULTS, JobStore, store_lost
@@ -56,10 +57,29 @@ def build(config: BuildConfig) -> BuildReport | None:
     """
     quiet_libraries()
     ranks = ranks_from_environment()
+    num_workers = _num_workers(config, ranks)
     if ranks is None or ranks.rank == 0:
-        return Build(config, ranks).run()
+        return Build(config, ranks, num_workers=num_workers).run()
     follow_scoring(ranks)
     return None
+
+
+def _num_workers(config: BuildConfig, ranks: Ranks | None) -> int:
+    """How many processes score, on all machines together."""
+    asked_for, num_gpus = config.num_workers, torch.cuda.device_count()
+    if ranks is not None:
+        if asked_for not in (None, ranks.ranks_per_node):
+            started = counted(ranks.ranks_per_node, "process")
+            raise DpoCacheError(
+                f"--num-workers is {asked_for}, but a launcher started {started} here", next_step="leave it out"
+            )
+        return ranks.num_ranks
+    if asked_for and 0 < num_gpus < asked_for:
+        raise DpoCacheError(
+            f"--num-workers is {asked_for}, and this machine has {counted(num_gpus, 'GPU')}",
+            expected="at most one scoring process per GPU",
+        )
+    return asked_for or max(1, num_gpus)
 
 
 class Build:
@@ -68,12 +88,13 @@ class Build:
     Args:
         config: What to score, with which reference, into which cache.
         ranks: This process's place where a launcher started it.
+        num_workers: How many processes score.
     """
 
-    def __init__(self, config: BuildConfig, ranks: Ranks | None) -> None:
+    def __init__(self, config: BuildConfig, ranks: Ranks | None, *, num_workers: int) -> None:
         self._config = config
         self._ranks = ranks
-        self._num_workers = ranks.num_ranks if ranks else config.num_workers or max(1, torch.cuda.device_count())
+        self._num_workers = num_workers
         self._started = time.monotonic()
 
     def run(self) -> BuildReport:

@@ -107,6 +107,8 @@ def _upload(cache: ReferenceCache, mixtures: Sequence[Mixture], repository: HubD
         shards = distinct_shards(mixtures)
         missing = [shard for shard in shards if not repository.has_shard(shard)]
         repository.upload_shards(cache, missing)
+        if missing:  # which may have taken hours: others may have brought mixtures since, and written into the card
+            there = repository.cache_there(Path(look), cache)
         others = [mixture for mixture in there if mixture.name not in {ours.name for ours in mixtures}]
         repository.upload_pointers(cache, mixtures, sorted([*mixtures, *others], key=lambda one: one.name))
     return PushReport(

@@ -133,6 +133,9 @@ class DatasetSource:
             DpoCacheError: A text is not UTF-8.
         """
         names = [name for name in self.column_names if columns is None or name in columns]
+        if not names:  # the library cannot index a table without columns
+            yield from ({} for _ in row_numbers)
+            return
         dataset = self._dataset.select_columns(names)
         for start in range(0, len(row_numbers), _READ_ROWS):
             try:
@@ -245,6 +248,8 @@ def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
+    if isinstance(cause, StopIteration):  # what an empty file leaves of its first line
+        return DpoCacheError(f"--dataset {spec}: it has no rows")
     return DpoCacheError(
         f"--dataset {spec} cannot be read: {first_line(cause)}",
         expected=f"a file ({', '.join(_FILE_TYPES)}, also .gz, .zst), a folder of those, or a Hub dataset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -10,6 +11,8 @@ from typing import Any
 from ...errors import DpoCacheError
 
 Row = Mapping[str, Any]
+TELLING_COLUMNS = ("prompt", "chosen", "rejected")
+"""The columns that tell a format."""
 
 
 class PreferenceFormat(StrEnum):
@@ -49,7 +52,8 @@ def detect_format(column_names: Sequence[str], first_rows: Iterable[Row]) -> Pre
     """Recognise a dataset's format from its columns and its first rows.
 
     Raises:
-        DpoCacheError: ``chosen`` and ``rejected`` are not both there, or hold neither messages nor text.
+        DpoCacheError: ``chosen`` and ``rejected`` are not both there, or hold neither messages nor text; or text that
+            is messages in JSON, which is nothing to train on as it stands.
     """
     rows = [row for row in first_rows if row.get("chosen") and row.get("rejected")]
     has_prompt = "prompt" in column_names
@@ -62,6 +66,12 @@ def detect_format(column_names: Sequence[str], first_rows: Iterable[Row]) -> Pre
         explicit = has_prompt and answers_alone
         return PreferenceFormat.EXPLICIT_MESSAGES if explicit else PreferenceFormat.IMPLICIT_MESSAGES
     if _mostly(_is_text, answers):
+        if _mostly(_is_messages_as_json, answers):
+            raise DpoCacheError(
+                "`chosen` and `rejected` hold messages written as JSON text",
+                expected="lists of messages, or plain text",
+                next_step="read the columns with json.loads and save the dataset again",
+            )
         if _mostly(_is_transcript, answers):
             return PreferenceFormat.TRANSCRIPT
         if _mostly(_is_messages, prompts):
@@ -100,6 +110,15 @@ def _is_text(value: Any) -> bool:
 
 def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+
+
+def _is_messages_as_json(value: Any) -> bool:
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return False
+    try:
+        return _is_messages(json.loads(value))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _is_transcript(value: Any) -> bool:

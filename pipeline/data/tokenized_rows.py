@@ -25,7 +25,7 @@ from ...errors import DpoCacheError
 from .dataset_source import DatasetSource
 from .pair_tokenizer import PairTokenizer
 from .preference import Preference, read_preference
-from .preference_format import PreferenceFormat, detect_format, unused_columns
+from .preference_format import TELLING_COLUMNS, PreferenceFormat, detect_format, unused_columns
 from .token_pair import TokenPair
 from .tokenization_settings import TokenizationSettings
 from .unusable_row import UnusableRow
@@ -54,7 +54,8 @@ def source_format(source: DatasetSource) -> PreferenceFormat:
     Raises:
         DpoCacheError: No format fits.
     """
-    first_rows = source.rows(source.distinct_rows[:_ROWS_TO_RECOGNISE])
+    # Other columns may hold images or sounds, which would be decoded.
+    first_rows = source.rows(source.distinct_rows[:_ROWS_TO_RECOGNISE], columns=TELLING_COLUMNS)
     return detect_format(source.column_names, first_rows)
 
 

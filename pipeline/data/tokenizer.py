@@ -13,6 +13,9 @@ from transformers import AutoTokenizer
 
 from ...errors import DpoCacheError, first_line
 
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+"""Patterns of the files of a tokenizer, and of a model's config, in a repository on the Hub."""
+
 
 def load_tokenizer(name: str, revision: str | None, *, trust_remote_code: bool) -> Any:
     """A tokenizer of ``transformers``, from a folder or the Hub.
@@ -49,7 +52,8 @@ def _folder_here(name: str, revision: str) -> str | None:
     if Path(name).is_dir():
         return None
     try:
-        folder = snapshot_download(name, revision=revision, local_files_only=True)
+        # Only these are asked for: with a README or weights that nobody needed the snapshot would count as incomplete.
+        folder = snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(TOKENIZER_FILES))
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         return None
     return folder if (Path(folder) / "tokenizer_config.json").exists() else None

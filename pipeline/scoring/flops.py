@@ -43,7 +43,7 @@ class ModelCost:
         return cls(
             backbone_weights=sum(_passed_elements(find_backbone(model), config)),
             head_weights=num_elements(find_head(model).weight),
-            attention_width=_query_width(config) * _attention_layers(config),
+            attention_width=_attention_width(config),
             backward_forwards=2 if find_head(model).weight.requires_grad else 1,
         )
 
@@ -76,16 +76,20 @@ def _passed_elements(backbone: nn.Module, config: Any) -> Iterator[int]:
                 yield num_elements(parameter)
 
 
+def _attention_width(config: Any) -> int:
+    """Query widths of all attention layers together; what the state of other layers costs is not counted."""
+    layer_types = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
+    # The layers of Gemma 4 differ in their heads: its config refuses to name one size for all.
+    differ = getattr(config, "is_heterogeneous", False)
+    configs = config.per_layer_config if differ else [config] * len(layer_types)
+    return sum(
+        _query_width(configs[number]) for number, layer_type in enumerate(layer_types) if layer_type in (FULL, SLIDING)
+    )
+
+
 def _query_width(config: Any) -> int:
-    """0 in a model without attention; what its state costs beside its weights is not counted."""
+    """0 in a model without attention."""
     heads = getattr(config, "num_attention_heads", 0)
     if not heads:
         return 0
     return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))
-
-
-def _attention_layers(config: Any) -> int:
-    layer_types = getattr(config, "layer_types", None)
-    if not layer_types:
-        return int(config.num_hidden_layers)
-    return sum(layer_type in (FULL, SLIDING) for layer_type in layer_types)

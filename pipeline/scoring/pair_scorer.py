@@ -21,6 +21,7 @@ from .attention_masks import LayerWindows, attention_mask
 from .completion_head import CompletionHead, install_completion_head
 from .model_loading import find_backbone, find_causal_lm, find_head
 from .onednn_linear import install_onednn_linear
+from .position_table import position_limit
 from .rope_limit import rope_limit
 from .scoring_batch import Layout, PairLogps, ScoringBatch, reduce_token_logps
 
@@ -52,6 +53,7 @@ class PairScorer(nn.Module):
         self.load_balancing = load_balancing
         self.windows = LayerWindows.of_config(self.config)
         self.rope_limit = rope_limit(self.config)
+        self.position_limit = position_limit(find_backbone(causal_lm), self.config)
         self.takes_positions = "position_ids" in inspect.signature(find_backbone(causal_lm).forward).parameters
 
     @property
@@ -73,13 +75,20 @@ class PairScorer(nn.Module):
                 is tested against when a model is first used.
 
         Raises:
-            DpoCacheError: A sequence is so long that the model's rotary embedding would change for its neighbours.
+            DpoCacheError: A sequence is so long that the model's rotary embedding would change for its neighbours, or
+                that the model has no embeddings for its last positions.
         """
         if self.rope_limit is not None and batch.longest_sequence > self.rope_limit:
             raise DpoCacheError(
                 f"a sequence of {batch.longest_sequence} tokens changes this model's rotary embedding for its batch",
                 expected=f"at most {self.rope_limit} tokens, so that a value depends on its own sequence alone",
                 next_step=f"--max-seq-length {self.rope_limit}",
+            )
+        if self.position_limit is not None and batch.longest_sequence > self.position_limit:
+            raise DpoCacheError(
+                f"a sequence of {batch.longest_sequence} tokens is longer than this model's table of positions",
+                expected=f"at most {self.position_limit} tokens",
+                next_step=f"--max-seq-length {self.position_limit}",
             )
         inputs = self._model_inputs(batch)
         causal_lm = find_causal_lm(self.model)
@@ -106,7 +115,9 @@ class PairScorer(nn.Module):
             "use_cache": False,
         }
         if self.takes_positions:
-            inputs["position_ids"] = batch.position_ids_RT
+            # Rows are rounded up: only padding can lie beyond the table.
+            last = None if self.position_limit is None else self.position_limit - 1
+            inputs["position_ids"] = batch.position_ids_RT if last is None else batch.position_ids_RT.clamp(max=last)
         else:
             assert batch.layout is Layout.PADDED, "a tree needs a model that takes position_ids"
         return inputs

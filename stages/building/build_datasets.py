@@ -32,6 +32,7 @@ def collect_datasets(
     return collect_pairs(
         datasets,
         reference.tokenization,
+        vocab_size=reference.vocab_size,
         known=known,
         spool=scratch / SPOOL,
         max_unusable_share=config.max_unusable_share,

@@ -10,9 +10,10 @@ import torch
 
 from ...pipeline.cache.reference_identity import ReferenceIdentity, code_that_runs, identify_reference
 from ...pipeline.data.tokenization_settings import TokenizationSettings
+from ...pipeline.data.tokenizer import TOKENIZER_FILES
 from ...pipeline.scoring.model_loading import load_config, resolve_attention
 from ...pipeline.scoring.pair_scorer import SCORING_VERSION
-from ..hub.model_folder import TOKENIZER_FILES, ModelFolder, find_model_folder
+from ..hub.model_folder import ModelFolder, find_model_folder
 from .build_config import BuildConfig
 
 
@@ -25,6 +26,7 @@ class BuildReference:
         adapter: Those of a peft adapter on top of it.
         dtype: Precision of weights and forward passes.
         attention: The attention kernel.
+        vocab_size: How many tokens the model has embeddings for; None where its config does not say.
         identity: What its values depend on.
         tokenization: How rows become tokens.
     """
@@ -33,6 +35,7 @@ class BuildReference:
     adapter: ModelFolder | None
     dtype: str
     attention: str
+    vocab_size: int | None
     identity: ReferenceIdentity
     tokenization: TokenizationSettings
 
@@ -64,6 +67,7 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
         adapter=adapter,
         dtype=dtype,
         attention=attention,
+        vocab_size=getattr(model_config.get_text_config(), "vocab_size", None),
         identity=identify_reference(
             model.folder,
             adapter_folder=adapter.folder if adapter else None,

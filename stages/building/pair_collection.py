@@ -130,6 +130,7 @@ def collect_pairs(
     known: KeyIndex | None,
     spool: Path,
     max_unusable_share: float,
+    vocab_size: int | None = None,
     say_unusable: Callable[[str], None] | None = None,
 ) -> CollectedPairs:
     """Read and tokenise all sources.
@@ -140,14 +141,16 @@ def collect_pairs(
         known: The keys the cache holds; None for an empty cache.
         spool: Where the tokens of unknown pairs are written.
         max_unusable_share: More unusable rows than this share end the build.
+        vocab_size: How many tokens the model has embeddings for; None where that is not known.
         say_unusable: Told source, row and reason of each unusable row.
 
     Raises:
-        DpoCacheError: Too many rows are unusable, by reason; or none is usable.
+        DpoCacheError: Too many rows are unusable, by reason; or none is usable; or a row has a token that the model
+            does not have.
     """
     tokenization = PairTokenizer(settings).description()
     with PairSpoolWriter(spool) as writer:
-        collector = _Collector(known, writer, say_unusable or (lambda _: None))
+        collector = _Collector(known, writer, vocab_size, say_unusable or (lambda _: None))
         for number, source in enumerate(sources):
             _read_source(collector, number, source, settings)
     collected = collector.collected([source.provenance() for source in sources], tokenization)
@@ -187,9 +190,16 @@ def _described(source: DatasetSource) -> Iterator[str]:
 class _Collector:
     """Columns of the training pairs, grown chunk by chunk."""
 
-    def __init__(self, known: KeyIndex | None, writer: PairSpoolWriter, say_unusable: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        known: KeyIndex | None,
+        writer: PairSpoolWriter,
+        vocab_size: int | None,
+        say_unusable: Callable[[str], None],
+    ) -> None:
         self._known = known
         self._writer = writer
+        self._vocab_size = vocab_size
         self._parts: list[MixtureRows] = []
         self._spooled: list[SpooledPairs] = []
         self._dropped: defaultdict[int, Counter[str]] = defaultdict(Counter)
@@ -208,6 +218,7 @@ class _Collector:
                 self._dropped[source][result.reason] += 1
                 self._say_unusable(f"{source_name} row {row}: {result}")
             else:
+                self._refuse_unknown_token(result, f"{source_name} row {row}")
                 pairs.append(result)
                 source_rows.append(row)
         if not pairs:
@@ -247,6 +258,17 @@ class _Collector:
             sources=records,
             tokenization=tokenization,
         )
+
+    def _refuse_unknown_token(self, pair: TokenPair, where: str) -> None:
+        """On a GPU, looking up an embedding that is not there takes the whole process down, without a word on why."""
+        largest = max(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            raise DpoCacheError(
+                f"{where} has the token id {largest}, and the model has embeddings for {self._vocab_size} tokens",
+                expected="the tokenizer that belongs to the model",
+                next_step="name it with --tokenizer; if tokens were added to it, resize the model's embeddings "
+                "(resize_token_embeddings) and save both together",
+            )
 
     def _spool_unknown(self, pairs: Sequence[TokenPair], columns: MixtureRows) -> None:
         """A pair that stands in the data twice is spooled twice: to know better here would take each key in memory."""

@@ -10,9 +10,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ...errors import DpoCacheError, first_line
+from ...pipeline.data.tokenizer import TOKENIZER_FILES
 
-TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-MODEL_FILES = ["*.safetensors", *TOKENIZER_FILES]
+MODEL_FILES = ("*.safetensors", *TOKENIZER_FILES)
+NOT_READ = ("*/*.safetensors", "consolidated*.safetensors")
+"""Weights that repositories hold besides, and transformers does not read: the same ones in the maker's own format,
+those of a training's checkpoints. They may be as large as the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,9 +35,7 @@ class ModelFolder:
     adapter: ModelFolder | None = None
 
 
-def find_model_folder(
-    path_or_id: str, revision: str | None, *, files: Sequence[str] = tuple(MODEL_FILES)
-) -> ModelFolder:
+def find_model_folder(path_or_id: str, revision: str | None, *, files: Sequence[str] = MODEL_FILES) -> ModelFolder:
     """The local folder of a model, downloaded from the Hub where it is an id.
 
     Args:
@@ -43,7 +44,7 @@ def find_model_folder(
         files: Which files are needed, as patterns of their names.
 
     Raises:
-        DpoCacheError: No such folder, and no such model on the Hub or in its local copy.
+        DpoCacheError: No such folder, and no such model on the Hub or in its local copy; or the download broke off.
     """
     folder = Path(path_or_id).expanduser()
     if path_or_id and folder.is_dir():
@@ -59,11 +60,18 @@ def find_model_folder(
             expected="a folder with config.json and safetensors weights, or a Hub id",
         )
     try:
-        snapshot = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=list(files)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as missing:
+        snapshot = Path(
+            snapshot_download(path_or_id, revision=revision, allow_patterns=list(files), ignore_patterns=list(NOT_READ))
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as missing:
         raise DpoCacheError(
             f"there is no folder {path_or_id}, and the Hub has no such model for you: {first_line(missing)}",
             expected="a folder with config.json and safetensors weights, or a Hub id",
             next_step="check the spelling; for a gated model run `hf auth login` first",
         ) from missing
+    except Exception as broken:  # a full disk, or a network that fails: the client's libraries have their own kinds
+        raise DpoCacheError(
+            f"the files of {path_or_id} could not be fetched from the Hub: {first_line(broken)}",
+            next_step="run the same command again: it goes on from there",
+        ) from broken
     return ModelFolder(folder=snapshot, name=path_or_id, commit=snapshot.name)

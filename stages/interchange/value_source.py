@@ -70,7 +70,7 @@ def read_source(path: Path) -> SourceValues:
         if path.suffix == ".arrow" or (path / "state.json").exists():
             dataset = load_from_disk(str(path)) if path.is_dir() else Dataset.from_file(str(path))
             return _from_columns(path, _dataset_batches(dataset), None)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, pa.ArrowException) as error:
         raise DpoCacheError(f"{path} cannot be read: {first_line(error)}", expected=_KINDS) from error
     raise DpoCacheError(f"{path} is no source of reference values", expected=_KINDS)
 

@@ -159,9 +159,7 @@ class ScoringWorker:
         self._scorer = load_scorer(plan, device) if partitioned is None else partitioned.engine
         pair_scorer = self._scorer if partitioned is None else self._scorer.module
         assert isinstance(pair_scorer, PairScorer)
-        self._budget = TokenBudget(
-            plan.tokens_per_batch, device=device, config=pair_scorer.config, itemsize=pair_scorer.dtype.itemsize
-        )
+        self._budget = TokenBudget(plan.tokens_per_batch, device=device, model=pair_scorer.model)
         self._meter = ScoringMeter(self._counting, device=device, cost=ModelCost.of_model(pair_scorer.model))
         # The longest pair goes first, with the proof of the layout: too little memory shows in the first minute.
         self._layout = choose_layout(self._scorer, device=device, pairs=self._spool.read([plan.longest]))

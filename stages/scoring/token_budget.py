@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch import nn
 
 from ...errors import DpoCacheError
+from ...pipeline.scoring.model_loading import find_backbone, find_head
 
 CPU_TOKENS = 8192
 SMALLEST_START, LARGEST_START = 2048, 65_536
@@ -20,12 +20,11 @@ class TokenBudget:
     Args:
         requested: The user's; None to go by the device.
         device: Where the model lies, loaded already.
-        config: The model's config.
-        itemsize: Bytes of an activation.
+        model: The model.
     """
 
-    def __init__(self, requested: int | None, *, device: torch.device, config: Any, itemsize: int) -> None:
-        self.tokens = requested or _start(device, config.get_text_config(), itemsize)
+    def __init__(self, requested: int | None, *, device: torch.device, model: nn.Module) -> None:
+        self.tokens = requested or _start(device, model)
 
     def shrink(self, *, failed_tokens: int, num_pairs: int) -> None:
         """A batch of that size did not fit: go on with half of it.
@@ -41,12 +40,16 @@ class TokenBudget:
         self.tokens = min(self.tokens, max(1, failed_tokens // 2))
 
 
-def _start(device: torch.device, config: Any, itemsize: int) -> int:
+def _start(device: torch.device, model: nn.Module) -> int:
     if device.type == "cpu":
         return CPU_TOKENS
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    hidden: int = config.hidden_size
+    head = find_head(model)
+    hidden = head.in_features
+    # Of the layers, not of the config, where sizes have many names and may differ from layer to layer.
+    layers = (layer for layer in find_backbone(model).modules() if isinstance(layer, nn.Linear))
+    intermediate = max((layer.out_features for layer in layers), default=4 * hidden)
     # Without gradients one layer's activations live at a time: the widest are those of its feed-forward part.
-    widest: int = 8 * hidden + 4 * (getattr(config, "intermediate_size", None) or 4 * hidden)
-    fitting = int(SHARE_OF_FREE_MEMORY * free_bytes) // (widest * itemsize)
+    widest = 8 * hidden + 4 * intermediate
+    fitting = int(SHARE_OF_FREE_MEMORY * free_bytes) // (widest * head.weight.dtype.itemsize)
     return min(max(fitting, SMALLEST_START), LARGEST_START)

@@ -207,6 +207,33 @@ def test_a_folder_with_something_else_in_it_is_no_cache(reference: Path, pairs_f
     assert "is not a cache and not empty: it holds" in fails(build(reference, pairs_file, tmp_path))
 
 
+def test_a_number_of_workers_that_could_not_be_had_is_refused(
+    pairs_file: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    command = build(reference, pairs_file, tmp_path / "cache", "--num-workers", 3)[3:]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "--num-workers is 3, and this machine has 2 GPUs" in refusal(*command)
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    assert "--num-workers is 3, but a launcher started 2 processes here" in refusal(*command)
+
+
+def test_a_token_that_the_model_does_not_have_is_refused_before_anything_is_scored(
+    pairs_file: Path, reference: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    known = len(tokenizer)
+    tokenizer.add_tokens(["yes"])  # as people do, and leave the embeddings as they are
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    command = build(reference, pairs_file, tmp_path / "cache", "--tokenizer", tmp_path / "tokenizer", "--dry-run")
+    message = refusal(*command[3:])
+    assert f"row 0 has the token id {known}, and the model has embeddings for {known} tokens" in message
+
+
 @pytest.fixture
 def nan_model(reference: Path, tmp_path: Path) -> Path:
     """The reference, but with no finite value for some of the pairs."""

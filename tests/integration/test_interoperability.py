@@ -285,6 +285,14 @@ def test_a_file_that_holds_something_else_is_refused(folder: Path, content: Any,
     assert found in refusal("import", folder / "other.pt", *import_options(folder))
 
 
+@pytest.mark.parametrize("tokens", [[1, None], [2**40]])
+def test_columns_that_hold_no_token_ids_are_refused(folder: Path, tokens: list[Any]) -> None:
+    columns = {"prompt_ids": [tokens], "chosen_ids": [[3]], "rejected_ids": [[4]]}
+    table = pa.table({**columns, "ref_chosen_logps": [-1.0], "ref_rejected_logps": [-1.0]})
+    pq.write_table(table, folder / "odd.parquet")
+    assert "odd.parquet cannot be read: " in refusal("import", folder / "odd.parquet", *import_options(folder))
+
+
 def test_ld_dpo_is_refused_by_name_on_imported_pairs(folder: Path) -> None:
     source = write_open_instruct(folder / "5b1f.pt", folder, message_pairs(NUM_PAIRS))
     report("import", source, *import_options(folder))

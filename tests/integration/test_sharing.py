@@ -190,6 +190,26 @@ def test_what_a_build_makes_of_a_mixture_during_an_upload_is_not_uploaded(
     assert ReferenceCache.open(tmp_path / "ours").read_mixture("train").num_pairs == ROWS + 20
 
 
+def test_a_mixture_that_somebody_else_pushes_during_an_upload_stays_on_the_card(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shared(tmp_path / "ours")
+    other = make_cache(tmp_path / "other")
+    fill_cache(other, make_rows(20, seed=7), shard_rows=SHARD_ROWS, name="held-out")
+    upload_shards = HubDataset.upload_shards
+
+    def meanwhile(repository: HubDataset, cache: ReferenceCache, shards: Any) -> None:
+        monkeypatch.setattr(HubDataset, "upload_shards", upload_shards)
+        push(other.path, "lab/cache")
+        upload_shards(repository, cache, shards)
+
+    monkeypatch.setattr(HubDataset, "upload_shards", meanwhile)
+    push(tmp_path / "ours", "lab/cache")
+    card = hub.files["lab/cache", "main"]["README.md"].decode()
+    assert "| held-out | 20 |" in card
+    assert f"| train | {ROWS} |" in card
+
+
 def test_names_of_local_folders_are_warned_about_whatever_they_are_names_of(hub: HubServer, tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "ours")
     rows = make_rows(4)

@@ -15,6 +15,7 @@ from dpo_cache.pipeline.scoring.shape_rounding import rounded_up
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from tiny_model_factory import tiny_model, token_pairs
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 
 def test_a_llama_costs_its_matrices_its_visible_couples_and_its_scored_positions() -> None:
@@ -66,3 +67,21 @@ def test_frozen_weights_under_an_adapter_need_no_gradients_of_their_own() -> Non
     assert ModelCost.of_model(model).backward_forwards == 2
     adapted = add_lora(model, LoraSettings(rank=2, alpha=2.0, target_modules=("q_proj",), seed=0))
     assert ModelCost.of_model(adapted).backward_forwards == 1
+
+
+def test_layers_that_differ_in_their_heads_are_counted_one_by_one() -> None:
+    config = Gemma4TextConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=8,
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+    )
+    assert ModelCost.of_model(AutoModelForCausalLM.from_config(config)).attention_width == 4 * 8 + 4 * 16

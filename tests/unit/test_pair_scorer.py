@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.scoring.scoring_batch import Layout, PairLogps, token_logps_of_sides
 from tiny_model_factory import CONFIGS, plain_side_logps, tiny_model, token_ids, token_pairs, weighted_loss
 from torch.nn.attention.flex_attention import flex_attention
+from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
 MIXTURES_OF_EXPERTS = ("mixtral", "olmoe")
@@ -217,3 +219,32 @@ def test_a_sequence_that_would_bend_its_neighbours_rotary_embedding_is_refused()
     score(scorer, pairs[1:2], Layout.PADDED)
     with pytest.raises(DpoCacheError, match="a sequence of 16 tokens changes this model's rotary embedding"):
         score(scorer, pairs, Layout.PADDED)
+
+
+@pytest.mark.parametrize(("name", "layout"), [("gpt2", Layout.PREFIX_SHARED), ("gptj", Layout.PADDED)])
+def test_a_sequence_beyond_the_models_table_of_positions_is_refused(name: str, layout: Layout) -> None:
+    pairs = token_pairs()
+    scorer = PairScorer(small_table_model(name, positions=15))
+    score(scorer, pairs[1:2], layout)
+    with pytest.raises(DpoCacheError, match="a sequence of 16 tokens is longer than this model's table") as refused:
+        score(scorer, pairs, layout)
+    assert refused.value.next_step == "--max-seq-length 15"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gptj"])
+def test_padding_may_lie_beyond_the_table_of_positions(name: str) -> None:
+    model, pairs = small_table_model(name, positions=16), token_pairs()
+    batch = scoring_batch(pairs, Layout.PADDED)
+    assert batch.input_ids_RT.shape[1] > 16
+    logps = score(PairScorer(model), pairs, Layout.PADDED)
+    plain = [plain_side_logps(model, pair, side).detach() for side in ("chosen", "rejected") for pair in pairs]
+    sides = token_logps_of_sides(logps.token_logps_N, batch)
+    torch.testing.assert_close(torch.cat(sides), torch.cat(plain), atol=1e-5, rtol=1e-5)
+
+
+def small_table_model(name: str, *, positions: int) -> Any:
+    """GPT-2 learns its positions, GPT-J keeps their sines."""
+    if name == "gpt2":
+        return tiny_model("gpt2", n_positions=positions)
+    config = GPTJConfig(vocab_size=97, n_positions=positions, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+    return GPTJForCausalLM._from_config(config, attn_implementation="eager").eval()

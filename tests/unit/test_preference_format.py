@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -67,6 +68,16 @@ def test_other_columns_are_refused_with_what_would_fit(example: dict[str, Any]) 
     assert error.value.expected is not None
     for preference_format in PreferenceFormat:
         assert preference_format.description in error.value.expected
+
+
+def test_messages_written_as_json_text_are_not_taken_for_plain_text() -> None:
+    chosen, rejected = (
+        json.dumps([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]) for answer in "ab"
+    )
+    with pytest.raises(DpoCacheError, match="hold messages written as JSON text"):
+        detect_format(["chosen", "rejected"], [row(chosen, rejected)])
+    numbers = row("[1, 2, 3]", "[1, 2, 4", prompt="Count.")
+    assert detect_format(list(numbers), [numbers]) is PreferenceFormat.EXPLICIT_TEXT
 
 
 def test_columns_that_a_format_does_not_read_are_named() -> None:

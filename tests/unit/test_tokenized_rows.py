@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from byte_tokenizer_factory import CHATML, marked, write_byte_tokenizer
+from datasets import Dataset, Image
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.data.dataset_source import DatasetSource, DatasetSpec, open_dataset
 from dpo_cache.pipeline.data.preference_format import PreferenceFormat
@@ -194,3 +195,16 @@ def test_real_rows_are_read_and_what_cannot_be_used_is_counted(
     results = [result for chunk in chunks for result in chunk.results]
     assert len(results) == num_rows
     assert Counter(result.reason for result in results if isinstance(result, UnusableRow)) == unusable
+
+
+def test_a_column_that_is_not_used_is_not_decoded(tmp_path: Path) -> None:
+    content = {"chosen": ["Hi: yes", "Hi: no"], "rejected": ["Hi: no", "Hi: yes"]}
+    images = Dataset.from_dict({**content, "image": [{"bytes": b"no image", "path": None}] * 2})
+    images.cast_column("image", Image()).to_parquet(tmp_path / "images.parquet")
+    source = open_dataset(DatasetSpec(path=str(tmp_path / "images.parquet")))
+    assert source_format(source) is PreferenceFormat.PLAIN_TEXT
+
+
+def test_a_dataset_of_other_columns_alone_is_refused_by_their_names(tmp_path: Path) -> None:
+    with pytest.raises(DpoCacheError, match="no preference format fits these columns: text, score"):
+        source_format(open_rows(tmp_path, [{"text": "Hi", "score": 1}]))
