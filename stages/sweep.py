@@ -189,19 +189,23 @@ class Sweep:
             steps = {run.name: rung_steps(share, run.recipe.total_steps) for run in runs}
             self._train(runs, until=steps)
             runs = [run for run in runs if run.name not in self._faults]
-            scores = {run.name: self._comparable(run.held_out_score(steps[run.name])) for run in runs}
+            found = {run.name: run.held_out_score(steps[run.name]) for run in runs}
+            scores = {name: self._comparable(score) for name, score in found.items() if score is not None}
+            if len(scores) < len(runs):
+                unjudged = ", ".join(name for name in found if name not in scores)
+                say(f"not evaluated after {share:.0%} of the updates, so not compared there: {unjudged}")
             if not scores:
-                break
+                continue
             going_on = better_ones(scores, factor=factor, by=by)
             self._given_up |= scores.keys() - set(going_on)
             say(
-                f"after {share:.0%} of the updates, {len(going_on)} of {counted(len(runs), 'point')} will continue: "
+                f"after {share:.0%} of the updates, {len(going_on)} of {counted(len(scores), 'point')} will continue: "
                 f"{', '.join(going_on)}"
             )
             tied = given_up_on_a_tie(scores, going_on, by=by)
             if tied:
                 say(f"given up with the same {by} as a point that continues: {', '.join(tied)}")
-            runs = [run for run in runs if run.name in going_on]
+            runs = [run for run in runs if run.name not in self._given_up]
         self._train_to_the_end(runs)
 
     def _halving_by(self) -> str:

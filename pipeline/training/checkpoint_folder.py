@@ -143,6 +143,32 @@ def held_bytes(folder: Path, *, at_most: int | None) -> int:
     return sum(file.stat().st_size for path in complete[:at_most] for file in path.rglob("*") if file.is_file())
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a kill in the middle of a save left: it takes up room, and nothing can go on from it."""
+    for path in _newest_first(folder):
+        if not (path / MARKER).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_later(folder: Path, *, than: int) -> list[Path]:
+    """Remove the checkpoints of later updates, which a run that goes on from before them does once more.
+
+    Left there, they would count as the newest ones, so that those of the repeated updates would be removed and a
+    resumed run would go on from another past.
+
+    Args:
+        folder: ``OUTPUT/checkpoints``.
+        than: Updates done where the run goes on.
+
+    Returns:
+        What was removed.
+    """
+    later = [path for path in _newest_first(folder) if _step(path) > than]
+    for path in later:
+        _remove(path)
+    return later
+
+
 def prune_checkpoints(folder: Path, *, keep_last: int | None) -> None:
     """Remove all but the last ``keep_last`` complete checkpoints, and what is older than those and incomplete."""
     if keep_last is None:
@@ -151,8 +177,12 @@ def prune_checkpoints(folder: Path, *, keep_last: int | None) -> None:
     kept = newest_first[:keep_last]
     for path in _newest_first(folder):
         if kept and path not in kept and _step(path) < _step(kept[0]):
-            (path / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look like a whole one
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    (path / MARKER).unlink(missing_ok=True)  # first: half a checkpoint must not look like a whole one
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -8,18 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from ...errors import DpoCacheError
 from .checkpoint_folder import (
     Checkpoint,
     TrainerState,
     checkpoint_path,
     complete_checkpoint,
-    is_complete,
     prune_checkpoints,
 )
-from .host_group import host_group, wait_for_all
+from .host_group import wait_for_all
 from .policy_engine import PolicyEngine
 
 ENGINE_FOLDER = "engine"
@@ -41,11 +38,6 @@ def save_checkpoint(engine: PolicyEngine, folder: Path, state: TrainerState, *, 
         DpoCacheError: It could not be written. Earlier checkpoints are as they were.
     """
     path = checkpoint_path(folder, state.step)
-    exists = [is_complete(path)]
-    # Rank 0's view: on a shared file system that of the others may be out of date.
-    dist.broadcast_object_list(exists, group=host_group())
-    if exists[0]:
-        return path
     if engine.rank == 0:
         _refuse_failure(lambda: _start_afresh(path), path)
     wait_for_all()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -22,7 +23,15 @@ from ..cache.durable_file import settle_folder, settle_tree
 from ..scoring.model_loading import find_causal_lm, is_noise, load_causal_lm, resolve_attention
 from ..scoring.quantization import quantized_layers
 from .host_group import wait_for_all
-from .lora_adapter import adapter_state, gathered, lora_change, merged_parameters, same_adapter, write_adapter
+from .lora_adapter import (
+    adapter_state,
+    gathered,
+    lora_change,
+    merge_adapter,
+    merged_parameters,
+    same_adapter,
+    write_adapter,
+)
 from .model_tokenizer import ModelTokenizer
 from .policy_engine import PolicyEngine
 from .tensor_headers import TensorHeader, check_headers, checkpoint_dtype, header_of
@@ -35,6 +44,7 @@ def export_model(
     folder: Path,
     *,
     base_folder: Path,
+    base_adapter: Path | None = None,
     tokenizer: ModelTokenizer | None = None,
     trust_remote_code: bool = False,
     card: str = "",
@@ -42,13 +52,14 @@ def export_model(
     """Write the policy, an adapter on it added to its weights; collective, and only rank 0 writes.
 
     Where the checkpoint is more precise than what was computed with, the optimizer's float32 weights are written:
-    rounded to bfloat16, most updates of preference tuning would be gone. An adapter is then added to the checkpoint's
-    own weights, which rank 0 reads again; so it is where the policy's weights are quantized.
+    rounded to bfloat16, most updates of preference tuning would be gone. A trained adapter is then added to the
+    checkpoint's own weights, which rank 0 reads again. The same happens where the policy's weights are quantized.
 
     Args:
         engine: The trained policy, partitioned or not.
         folder: The model's folder. One already there is replaced once the new one is whole.
         base_folder: The checkpoint that training started from. Weights are written in its dtype.
+        base_adapter: The adapter that was added to that checkpoint before training; None where there was none.
         tokenizer: Written beside the weights; None for the checkpoint's.
         trust_remote_code: Run Python code that comes with the model.
         card: Text of a README.md.
@@ -70,8 +81,11 @@ def export_model(
                 dtype=dtype,
                 attention=resolve_attention(None, engine.scorer.config, torch.device("cpu")),
                 device="cpu",
+                adapter=base_adapter,
                 trust_remote_code=trust_remote_code,
             )
+            if base_adapter is not None:
+                base = merge_adapter(base)
             whole = same_adapter(model, adapter, base)
             _write(whole, _gathered_state(whole, dtype, keep=True), temporary, dtype, base_folder)
             tokenizer.write(temporary)
@@ -124,14 +138,15 @@ def _write_on_main(engine: PolicyEngine, folder: Path, write: Callable[[Path], N
     """Rank 0 writes beside the folder and puts it in its place; the others wait."""
     if engine.rank == 0:
         temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
             write(temporary)
             if card:
                 (temporary / "README.md").write_text(card, encoding="utf-8")
             _follow_umask(temporary)
             _put_in_place(temporary, folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+            shutil.rmtree(temporary, ignore_errors=True)  # half a model would only take up the room that is missing
             raise DpoCacheError(
                 f"the model could not be written to {folder}: {error}",
                 next_step="free some space (df -h) and run again with --resume: the last checkpoint is complete",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,12 +173,11 @@ class PolicyEngine:
         loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=not frozen)
         if loaded is None:
             raise DpoCacheError(f"DeepSpeed found no state in {folder / tag}")
-        # From a converted state, stage 3 gives all groups the settings of the first (a weight decay of their own is
-        # lost) and one and the same step counter (which then counts every group's update).
+        # From a converted state, stage 3 gives all groups the settings of the first: a weight decay of their own is
+        # lost.
         for group, before in zip(self._groups(), settings, strict=True):
             group.update(before)
-        for state in self._optimizer.state.values():
-            state["step"] = deepcopy(state["step"])
+        separate_step_counters(self._optimizer)
 
     def _step(self) -> None:
         """DeepSpeed's update. On a CPU at stage 0 the gradients keep their memory, which DeepSpeed would free.
@@ -244,6 +242,16 @@ class PolicyEngine:
             masters = [weight for group in self._groups() for weight in group["params"]]
         assert masters
         assert all(weight.dtype == torch.float32 for weight in masters), "master weights are not float32"
+
+
+def separate_step_counters(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter a step counter of its own, on its own device, where a fused AdamW reads it.
+
+    From a converted state DeepSpeed puts the counters in host memory whatever the device, which a kernel on a GPU
+    cannot read. At stage 3 all parameters share one, which then counts the update of every one of them.
+    """
+    for parameter, state in optimizer.state.items():
+        state["step"] = state["step"].to(device=parameter.device, dtype=torch.float32, copy=True)
 
 
 def _scored(micro_batch: MicroBatch, policy: PairLogps, outcomes: PairOutcomes) -> ScoredMicroBatch:

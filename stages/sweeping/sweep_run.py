@@ -92,10 +92,13 @@ class SweepRun:
         """Whether there is anything to go on from."""
         return (self.folder / SUMMARY).exists() or any((self.folder / "checkpoints").glob("step_*"))
 
-    def held_out_score(self, step: int) -> Score:
-        """The first evaluation after update ``step`` or later: the same one however far the run has come since."""
-        lines = [line for line in self._logged() if "eval/loss" in line and line["training_step"] >= step]
-        return self._score(lines[0] if lines else {}, "eval/")
+    def held_out_score(self, step: int) -> Score | None:
+        """The evaluation after update ``step``, the same one however far the run has come since.
+
+        None where there is none: a run that was begun with other rungs went past this update without one.
+        """
+        lines = [line for line in self._logged() if "eval/loss" in line and line["training_step"] == step]
+        return self._score(lines[-1], "eval/") if lines else None
 
     def last_score(self, *, held_out: bool) -> Score:
         """The last evaluation; or the last logged updates, each of whose pairs was scored before it was trained on."""

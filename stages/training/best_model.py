@@ -34,7 +34,7 @@ class BestModel:
         """Whether an evaluation after at least one update is better than all before; the first of equals stays."""
         if self._field is None or line["training_step"] == 0:
             return False
-        value = _number(line[self._field])
+        value = _number(line.get(self._field, math.nan))  # a line read back leaves out what was not a number
         return value is not None and (self._best is None or value > self._best)
 
     def remember(self, line: dict[str, float], *, is_main: bool) -> None:

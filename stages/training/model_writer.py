@@ -67,6 +67,7 @@ class ModelWriter:
                 self._engine,
                 folder,
                 base_folder=base.folder,
+                base_adapter=base.adapter.folder if base.adapter else None,
                 tokenizer=self._tokenizer,
                 trust_remote_code=self._config.trust_remote_code,
                 card=card,

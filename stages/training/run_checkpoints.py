@@ -16,11 +16,14 @@ from ...pipeline.training.checkpoint_folder import (
     held_bytes,
     newest_checkpoint,
     open_checkpoint,
+    remove_later,
+    remove_unfinished,
 )
 from ...pipeline.training.checkpoints import convert_checkpoint, load_checkpoint, needs_conversion, save_checkpoint
 from ...pipeline.training.disk_space import check_free_space
 from ...pipeline.training.host_group import wait_for_all
 from ...pipeline.training.policy_engine import PolicyEngine
+from ..console.terminal import say
 from ..processes.process_group import all_or_none, decided_by_first, say_once
 from ..processes.ranks import Ranks
 from .recipe import Recipe
@@ -89,6 +92,14 @@ class RunCheckpoints:
         if self._ranks.rank == 0:
             shutil.rmtree(converted, ignore_errors=True)
 
+    def forget_later(self, step: int) -> None:
+        """Remove the checkpoints of updates past ``step``, which will be done again."""
+        if self._ranks.rank != 0:
+            return
+        removed = [path.name for path in remove_later(self._folder, than=step)]
+        if removed:
+            say(f"removed the checkpoints past update {step}: {', '.join(removed)}")
+
     def check_free_space(self, engine: PolicyEngine, saved_dtype: torch.dtype) -> None:
         """Before hours are spent on what could not be saved.
 
@@ -142,4 +153,5 @@ class RunCheckpoints:
                 expected="a checkpoint to go on from, or a run that has not begun",
                 next_step="its model is in model/; to train again, give another --output",
             )
+        remove_unfinished(self._folder)  # before the free space is looked at
         return checkpoint

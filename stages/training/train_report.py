@@ -71,10 +71,11 @@ class TrainReport:
                 f"step 0: loss {self.step0['loss']:.6f}, policy and cache differ by at most "
                 f"{self.step0['max_per_token']:.2g} nats per token"
             )
-        if self.eval_before and self.eval_after and "eval/rewards/accuracy" in self.eval_after:
-            before, after = (line["eval/rewards/accuracy"] for line in (self.eval_before, self.eval_after))
-            margin = self.eval_after["eval/rewards/margin"]
-            lines.append(f"held out: reward accuracy {before:.1%} before, {after:.1%} after, margin {margin:.3g}")
+        figures = ("eval/rewards/accuracy", "eval/rewards/margin")
+        before, after = self.eval_before or {}, self.eval_after or {}
+        if all(name in line for name in figures for line in (before, after)):
+            accuracies = f"{before[figures[0]]:.1%} before, {after[figures[0]]:.1%} after"
+            lines.append(f"held out: reward accuracy {accuracies}, margin {after[figures[1]]:.3g}")
         if self.is_finished:
             lines.append(f"model: {self.output}/model")
         else:

@@ -239,6 +239,7 @@ class TrainingRun:
         self._loop.count_as_ties(step_zero.tie_margin if step_zero else 0.0)
         if checkpoint is not None and checkpoint.state.unlogged:
             self._loop.go_on_from(checkpoint.state.unlogged)
+        self._checkpoints.forget_later(first_step)
         self._log = self._open_log(checkpoint, first_step)
         self._best = BestModel(self._config.output, by=self._config.keep_best, last_step=first_step)
         wait_for_all()  # all ranks have read what rank 0 is about to write

@@ -158,6 +158,18 @@ def test_a_finished_point_is_not_taken_for_one_of_other_settings(
     assert not started
 
 
+def test_points_that_were_not_evaluated_at_a_rung_are_not_compared_there(
+    workplace: Path, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = only_noted(monkeypatch)
+    grid = write_grid(workplace, "runs", grid={"beta": [2, 5]})  # finished without halving, evaluated at the end alone
+    sweep(grid, SweepConfig(strategy="halving", rungs=2))
+    assert not started
+    said = capsys.readouterr().err
+    assert "not evaluated after 50% of the updates, so not compared there: beta-2, beta-5" in said
+    assert "will continue" not in said
+
+
 def test_halving_leaves_the_better_point_where_it_would_have_ended_without(
     workplace: Path, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -203,6 +203,16 @@ def test_resuming_on_one_rank_instead_of_two_goes_on_at_the_next_pair(shared_cac
             assert ours[field] == pytest.approx(theirs[field], rel=1e-4, abs=1e-5), (ours["training_step"], field)
 
 
+def test_going_on_from_an_earlier_checkpoint_removes_the_later_ones(shared_cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    options = ("--max-steps", 8, "--checkpointing-steps", 1, "--keep-last-n-checkpoints", 3)
+    run(train(shared_cache, output, *options, "--stop-after-steps", 4))
+    back = ("--resume", output / "checkpoints/step_2", "--stop-after-steps", 3)
+    run(train(shared_cache, output, *options, *back))
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step_2", "step_3"]
+    assert [line["training_step"] for line in metrics(output)] == [1, 2, 3]
+
+
 # ---- what a run leaves -----------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from tiny_model import write_tiny_model
 from transformers import AutoModelForCausalLM
 
 
-def test_a_policy_starts_at_base_plus_adapter_and_is_saved_as_one_model(pairs_file: Path, tmp_path: Path) -> None:
-    base, adapter, cache, output = (tmp_path / name for name in ("base", "adapter", "cache", "run"))
+def write_base_and_adapter(base: Path, adapter: Path) -> Any:
+    """A base in float32 and an adapter that changes it; gives the two as one model of peft."""
     write_tiny_model(base, hidden_size=64, intermediate_size=256)  # large enough for ZeRO-3 to cut it up
     torch.manual_seed(0)
     adapted = get_peft_model(
@@ -24,6 +25,12 @@ def test_a_policy_starts_at_base_plus_adapter_and_is_saved_as_one_model(pairs_fi
         LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, use_rslora=True),
     )
     adapted.save_pretrained(adapter)
+    return adapted
+
+
+def test_a_policy_starts_at_base_plus_adapter_and_is_saved_as_one_model(pairs_file: Path, tmp_path: Path) -> None:
+    base, adapter, cache, output = (tmp_path / name for name in ("base", "adapter", "cache", "run"))
+    adapted = write_base_and_adapter(base, adapter)
     run(dpo_cache("build", "--model", base, "--adapter", adapter, "--dataset", pairs_file, "--cache", cache))
 
     lora_on_top = dpo_train("--cache", cache, "--output", tmp_path / "none", "--use-lora")
@@ -39,5 +46,18 @@ def test_a_policy_starts_at_base_plus_adapter_and_is_saved_as_one_model(pairs_fi
     saved = load_file(output / "model" / "model.safetensors")  # a learning rate of 0 has changed nothing
     expected = adapted.merge_and_unload().state_dict()
     assert saved.keys() == load_file(base / "model.safetensors").keys()
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_an_adapter_trained_on_top_in_bfloat16_is_added_to_base_and_adapter(pairs_file: Path, tmp_path: Path) -> None:
+    base, adapter, cache, output = (tmp_path / name for name in ("base", "adapter", "cache", "run"))
+    adapted = write_base_and_adapter(base, adapter)
+    reference = ("--model", base, "--adapter", adapter, "--dtype", "bfloat16")
+    run(dpo_cache("build", *reference, "--dataset", pairs_file, "--cache", cache))
+    numbers = ("--max-steps", 1, "--global-batch-size", 8, "--learning-rate", 0.0)
+    run(dpo_train("--cache", cache, "--output", output, *numbers, "--use-lora", "--merge"))
+    saved = load_file(output / "model" / "model.safetensors")  # a learning rate of 0 has changed nothing
+    expected = adapted.merge_and_unload().state_dict()
     for name, tensor in saved.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)

@@ -24,6 +24,8 @@ from dpo_cache.pipeline.training.checkpoint_folder import (
     held_bytes,
     newest_checkpoint,
     open_checkpoint,
+    remove_later,
+    remove_unfinished,
 )
 from dpo_cache.pipeline.training.checkpoints import (
     convert_checkpoint,
@@ -138,9 +140,22 @@ def test_what_is_held_is_the_size_of_the_complete_checkpoints(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_saving_a_step_twice_keeps_the_first(tmp_path: Path) -> None:
-    before = (_saved(tmp_path, 3) / MARKER).stat().st_mtime_ns
-    assert (_saved(tmp_path, 3) / MARKER).stat().st_mtime_ns == before
+def test_a_run_that_goes_on_from_before_others_saves_as_if_they_had_never_been(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        _saved(tmp_path, step)
+    (tmp_path / "step_8").mkdir()  # what a kill left
+    assert [path.name for path in remove_later(tmp_path, than=2)] == ["step_8", "step_6", "step_4"]
+    _saved(tmp_path, 3, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_3"]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_a_kill_left_in_the_middle_of_a_save_goes_and_a_damaged_checkpoint_stays(tmp_path: Path) -> None:
+    whole, damaged = _saved(tmp_path, 2), _saved(tmp_path, 4)
+    (damaged / "engine/weights.pt").unlink()
+    (tmp_path / "step_6/engine").mkdir(parents=True)
+    remove_unfinished(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [whole, damaged]
 
 
 def test_another_run_is_refused_by_field() -> None:

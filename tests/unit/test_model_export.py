@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import torch
 from distributed_run import run_ranks
+from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings
 from dpo_cache.pipeline.training.model_export import _expected_headers, export_model
 from dpo_cache.pipeline.training.tensor_headers import TensorHeader, read_headers
@@ -126,3 +128,21 @@ def test_an_architecture_that_fuses_its_experts_is_checked_under_the_names_it_is
     assert expected == read_headers(tmp_path)
     assert expected["lm_head.weight"] == TensorHeader(dtype="F32", shape=(32, 16))
     assert len([name for name in expected if "experts" in name]) == 4 * 3
+
+
+def export_to_a_full_disk(folder: str) -> list[Any]:
+    engine = make_engine(Path(folder), zero_stage=0, num_ranks=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))  # room for the config, not for weights
+    try:
+        export_model(engine, Path(folder) / "model", base_folder=Path(folder) / "base")
+    except DpoCacheError as fault:
+        return [str(fault)]
+    return []
+
+
+def test_a_disk_without_room_is_named_and_no_half_of_a_model_stays(tmp_path: Path) -> None:
+    _write_base(tmp_path / "base", tied=False)
+    ((fault,),) = run_ranks(export_to_a_full_disk, str(tmp_path), num_ranks=1)
+    assert f"the model could not be written to {tmp_path / 'model'}" in fault
+    assert "free some space" in fault
+    assert not list(tmp_path.glob("model*"))

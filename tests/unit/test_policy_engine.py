@@ -16,8 +16,9 @@ from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.objective import resolve_loss
-from dpo_cache.pipeline.training.policy_engine import PolicyEngine
+from dpo_cache.pipeline.training.policy_engine import PolicyEngine, separate_step_counters
 from dpo_cache.pipeline.training.preference_loss import preference_loss
+from torch import nn
 from training_factory import (
     LAYOUT,
     make_engine,
@@ -213,3 +214,17 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_all_ranks_before_the_update
             assert record["not_finite"] == kind
             assert {suspect["key"] for suspect in record["suspects"]} == {key}
             assert [suspect["rank"] for suspect in record["suspects"]] == ([1] if kind == "loss" else [0, 0, 1, 1])
+
+
+def test_a_step_counter_from_a_checkpoint_lies_where_its_parameter_does_and_is_nobody_elses() -> None:
+    """A fused AdamW on a GPU reads its counters there. The device without memory stands for one."""
+    weights = [nn.Parameter(torch.zeros(2, device=device)) for device in ("meta", "cpu", "cpu")]
+    optimizer = torch.optim.AdamW(weights)
+    counter = torch.tensor(7.0)
+    for weight in weights:
+        optimizer.state[weight]["step"] = counter
+    separate_step_counters(optimizer)
+    elsewhere, first, second = (optimizer.state[weight]["step"] for weight in weights)
+    assert elsewhere.device.type == "meta"
+    first += 1
+    assert (first, second, counter) == (8, 7, 7)
