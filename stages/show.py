@@ -98,7 +98,9 @@ def _find_row(cache: ReferenceCache, key: str) -> ScoredPair:
     found = [candidate for candidate in found if candidate.hex().startswith(wanted)]
     if len(found) != 1:
         raise DpoCacheError(
-            f"{len(found) or 'no'} pairs of {cache.path} have a key that begins with {wanted}", expected="one"
+            f"{len(found) or 'no'} pairs of {cache.path} have a key that begins with {wanted}",
+            expected="enough digits to name one pair",
+            next_step=f"dpo-cache show {cache.path} prints pairs with their keys",
         )
     place = int(index.find(np.array(found, dtype=index.keys.dtype))[0])
     shard = index.shards[int(index.shard_numbers[place])]

@@ -62,8 +62,8 @@ def find_model_folder(
         snapshot = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=list(files)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as missing:
         raise DpoCacheError(
-            f"there is no folder {path_or_id}, and the Hub has no such model for you: {first_line(missing)}",
+            f"there is no folder {path_or_id}, and the Hub did not give a model of that name: {first_line(missing)}",
             expected="a folder with config.json and safetensors weights, or a Hub id",
-            next_step="check the spelling; for a gated model run `hf auth login` first",
+            next_step="check the spelling and the network; for a gated model run `hf auth login` first",
         ) from missing
     return ModelFolder(folder=snapshot, name=path_or_id, commit=snapshot.name)

@@ -68,8 +68,8 @@ class TrainReport:
     def summary(self) -> str:
         """The closing lines on a terminal."""
         lines = [
-            f"trained {counted(self.steps, 'update')} on {counted(self.pairs, 'pair')} in {self.seconds:.0f} s; "
-            "reference forward passes: 0"
+            f"trained {counted(self.steps, 'update')} on {counted(self.pairs, 'pair')}; reference forward passes: 0; "
+            f"this process took {self.seconds:.0f} s"
         ]
         if self.step0:
             lines.append(

@@ -263,7 +263,8 @@ class TrainingRun:
         if origin.is_reference and not self._config.allow_numerics_mismatch:
             check_step_zero(figures)
         elif not figures.within_bound:
-            say_once(f"warning: {figures.summary()}; the run goes on, as it was asked to")
+            allowed = "--allow-numerics-mismatch" if origin.is_reference else "--allow-other-policy"
+            say_once(f"warning: {figures.summary()}; the run goes on, because {allowed} was given")
         return figures
 
     def _open_log(self, checkpoint: Checkpoint | None, first_step: int) -> RunLog:
@@ -312,7 +313,7 @@ class TrainingRun:
                 )
             if stop:
                 self._log.close()
-                say_once(f"saved after update {done} of {self._recipe.total_steps}; --resume goes on from there")
+                say_once(f"saved a checkpoint after update {done} of {self._recipe.total_steps}")
                 raise KeyboardInterrupt
         return line
 
