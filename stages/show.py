@@ -44,7 +44,7 @@ class ShowReport:
 
 
 def show(location: Location, *, count: int, mixture_name: str | None, key: str | None) -> ShowReport:
-    """Decode pairs with the tokenizer that made them, or show their ids where it is not to be had.
+    """Decode pairs with the tokenizer that made them, or show their ids where it cannot be loaded.
 
     Args:
         location: The cache. Of one at an address, no more shards are read than it takes.

@@ -183,7 +183,7 @@ class TrainingRun:
         model_config = load_config(origin.model.folder, trust_remote_code=self._config.trust_remote_code)
         if self._is_main and (noise := noise_of(model_config)):
             names = ", ".join(f"{name} {value:g}" for name, value in noise.items())
-            say(f"the model's dropout ({names}) is off: its reference was scored without")
+            say(f"the model's dropout ({names}) is off, because the reference was scored without it")
         engine_config = deepspeed_config(
             EngineSettings(
                 zero_stage=self._config.zero_stage,
