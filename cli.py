@@ -324,7 +324,7 @@ def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> No
     print_report(report, as_json)
 
 
-@dpo_cache.command("compact", context_settings=CONTEXT, short_help="Drop duplicate rows.")
+@dpo_cache.command("compact", context_settings=CONTEXT, short_help="Drop duplicate rows and join small shards.")
 @cache_argument
 @json_option
 def compact_command(cache: Path, as_json: bool) -> None:

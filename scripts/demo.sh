@@ -8,7 +8,7 @@ bash scripts/setup.sh
 bin=$PWD/.venv/bin
 out=${1:-demo-output}
 if [ -e "$out" ] && [ ! -e "$out/.made-by-the-demo" ]; then
-    echo "$out is there already and is not this demo's: name another folder" >&2
+    echo "$out exists and was not made by this demo: name another folder" >&2
     exit 1
 fi
 rm -rf "$out"

@@ -52,7 +52,7 @@ class ExplainReport:
         distinct_pairs: Distinct pairs of the datasets.
         known_pairs: Those whose very tokens the cache has scored.
         reference: Fields of the reference that differ: cached value, this one.
-        tokens: For each mixture of the cache whose tokens were made otherwise, the settings that differ.
+        tokens: For each mixture of the cache whose tokens were made with other settings, the settings that differ.
         sources: The datasets' rows.
         dropped: Rows that make no pair, by reason.
         without_token_logps: Pairs that the cache has without the log-probabilities per token that are asked for.
@@ -101,7 +101,9 @@ class ExplainReport:
             lines.append(f"           {source.dataset}")
             lines.append(f"             {source.reused:,} rows have tokens that are in the cache")
             if source.others:
-                lines.append(f"             {source.num_others:,} have not: rows {_ranges_in_words(source.others)}")
+                lines.append(
+                    f"             {source.num_others:,} rows have other tokens: rows {_ranges_in_words(source.others)}"
+                )
         if self.dropped:
             lines.append("no pair    " + ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()))
         lines += self._reasons()
@@ -115,12 +117,12 @@ class ExplainReport:
         else:
             yield "reference  the cache's own"
         for name, fields in self.tokens.items():
-            yield f"tokens     made otherwise than those of mixture {name}:"
+            yield f"tokens     made with other settings than those of mixture {name}:"
             yield from _in_lines(fields)
         if self.without_token_logps:
             yield f"values     {self.without_token_logps:,} pairs are in the cache without log-probabilities per token"
         if not self.tokens and self.known_pairs + self.without_token_logps < self.distinct_pairs:
-            yield "tokens     made as the cache's own: the other pairs are new to it"
+            yield "tokens     made with the cache's settings: the other pairs are new to it"
 
 
 def explain(config: BuildConfig) -> ExplainReport:

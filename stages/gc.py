@@ -15,6 +15,7 @@ from ..pipeline.cache.durable_file import remove_durably
 from ..pipeline.cache.parquet_file import reading
 from ..pipeline.cache.shard_file import SHARD_NAME
 from .console.byte_size import byte_size
+from .console.counted_noun import counted
 
 SECONDS_A_DAY = 86_400
 
@@ -73,9 +74,12 @@ class GarbageReport:
     def text(self) -> str:
         """For an 80-column terminal."""
         counts = [f"{count} {kind}s" for kind in ("shard", "table", "leftover") if (count := self._count(kind))]
-        spared = f"spared {self.young} younger than {self.min_age_days:g} days" if self.young else ""
+        kept = f"kept {counted(self.young, 'file')} younger than {self.min_age_days:g} days (--min-age-days)"
+        spared = kept if self.young else ""
         if not counts:
-            return "\n".join(filter(None, ["nothing to remove: a mixture names every old shard and table", spared]))
+            return "\n".join(
+                filter(None, ["nothing to remove: every older shard and table belongs to a mixture", spared])
+            )
         did = "removed" if self.removed else "no mixture names"
         return "\n".join(filter(None, [f"{did} {', '.join(counts)}: {byte_size(self.num_bytes)}", spared]))
 

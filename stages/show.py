@@ -44,7 +44,7 @@ class ShowReport:
 
 
 def show(location: Location, *, count: int, mixture_name: str | None, key: str | None) -> ShowReport:
-    """Decode pairs with the tokenizer that made them, or show their ids where it is not to be had.
+    """Decode pairs with the tokenizer that made them, or show their ids where it cannot be loaded.
 
     Args:
         location: The cache. Of one at an address, no more shards are read than it takes.
@@ -98,7 +98,9 @@ def _find_row(cache: ReferenceCache, key: str) -> ScoredPair:
     found = [candidate for candidate in found if candidate.hex().startswith(wanted)]
     if len(found) != 1:
         raise DpoCacheError(
-            f"{len(found) or 'no'} pairs of {cache.path} have a key that begins with {wanted}", expected="one"
+            f"{len(found) or 'no'} pairs of {cache.path} have a key that begins with {wanted}",
+            expected="enough digits to name one pair",
+            next_step=f"dpo-cache show {cache.path} prints pairs with their keys",
         )
     place = int(index.find(np.array(found, dtype=index.keys.dtype))[0])
     shard = index.shards[int(index.shard_numbers[place])]

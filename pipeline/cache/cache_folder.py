@@ -134,9 +134,13 @@ class ReferenceCache:
         """
         found = differences(self.identity, identity)
         if found:
+            is_empty = not any((self.path / "shards").iterdir()) and not self.mixture_names()  # a build that failed
             raise DpoCacheError(
-                f"{self.path} holds the values of another reference ({in_words(found)})",
-                next_step="use another --cache folder for this reference, or the model it was built with",
+                f"{self.path} {'was begun for' if is_empty else 'holds the values of'} another reference "
+                f"({in_words(found)})",
+                next_step=f"nothing is scored in it yet: delete the folder {self.path}, or give another --cache"
+                if is_empty
+                else "give another --cache for this reference, or the model and options that this cache was built with",
             )
 
     # ---- pairs -------------------------------------------------------------------------------------------------------

@@ -211,6 +211,8 @@ def _local_builder(spec: DatasetSpec, path: Path, folder: Path) -> Any:
             f"--dataset {spec}: files ending in {path.suffix or 'nothing'} are not read",
             expected=f"{', '.join(_FILE_TYPES)}, or one of these with .gz or .zst",
         )
+    if not path.stat().st_size:
+        raise _empty(spec)
     if file_type == "parquet" and path.suffix != ".parquet":
         path = _decompressed(path, folder)
     return _builder(spec, file_type, data_files={"train": [str(path.resolve())]}, cache_dir=str(folder))
@@ -239,8 +241,12 @@ def _prepare(spec: DatasetSpec, builder: Any, split: str) -> Dataset:
     except Exception as error:
         raise _unreadable(spec, error) from error
     if dataset.num_rows == 0:
-        raise DpoCacheError(f"--dataset {spec}: it has no rows")
+        raise _empty(spec)
     return dataset
+
+
+def _empty(spec: DatasetSpec) -> DpoCacheError:
+    return DpoCacheError(f"--dataset {spec} has no rows", expected="preference pairs, one in a row")
 
 
 def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:

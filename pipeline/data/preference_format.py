@@ -36,15 +36,15 @@ class PreferenceFormat(StrEnum):
 
 
 _DESCRIPTIONS = {
-    PreferenceFormat.IMPLICIT_MESSAGES: "`chosen` and `rejected` are whole conversations, the prompt is all but "
-    "their last message",
-    PreferenceFormat.EXPLICIT_MESSAGES: "`prompt`, `chosen` and `rejected` are messages (or `prompt` or the answers "
-    "their text)",
+    PreferenceFormat.IMPLICIT_MESSAGES: "`chosen` and `rejected` are whole conversations; the prompt is everything "
+    "before the last message",
+    PreferenceFormat.EXPLICIT_MESSAGES: "`prompt`, `chosen` and `rejected` are messages (or the prompt or the "
+    "answers are plain text)",
     PreferenceFormat.TRANSCRIPT: r"`chosen` and `rejected` are transcripts, '\n\nHuman: … \n\nAssistant: …', split "
     "at turns",
-    PreferenceFormat.EXPLICIT_TEXT: "`prompt`, `chosen` and `rejected` are plain text, no chat template is applied",
-    PreferenceFormat.PLAIN_TEXT: "`chosen` and `rejected` are plain text, the prompt is the words they begin with in "
-    "common, no chat template is applied",
+    PreferenceFormat.EXPLICIT_TEXT: "`prompt`, `chosen` and `rejected` are plain text; no chat template is applied",
+    PreferenceFormat.PLAIN_TEXT: "`chosen` and `rejected` are plain text; the prompt is the words with which both "
+    "begin; no chat template is applied",
 }
 
 

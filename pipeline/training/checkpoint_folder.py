@@ -102,10 +102,11 @@ def check_same_run(checkpoint: Checkpoint, *, run: Mapping[str, Any], zero_stage
         if before.get(name) != now.get(name)
     ]
     if different:
+        settings = checkpoint.path.parent.parent / "config.json"
         raise DpoCacheError(
             f"{checkpoint.path} belongs to another run: " + "; ".join(different),
             expected="the settings the run began with; only the number of ranks may change",
-            next_step="give the old values, or start afresh in another --output",
+            next_step=f"give the old values, which are in {settings}, or start a new run in another --output",
         )
 
 

@@ -90,7 +90,7 @@ def tokenizer_of_pairs(
             if not _made_by(tokenizer, tokenization):
                 raise DpoCacheError("it has changed since")
         except DpoCacheError as error:
-            warning = f"the pairs were made with the tokenizer {name}, which is not to be had ({error.found}); "
+            warning = f"the pairs were made with the tokenizer {name}, which could not be loaded ({error.found}); "
             return ModelTokenizer(base_folder=base_folder, warning=warning + "the trained model gets that of its base")
     template, own = tokenization.get("chat_template") or {}, resolve_chat_template(tokenizer, None)
     text = template.get("text")

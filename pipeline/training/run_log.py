@@ -110,6 +110,7 @@ class Tracking:
                     resume="allow" if settings.run_id else None,
                     dir=str(folder),
                     mode=mode,
+                    settings={"quiet": True},  # the link stays; curves as text would follow our own summary
                 )
                 return
             except Exception as error:  # whatever goes wrong with tracking, training goes on

@@ -97,7 +97,7 @@ def main(pairs_file: Path, folder: Path, steps: int) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"reference model: {parameters / 1e6:.1f}M parameters, {loss.item():.2f} nats a token", file=sys.stderr)
+    print(f"reference model: {parameters / 1e6:.1f}M parameters, {loss.item():.2f} nats per token", file=sys.stderr)
 
 
 if __name__ == "__main__":

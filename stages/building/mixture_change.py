@@ -151,10 +151,10 @@ def _changed(existing: Mixture, content: MixtureContent, config: BuildConfig) ->
     return DpoCacheError(
         f"mixture {config.mixture} has {existing.num_pairs} training pairs, this build makes {len(content.rows)}: "
         f"{len(new) - kept} are new and {len(old) - kept} are gone{because}",
-        expected="the same pairs, or a word on what shall become of the mixture",
+        expected="the same pairs, or --replace, --extend or another --mixture",
         next_step=(f"add --drop-nonfinite to leave out {again} as before; else " if again else "")
-        + "add --replace to let the name mean these pairs, --extend to add them, or --mixture OTHER; "
-        "pairs the cache has scored are reused in any case",
+        + "add --replace to put these pairs in place of the old ones, --extend to add them, or --mixture OTHER to keep "
+        "both; pairs that are in the cache are reused in each case",
     )
 
 

@@ -246,7 +246,7 @@ class _Collector:
         if not self._parts:
             raise DpoCacheError(
                 f"none of {self._num_source_rows} rows makes a pair: {_listed(dropped_rows(records))}",
-                next_step="look at the rows: dpo-cache build … --verbose",
+                next_step=_too_long_advice(dropped_rows(records)) or "look at the rows: dpo-cache build … --verbose",
             )
         rows = MixtureRows.concatenate(self._parts)
         return CollectedPairs(
@@ -291,11 +291,20 @@ def _refuse_many_unusable(collected: CollectedPairs, max_share: float) -> None:
     count = sum(collected.dropped.values())
     if count > max_share * collected.num_source_rows:
         share = math.ceil(1000 * count / collected.num_source_rows) / 1000  # rounded down it would refuse again
+        longer = _too_long_advice(collected.dropped)
         raise DpoCacheError(
             f"{count} of {collected.num_source_rows} rows make no pair: {_listed(collected.dropped)}",
             expected=f"at most a share of {max_share}",
-            next_step=f"look at them with --verbose, or accept them with --max-unusable-share {share:g}",
+            next_step=(f"{longer}, " if longer else "look at them with --verbose, ")
+            + f"or accept them with --max-unusable-share {share:g}",
         )
+
+
+def _too_long_advice(dropped: dict[str, int]) -> str | None:
+    """What helps where length is what most of the unusable rows fail at."""
+    if 2 * dropped.get("too-long", 0) < sum(dropped.values()):
+        return None
+    return "raise --max-seq-length, or cut them with --truncation truncate-response-right"
 
 
 def _listed(dropped: dict[str, int]) -> str:

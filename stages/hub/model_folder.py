@@ -65,9 +65,9 @@ def find_model_folder(path_or_id: str, revision: str | None, *, files: Sequence[
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as missing:
         raise DpoCacheError(
-            f"there is no folder {path_or_id}, and the Hub has no such model for you: {first_line(missing)}",
+            f"there is no folder {path_or_id}, and the Hub did not give a model of that name: {first_line(missing)}",
             expected="a folder with config.json and safetensors weights, or a Hub id",
-            next_step="check the spelling; for a gated model run `hf auth login` first",
+            next_step="check the spelling and the network; for a gated model run `hf auth login` first",
         ) from missing
     except Exception as broken:  # a full disk, or a network that fails: the client's libraries have their own kinds
         raise DpoCacheError(

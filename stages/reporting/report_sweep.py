@@ -56,7 +56,7 @@ def named_folder(path: Path) -> NamedFolder:
     if not found:
         raise DpoCacheError(
             f"{path} is not a run and holds none" if path.is_dir() else f"there is no folder {path}",
-            expected="the --output of a dpo-train that has begun, or a folder of such folders",
+            expected="the --output folder of dpo-train, or a folder of such folders",
         )
     points = _points(path / "sweep.json")
     return NamedFolder(

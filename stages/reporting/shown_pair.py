@@ -90,7 +90,10 @@ def decoder_of(mixture: Mixture | None) -> tuple[Decode, str | None]:
             raise DpoCacheError("it has another vocabulary by now")
     except (DpoCacheError, KeyError, TypeError) as error:
         reason = error.found if isinstance(error, DpoCacheError) else "the mixture does not name one"
-        return _ids_in_words, f"the tokenizer that made these tokens is not to be had ({reason}): here are their ids"
+        return (
+            _ids_in_words,
+            f"the tokenizer that made these tokens could not be loaded ({reason}); their ids are shown instead",
+        )
     return (lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)), None
 
 

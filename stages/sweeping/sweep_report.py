@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -175,6 +176,8 @@ class SweepReport:
             lines.append(f"best: {self._best()}")
             name = self.best[0] if len(self.best) == 1 else "POINT"
             lines.append(f"model: {self.output}/{name}/model")
+        page = Path(self.output) / "report.html"
+        lines.append(f"next: {shlex.join(['dpo-report', self.output, '-o', str(page)])}")
         return "\n".join(lines)
 
     def _best(self) -> str:

@@ -63,7 +63,9 @@ class RunCheckpoints:
         if checkpoint is None:
             say_once(f"no complete checkpoint in {self._folder}: starting from the beginning")
         else:
-            say_once(f"going on from {checkpoint.path}")
+            is_finished = checkpoint.state.step >= self._recipe.total_steps
+            nothing_left = "; all updates are done, only what follows them is repeated" if is_finished else ""
+            say_once(f"resuming from {checkpoint.path}{nothing_left}")
         return checkpoint
 
     def is_converted(self, checkpoint: Checkpoint) -> bool:

@@ -239,7 +239,7 @@ class TrainConfig:
         None, help="Repository on the Hub.", default_text="the run's name, in your namespace", metavar="OWNER/NAME"
     )
     hub_revision: str | None = for_hub(None, help="Branch of the repository.", default_text="the run's name")
-    hub_private: bool = for_hub(True, help="Make the repository private if it is new.")
+    hub_private: bool = for_hub(True, help="Make the repository private if it is new. Private is the default.")
 
     plan: bool = for_trial(False, help="Print all resolved settings and warnings; load no model.")
     dry_run: bool = for_trial(

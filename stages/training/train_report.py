@@ -65,7 +65,10 @@ class TrainReport:
 
     def summary(self) -> str:
         """The closing lines on a terminal."""
-        lines = [f"trained {counted(self.steps, 'update')} on {counted(self.pairs, 'pair')} in {self.seconds:.0f} s"]
+        lines = [
+            f"trained {counted(self.steps, 'update')} on {counted(self.pairs, 'pair')}; "
+            f"this process took {self.seconds:.0f} s"
+        ]
         if self.step0:
             lines.append(
                 f"step 0: loss {self.step0['loss']:.6f}, policy and cache differ by at most "

@@ -183,7 +183,7 @@ class TrainingRun:
         model_config = load_config(origin.model.folder, trust_remote_code=self._config.trust_remote_code)
         if self._is_main and (noise := noise_of(model_config)):
             names = ", ".join(f"{name} {value:g}" for name, value in noise.items())
-            say(f"the model's dropout ({names}) is off: its reference was scored without")
+            say(f"the model's dropout ({names}) is off, because the reference was scored without it")
         engine_config = deepspeed_config(
             EngineSettings(
                 zero_stage=self._config.zero_stage,
@@ -264,7 +264,8 @@ class TrainingRun:
         if origin.is_reference and not self._config.allow_numerics_mismatch:
             check_step_zero(figures)
         elif not figures.within_bound:
-            say_once(f"warning: {figures.summary()}; the run goes on, as it was asked to")
+            allowed = "--allow-numerics-mismatch" if origin.is_reference else "--allow-other-policy"
+            say_once(f"warning: {figures.summary()}; the run goes on, because {allowed} was given")
         return figures
 
     def _open_log(self, checkpoint: Checkpoint | None, first_step: int) -> RunLog:
@@ -313,7 +314,7 @@ class TrainingRun:
                 )
             if stop:
                 self._log.close()
-                say_once(f"saved after update {done} of {self._recipe.total_steps}; --resume goes on from there")
+                say_once(f"saved a checkpoint after update {done} of {self._recipe.total_steps}")
                 raise KeyboardInterrupt
         return line
 

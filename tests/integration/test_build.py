@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,11 @@ def test_unusable_rows_are_counted_by_reason_listed_and_refused_beyond_a_share(r
     dataset = write_rows(tmp_path / "rows.jsonl", rows)
     message = fails(build(reference, dataset, tmp_path / "cache", "--verbose"))
     assert "2 of 10 rows make no pair: 1 identical-answers, 1 no-assistant-answer" in message
+    assert "next: look at them with --verbose" in message
+    too_long = fails(build(reference, write_rows(dataset, message_pairs(4)), tmp_path / "c", "--max-seq-length", "4"))
+    assert "none of 4 rows makes a pair: 4 too-long" in too_long
+    assert "next: raise --max-seq-length, or cut them with --truncation" in too_long
+    write_rows(dataset, rows)
     report = run(build(reference, dataset, tmp_path / "cache", "--max-unusable-share", "0.2"))
     assert report["dropped"] == {"identical-answers": 1, "no-assistant-answer": 1}
     info = run(dpo_cache("info", tmp_path / "cache"))
@@ -319,3 +325,11 @@ def test_a_model_that_is_too_sure_is_refused_in_words_of_its_own(
     message = fails(command)
     assert "3 pairs have a log-probability of exactly 0.0, that is probability 1 for every scored token" in message
     assert "(chosen 0, rejected -" in message or "(chosen -0, rejected -" in message
+
+
+def test_a_damaged_file_is_told_once_without_what_its_library_logs(reference: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "rows.jsonl"
+    damaged.write_text('{"chosen": [{"role": "user"\n', encoding="utf-8")
+    done = subprocess.run(build(reference, damaged, tmp_path / "cache"), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("JSON parse error") == 1, done.stderr

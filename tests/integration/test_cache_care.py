@@ -357,7 +357,7 @@ def littered(cache: Path) -> list[Path]:
 def test_gc_removes_what_no_mixture_names_once_it_is_old_and_after_asking(cache: Path, littered: list[Path]) -> None:
     kept = invoke("gc", cache, "--yes")
     assert "nothing to remove" in kept.stdout
-    assert "spared 4 younger than 7 days" in kept.stdout
+    assert "kept 4 files younger than 7 days" in kept.stdout
     for path in littered:
         age(path, 8)
     age(first_shard(cache), 8)
@@ -563,7 +563,7 @@ def test_explain_names_the_rows_that_are_reused_and_those_that_are_new(
     assert (explained["reference_differs_in"], explained["tokens_differ_in"]) == ([], {})
     text = invoke("explain", cache, "--model", reference, "--dataset", more).stdout
     assert "reused     40 of 45 distinct pairs" in text
-    assert "5 have not: rows 5–9" in text
+    assert "5 rows have other tokens: rows 5–9" in text
 
 
 def test_explain_names_every_field_of_another_reference_with_both_values(

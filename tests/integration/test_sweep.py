@@ -91,7 +91,7 @@ def test_a_sweep_asked_to_stop_saves_what_is_under_way(workplace: Path, stopped:
     assert 0 < int(checkpoint.name.removeprefix("step_")) < STEPS
     assert not (workplace / "runs/beta-5").exists()
     log = (workplace / "runs/logs/beta-2.log").read_text()
-    assert "saved after update" in log
+    assert "saved a checkpoint after update" in log
     warning = "warning: 24 of 24 evaluation pairs are also trained on"
     assert stopped.count(warning) == 1  # by the sweep, once for all points
     assert warning in log  # and by the run
@@ -102,7 +102,7 @@ def test_the_same_command_goes_on_and_a_failing_point_does_not_stop_the_others(
 ) -> None:
     rows = rows_of(finished)
     assert [row["status"] for row in finished["rows"]] == ["finished", "finished", "failed"]
-    assert "going on from" in (workplace / "runs/logs/beta-2.log").read_text()
+    assert "resuming from" in (workplace / "runs/logs/beta-2.log").read_text()
     assert "--use-liger-kernel needs a GPU" in rows[FAILING]["fault"]
     for name in ("beta-2", "beta-5"):
         assert (workplace / "runs" / name / "model/model.safetensors").exists()

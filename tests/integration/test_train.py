@@ -182,9 +182,11 @@ def test_a_run_killed_and_resumed_equals_one_never_stopped(shared_cache: Path, t
 def test_a_finished_run_without_checkpoints_is_not_trained_again(shared_cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     run(train(shared_cache, output, "--max-steps", 1))
+    command = train(shared_cache, output, "--max-steps", 1, "--resume")
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "step_1; all updates are done" in again.stderr
     shutil.rmtree(output / "checkpoints")
     model = (output / "model/model.safetensors").stat().st_mtime_ns
-    command = train(shared_cache, output, "--max-steps", 1, "--resume")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert f"the run in {output} is finished, and its checkpoints are gone" in done.stderr

@@ -34,6 +34,18 @@ def test_a_cache_is_opened_as_it_was_made_and_holds_nothing_but_its_four_parts(t
     assert len(opened.shards.key_index()) == 10
 
 
+def test_a_cache_that_a_failed_build_left_empty_may_be_deleted_for_another_reference(tmp_path: Path) -> None:
+    begun = make_cache(tmp_path / "cache")
+    other = CacheDescription(identity=make_identity(weight_dtype="bfloat16"), recorded={}, vocabulary_sha256="b" * 64)
+    with pytest.raises(DpoCacheError, match="was begun for another reference") as empty:
+        ReferenceCache.create(begun.path, other)
+    assert f"delete the folder {begun.path}" in str(empty.value.next_step)
+    fill_cache(begun, make_rows(10), shard_rows=5)
+    with pytest.raises(DpoCacheError, match="holds the values of another reference") as filled:
+        ReferenceCache.create(begun.path, other)
+    assert "delete" not in str(filled.value.next_step)
+
+
 def test_making_a_cache_again_opens_it_and_changes_nothing(tmp_path: Path) -> None:
     first = make_cache(tmp_path / "cache")
     before = (first.path / "cache.json").read_bytes()

@@ -118,14 +118,16 @@ def test_a_resumed_run_continues_its_curve(tmp_path: Path, monkeypatch: pytest.M
     assert (seen["id"], seen["resume"], seen["tags"]) == ("abc", "allow", ("beta",))
 
 
-def test_offline_tracking_works_with_the_real_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_tracking_works_with_the_real_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     tracking = Tracking(SETTINGS, folder=tmp_path)
     assert tracking.run_id
     tracking.write({"training_step": 1, "train_loss": 0.5})
     tracking.close()
     assert list(tmp_path.glob("wandb/offline-run-*"))
+    assert "Run history" not in capfd.readouterr().err
 
 
 def test_progress_shows_loss_speed_memory_and_mfu_where_it_is_known(tmp_path: Path) -> None:
