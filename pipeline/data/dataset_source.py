@@ -255,7 +255,7 @@ def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, StopIteration):  # what an empty file leaves of its first line
-        return DpoCacheError(f"--dataset {spec}: it has no rows")
+        return _empty(spec)
     return DpoCacheError(
         f"--dataset {spec} cannot be read: {first_line(cause)}",
         expected=f"a file ({', '.join(_FILE_TYPES)}, also .gz, .zst), a folder of those, or a Hub dataset",

@@ -212,7 +212,7 @@ def test_a_copy_for_another_process_reads_the_same_and_removes_nothing(tmp_path:
     [
         ("data.jsonl", b'{"chosen": ', "cannot be read"),
         ("data.parquet", b"PAR1", "cannot be read"),
-        ("data.jsonl", b"", "data.jsonl: it has no rows"),
+        ("data.jsonl", b"", "has no rows"),
         ("data.csv", b"chosen,rejected\n", "files ending in .csv are not read"),
         ("data.gz", b"", "files ending in .gz are not read"),
     ],

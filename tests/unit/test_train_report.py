@@ -14,7 +14,6 @@ def report(eval_after: dict[str, float]) -> TrainReport:
         total_steps=4,
         pairs=32,
         seconds=2.0,
-        reference_forwards=0,
         step0=None,
         eval_before=BEFORE,
         eval_after=eval_after,
