@@ -183,6 +183,8 @@ def _element_type(hint: Any) -> tuple[type, bool]:
     """``int | None`` is an optional int; ``tuple[str, ...]`` a repeated str."""
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
+    if typing.get_origin(hint) is typing.Literal:
+        return str, False
     if hint == Location:
         return Path, False
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -13,11 +13,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...errors import DpoCacheError, first_line
+from .attention_names import ATTENTION_KERNELS, GPU_KERNELS
 from .quantization import loading_options, prepare_quantized_layers
-
-ATTENTION_KERNELS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
-GPU_KERNELS = ("flex_attention", "flash_attention_2")
-"""On a CPU flex_attention has no backward pass, and its forward pass has to be compiled."""
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import DpoCacheError
 from ..scoring.bin_packing import best_fit, even_bins
 from ..scoring.shape_rounding import ROW_MULTIPLE
 from .global_batches import Rows
@@ -41,15 +40,11 @@ def deal(
     Returns:
         For each rank its micro-batches, arrays of mixture rows. Some are empty where there are fewer pairs than
         micro-batches; a rank still takes part in that micro-step, with weight zero.
-
-    Raises:
-        DpoCacheError: A budget below 1.
     """
     costs = np.asarray(pair_tokens, dtype=np.int64)
     assert len(costs) == len(rows)
     assert num_ranks >= 1
-    if tokens_per_microbatch < 1:
-        raise DpoCacheError(f"--tokens-per-microbatch is {tokens_per_microbatch}", expected="at least 1")
+    assert tokens_per_microbatch >= 1
     bins = _pack(costs, num_ranks, tokens_per_microbatch)
     return _to_ranks(rows, bins, [int(costs[members].sum()) for members in bins], num_ranks)
 

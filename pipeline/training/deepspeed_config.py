@@ -12,6 +12,8 @@ from .host_memory import large_blocks_returned
 
 Json = dict[str, Any]
 
+TRAINED_DTYPES = ("float32", "bfloat16")
+
 MIN_BUCKET_ELEMENTS = 1_000_000
 """Below this, collectives of small models are all latency; DeepSpeed's own 5e8 would cost gigabytes of buffers."""
 MIN_GPU_BUCKET_ELEMENTS = 100_000_000
@@ -48,12 +50,9 @@ class EngineSettings:
     load_universal: bool = False
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise DpoCacheError(f"--zero-stage is {self.zero_stage}", expected="0, 1, 2 or 3")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise DpoCacheError(f"--dtype {self.dtype} is unknown", expected="float32 or bfloat16")
-        if self.max_grad_norm < 0:
-            raise DpoCacheError(f"--max-grad-norm is {self.max_grad_norm}", expected="0 (off) or above")
+        assert self.zero_stage in (0, 1, 2, 3)
+        assert self.dtype in TRAINED_DTYPES
+        assert self.max_grad_norm >= 0
         refuse_idle_partitions(
             zero_stage=self.zero_stage,
             offload_optimizer=self.offload_optimizer,

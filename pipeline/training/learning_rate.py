@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import math
 
-from ...errors import DpoCacheError
-
 SCHEDULES = ("linear", "cosine", "constant")
 
 
 def warmup_steps(warmup_ratio: float, total_steps: int) -> int:
-    """Number of warm-up steps, rounded down as open-instruct rounds it.
-
-    Raises:
-        DpoCacheError: The ratio is no share.
-    """
-    if not 0 <= warmup_ratio <= 1:
-        raise DpoCacheError(f"--warmup-ratio is {warmup_ratio}", expected="a number from 0 to 1")
+    """Number of warm-up steps, rounded down as open-instruct rounds it."""
+    assert 0 <= warmup_ratio <= 1
     return int(total_steps * warmup_ratio)
 
 
@@ -32,12 +25,8 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, t
         schedule: ``linear`` falls to 0 at ``total_steps``, ``cosine`` by half a cosine wave, ``constant`` stays.
         warmup_steps: Updates over which the rate rises linearly from 0.
         total_steps: Updates in the whole run.
-
-    Raises:
-        DpoCacheError: An unknown schedule.
     """
-    if schedule not in SCHEDULES:
-        raise DpoCacheError(f"--lr-scheduler-type {schedule} is unknown", expected="one of " + ", ".join(SCHEDULES))
+    assert schedule in SCHEDULES
     if step < warmup_steps:
         return peak * step / max(1, warmup_steps)
     if schedule == "constant":

@@ -75,6 +75,8 @@ LOSS_TRAITS: dict[str, LossTraits] = {
 NAMES_ELSEWHERE = {"sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "rso": "hinge", "rdpo": "robust", "cdpo": "dpo"}
 """What other trainers call some of them."""
 
+DEFAULT_GAMMA_BETA_RATIO = 0.3
+DEFAULT_F_ALPHA = 0.5
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
@@ -95,7 +97,7 @@ class LossSettings:
     beta: float
     weight: float = 1.0
     label_smoothing: float = 0.0
-    gamma_beta_ratio: float = 0.3
+    gamma_beta_ratio: float = DEFAULT_GAMMA_BETA_RATIO
 
     @property
     def traits(self) -> LossTraits:
@@ -117,7 +119,7 @@ class Objective:
 
     losses: tuple[LossSettings, ...]
     f_divergence: str = "reverse_kl"
-    f_alpha: float = 0.5
+    f_alpha: float = DEFAULT_F_ALPHA
     ld_alpha: float = 1.0
     nll_coef: float = 0.0
 
@@ -202,7 +204,7 @@ def resolve_loss(
             for term in text.split(",")
         ),
         f_divergence=f_divergence,
-        f_alpha=0.5 if f_alpha is None else f_alpha,
+        f_alpha=DEFAULT_F_ALPHA if f_alpha is None else f_alpha,
         ld_alpha=1.0 if ld_alpha is None else ld_alpha,
         nll_coef=nll_coef,
     )
@@ -255,7 +257,7 @@ def _resolve_term(
         beta=_positive(beta, "--beta"),
         weight=1.0 if parsed["weight"] is None else _positive(parsed["weight"], f"the weight of --loss {text}"),
         label_smoothing=label_smoothing,
-        gamma_beta_ratio=0.3 if gamma_beta_ratio is None else gamma_beta_ratio,
+        gamma_beta_ratio=DEFAULT_GAMMA_BETA_RATIO if gamma_beta_ratio is None else gamma_beta_ratio,
     )
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from ...errors import DpoCacheError
+from ...pipeline.data.tokenization_settings import MaskChoice, Truncation
+from ...pipeline.scoring.attention_names import ATTENTION_KERNELS
 from ..setting import check_settings, setting
 
 for_reference = partial(setting, group="Reference")
@@ -42,7 +45,7 @@ class BuildConfig:
         None,
         help="Attention kernel.",
         default_text="sdpa, or eager where the architecture has no other",
-        choices=("sdpa", "eager", "flex_attention", "flash_attention_2"),
+        choices=ATTENTION_KERNELS,
     )
     trust_remote_code: bool = for_reference(False, help="Run Python code that comes with the model or the tokenizer.")
 
@@ -67,16 +70,16 @@ class BuildConfig:
         metavar="FILE_OR_NAME",
     )
     max_seq_length: int = for_tokens(2048, help="Longest prompt plus answer, in tokens.", minimum=2)
-    truncation: str = for_tokens(
+    truncation: Truncation = for_tokens(
         "drop",
         help="What to do with longer pairs.",
-        choices=("drop", "truncate-prompt-left", "truncate-response-right"),
+        choices=get_args(Truncation),
     )
-    mask: str = for_tokens(
+    mask: MaskChoice = for_tokens(
         "last-turn",
         help="Which assistant turns are scored. The two open-instruct masks reproduce that project token by token: "
         "open-instruct-all-turns until 2025-06-26 (Tülu 3, OLMo 2), open-instruct-last-turn since then (OLMo 3).",
-        choices=("last-turn", "all-turns", "open-instruct-last-turn", "open-instruct-all-turns"),
+        choices=get_args(MaskChoice),
     )
 
     cache: Path = for_cache(help="Folder of the cache; created if it does not exist.")

@@ -83,8 +83,8 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
             tokenizer_revision=tokenizer.commit,
             chat_template=config.chat_template,
             max_seq_length=config.max_seq_length,
-            truncation=config.truncation,  # type: ignore[arg-type]  # checked against its choices
-            mask=config.mask,  # type: ignore[arg-type]
+            truncation=config.truncation,
+            mask=config.mask,
             trust_remote_code=config.trust_remote_code,
         ),
     )

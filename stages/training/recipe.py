@@ -13,13 +13,12 @@ from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.mixture import Mixture
 from ...pipeline.cache.pair_order import epoch_order
 from ...pipeline.cache.reference_identity import ReferenceIdentity
+from ...pipeline.training.deepspeed_config import TRAINED_DTYPES
 from ...pipeline.training.global_batches import GlobalBatchPlan
 from ...pipeline.training.learning_rate import learning_rate, warmup_steps
 from ...pipeline.training.objective import Objective, beta_warnings
 from ..console.counted_noun import counted
 from .train_config import TrainConfig
-
-TRAINED_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

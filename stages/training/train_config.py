@@ -8,10 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DpoCacheError
-from ...pipeline.training.deepspeed_config import refuse_idle_partitions
-from ...pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, Objective, resolve_loss
+from ...pipeline.scoring.attention_names import ATTENTION_KERNELS
+from ...pipeline.training.deepspeed_config import TRAINED_DTYPES, refuse_idle_partitions
+from ...pipeline.training.learning_rate import SCHEDULES
+from ...pipeline.training.objective import (
+    DEFAULT_F_ALPHA,
+    DEFAULT_GAMMA_BETA_RATIO,
+    F_DIVERGENCES,
+    LOSS_TRAITS,
+    Objective,
+    resolve_loss,
+)
 from ..addresses.location import Location
 from ..setting import check_settings, setting
+
+DEFAULT_GLOBAL_BATCH_SIZE = 128
+DEFAULT_LORA_RANK = 64
+DEFAULT_LORA_ALPHA = 16.0
+DEFAULT_LOAD_BALANCING_WEIGHT = 0.001
 
 for_data = partial(setting, group="Data and output")
 for_policy = partial(setting, group="Policy")
@@ -53,13 +67,13 @@ class TrainConfig:
         None,
         help="Precision of the forward pass.",
         default_text="the cache's",
-        choices=("float32", "bfloat16"),
+        choices=TRAINED_DTYPES,
     )
     attn_implementation: str | None = for_policy(
         None,
         help="Attention kernel.",
         default_text="the cache's",
-        choices=("sdpa", "eager", "flex_attention", "flash_attention_2"),
+        choices=ATTENTION_KERNELS,
     )
 
     use_lora: bool = for_adapter(False, help="Train a LoRA adapter instead of the policy's own weights.")
@@ -67,9 +81,11 @@ class TrainConfig:
         False,
         help="Train a LoRA adapter on weights quantized to nf4. Needs a cache built with --quantization nf4.",
     )
-    lora_rank: int | None = for_adapter(None, help="Rank of the adapter.", default_text="64", minimum=1)
+    lora_rank: int | None = for_adapter(
+        None, help="Rank of the adapter.", default_text=str(DEFAULT_LORA_RANK), minimum=1
+    )
     lora_alpha: float | None = for_adapter(
-        None, help="The adapter is scaled by alpha / rank.", default_text="16", above=0
+        None, help="The adapter is scaled by alpha / rank.", default_text=f"{DEFAULT_LORA_ALPHA:g}", above=0
     )
     lora_target_modules: tuple[str, ...] = for_adapter(
         (),
@@ -96,13 +112,13 @@ class TrainConfig:
         maximum=0.5,
     )
     gamma_beta_ratio: float | None = for_loss(
-        None, help="Target margin of simpo, divided by beta.", default_text="0.3", minimum=0
+        None, help="Target margin of simpo, divided by beta.", default_text=str(DEFAULT_GAMMA_BETA_RATIO), minimum=0
     )
     f_divergence: str = for_loss(
         "reverse_kl", help="Divergence that holds the policy to the reference.", choices=F_DIVERGENCES
     )
     f_alpha: float | None = for_loss(
-        None, help="Alpha of --f-divergence alpha, between 0 and 1.", default_text="0.5", above=0
+        None, help="Alpha of --f-divergence alpha, between 0 and 1.", default_text=str(DEFAULT_F_ALPHA), above=0
     )
     ld_alpha: float | None = for_loss(
         None,
@@ -118,11 +134,11 @@ class TrainConfig:
     )
     load_balancing_loss: bool = for_loss(False, help="Add the auxiliary loss that balances a mixture of experts.")
     load_balancing_weight: float | None = for_loss(
-        None, help="Weight of the auxiliary loss.", default_text="0.001", above=0
+        None, help="Weight of the auxiliary loss.", default_text=str(DEFAULT_LOAD_BALANCING_WEIGHT), above=0
     )
 
     global_batch_size: int | None = for_optimization(
-        None, help="Pairs per update, over all GPUs.", default_text="128", minimum=1
+        None, help="Pairs per update, over all GPUs.", default_text=str(DEFAULT_GLOBAL_BATCH_SIZE), minimum=1
     )
     per_device_train_batch_size: int | None = for_optimization(
         None,
@@ -139,7 +155,7 @@ class TrainConfig:
     )
     learning_rate: float = for_optimization(5e-7, help="Peak learning rate.", minimum=0)
     lr_scheduler_type: str = for_optimization(
-        "linear", help="Shape of the learning rate after the warm-up.", choices=("linear", "cosine", "constant")
+        "linear", help="Shape of the learning rate after the warm-up.", choices=SCHEDULES
     )
     warmup_ratio: float = for_optimization(0.1, help="Share of the updates spent warming up.", minimum=0.0, maximum=1.0)
     weight_decay: float = for_optimization(
@@ -239,7 +255,7 @@ class TrainConfig:
         None, help="Repository on the Hub.", default_text="the run's name, in your namespace", metavar="OWNER/NAME"
     )
     hub_revision: str | None = for_hub(None, help="Branch of the repository.", default_text="the run's name")
-    hub_private: bool = for_hub(True, help="Make the repository private if it is new. Private is the default.")
+    hub_private: bool = for_hub(True, help="Make the repository private if it is new.", default_text="private")
 
     plan: bool = for_trial(False, help="Print all resolved settings and warnings; load no model.")
     dry_run: bool = for_trial(
@@ -345,8 +361,8 @@ class TrainConfig:
         if not (self.use_lora or self.use_qlora):
             return None
         return {
-            "rank": self.lora_rank or 64,
-            "alpha": self.lora_alpha or 16.0,
+            "rank": self.lora_rank or DEFAULT_LORA_RANK,
+            "alpha": self.lora_alpha or DEFAULT_LORA_ALPHA,
             "target_modules": list(self.lora_target_modules or ("all-linear",)),
             **({"quantization": self.quantization} if self.quantization else {}),
         }
@@ -366,14 +382,14 @@ class TrainConfig:
 
     def resolved_load_balancing_weight(self) -> float | None:
         """Weight of a mixture of experts' auxiliary loss; None without."""
-        return (self.load_balancing_weight or 0.001) if self.load_balancing_loss else None
+        return (self.load_balancing_weight or DEFAULT_LOAD_BALANCING_WEIGHT) if self.load_balancing_loss else None
 
     def resolved_global_batch_size(self, num_ranks: int) -> int:
         """Pairs in one update on ``num_ranks`` ranks."""
         if self.global_batch_size is not None:
             return self.global_batch_size
         if self.per_device_train_batch_size is None and self.gradient_accumulation_steps is None:
-            return 128
+            return DEFAULT_GLOBAL_BATCH_SIZE
         return (self.per_device_train_batch_size or 1) * (self.gradient_accumulation_steps or 1) * num_ranks
 
 
