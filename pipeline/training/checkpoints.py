@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,31 +94,50 @@ def needs_conversion(checkpoint: Checkpoint, *, num_ranks: int) -> bool:
 def convert_checkpoint(checkpoint: Checkpoint, destination: Path) -> None:
     """Bring its state into DeepSpeed's universal form, which any number of ranks can load; on one process only.
 
+    It is done in this process alone. DeepSpeed's own workers are forked, and the threads that this process has by now
+    (of torch, of the process group) do not survive that: a forked worker could wait for them for ever.
+
     Args:
         checkpoint: The checkpoint; left as it is.
         destination: An absent folder; takes about as much space as the checkpoint and can go once it is loaded.
 
     Raises:
-        DpoCacheError: DeepSpeed could not convert it.
+        DpoCacheError: DeepSpeed could not convert it; nothing of it stays.
     """
     from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 
-    options = Namespace(
-        input_folder=str(checkpoint.path / ENGINE_FOLDER),
-        output_folder=str(destination / ENGINE_FOLDER),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=False,
-    )
-    try:
-        ds_to_universal(options)
-    except (OSError, RuntimeError, AssertionError, KeyError) as error:
-        raise DpoCacheError(
-            f"{checkpoint.path} was saved by {checkpoint.state.num_ranks} ranks and could not be converted: {error}",
-            next_step=f"resume with {checkpoint.state.num_ranks} ranks",
-        ) from error
+    destination.mkdir(parents=True)
+    with _plainly_named(checkpoint.path) as source, _plainly_named(destination) as target:
+        options = Namespace(
+            input_folder=str(source / ENGINE_FOLDER),
+            output_folder=str(target / ENGINE_FOLDER),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=False,
+        )
+        try:
+            ds_to_universal(options)
+        except (OSError, RuntimeError, AssertionError, KeyError, ValueError) as error:
+            shutil.rmtree(destination, ignore_errors=True)
+            raise DpoCacheError(
+                f"{checkpoint.path} was saved by {checkpoint.state.num_ranks} ranks and could not be converted: "
+                f"{error}",
+                next_step=f"resume with {checkpoint.state.num_ranks} ranks",
+            ) from error
+
+
+@contextmanager
+def _plainly_named(folder: Path) -> Iterator[Path]:
+    """A link to a folder, without characters that mean something in a pattern, such as those of ``beta[5]`` or ``a+b``.
+
+    DeepSpeed puts paths into patterns as they are, and would find no file of a checkpoint that it has saved there.
+    """
+    with tempfile.TemporaryDirectory(prefix="dpo-cache-") as links:
+        link = Path(links) / "checkpoint"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
 
 
 def load_checkpoint(engine: PolicyEngine, checkpoint: Checkpoint, *, converted: Path | None = None) -> None:
@@ -127,5 +148,6 @@ def load_checkpoint(engine: PolicyEngine, checkpoint: Checkpoint, *, converted: 
         checkpoint: What to go on from.
         converted: The folder that :func:`convert_checkpoint` filled, where it was needed.
     """
-    engine.load_state(converted or checkpoint.path, tag=ENGINE_FOLDER)
+    with _plainly_named(converted or checkpoint.path) as folder:
+        engine.load_state(folder, tag=ENGINE_FOLDER)
     assert engine.updates_done == checkpoint.state.step

@@ -70,7 +70,7 @@ def export_model(
     model = engine.scorer.model
     tokenizer = tokenizer or ModelTokenizer(base_folder=base_folder)
     dtype = checkpoint_dtype(base_folder)
-    is_rounded = dtype.itemsize > engine.scorer.dtype.itemsize
+    is_rounded = torch.finfo(dtype).eps < torch.finfo(engine.scorer.dtype).eps  # so is a float16 one in bfloat16
     has_adapter = find_causal_lm(model) is not model
     if quantized_layers(model) or (is_rounded and has_adapter):
         adapter = adapter_state(model, keep=engine.rank == 0)

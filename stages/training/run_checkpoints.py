@@ -29,6 +29,9 @@ from ..processes.ranks import Ranks
 from .recipe import Recipe
 from .train_config import TrainConfig
 
+CONVERTED = "converted"
+"""A checkpoint in the form that any number of ranks can load; it lies here only while it is loaded."""
+
 
 class RunCheckpoints:
     """What all ranks do together about checkpoints.
@@ -82,13 +85,8 @@ class RunCheckpoints:
             load_checkpoint(engine, checkpoint)
             return
         say_once(f"converting a checkpoint of {checkpoint.state.num_ranks} ranks for {self._ranks.num_ranks}")
-        converted = self._folder / "converted"
-
-        def convert_afresh() -> None:
-            shutil.rmtree(converted, ignore_errors=True)
-            convert_checkpoint(checkpoint, converted)
-
-        all_or_none(convert_afresh, on=self._ranks.rank == 0)
+        converted = self._folder / CONVERTED
+        all_or_none(lambda: convert_checkpoint(checkpoint, converted), on=self._ranks.rank == 0)
         load_checkpoint(engine, checkpoint, converted=converted)
         wait_for_all()  # all ranks have read it
         if self._ranks.rank == 0:
@@ -156,4 +154,5 @@ class RunCheckpoints:
                 next_step="its model is in model/; to train again, give another --output",
             )
         remove_unfinished(self._folder)  # before the free space is looked at
+        shutil.rmtree(self._folder / CONVERTED, ignore_errors=True)
         return checkpoint

@@ -252,9 +252,9 @@ class TrainingRun:
         is_finished = updates_done == self._recipe.total_steps
         if is_finished or self._evaluates_after(updates_done):
             self._keep_best(line, eval_after)
-        self._log.close()
         if is_finished:
             self._models.write(self._config.output / "model", line, eval_after)
+        self._log.close()  # last: without a network a tracker may wait for hours, and nothing is to wait for it
         return self._report(step_zero, eval_before, eval_after, line, updates_done=updates_done)
 
     def _prove_step_zero(self, origin: PolicyOrigin) -> StepZeroFigures:

@@ -262,6 +262,35 @@ def test_a_run_evaluates_logs_and_saves_a_model_that_loads(reference: Path, tmp_
     assert not math.isnan(plain_logps(output / "model", [1, 2, 3], [4, 5]))
 
 
+WAITING_TRACKER = """
+from pathlib import Path
+
+class Run:
+    id = "r"
+
+    def __init__(self, folder):
+        self._folder = Path(folder)
+
+    def log(self, line, step):
+        pass
+
+    def finish(self):
+        (self._folder / "saved-before").write_text(str((self._folder / "model/config.json").exists()))
+
+def init(*, dir, **_):
+    return Run(dir)
+"""
+
+
+def test_the_model_is_saved_before_a_tracker_may_wait_for_its_network(shared_cache: Path, tmp_path: Path) -> None:
+    output, modules = tmp_path / "run", tmp_path / "modules"
+    modules.mkdir()
+    (modules / "wandb.py").write_text(WAITING_TRACKER)
+    environment = {"PYTHONPATH": f"{modules}:{os.environ.get('PYTHONPATH', '')}"}
+    run(train(shared_cache, output, "--max-steps", 1, "--with-tracking"), environment=environment)
+    assert (output / "saved-before").read_text() == "True"
+
+
 def test_a_plan_and_a_dry_run_train_nothing(shared_cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     plan = run(train(shared_cache, output, "--plan", "--num-gpus", 4))

@@ -146,7 +146,7 @@ def test_a_run_that_goes_on_from_before_others_saves_as_if_they_had_never_been(t
     (tmp_path / "step_8").mkdir()  # what a kill left
     assert [path.name for path in remove_later(tmp_path, than=2)] == ["step_8", "step_6", "step_4"]
     _saved(tmp_path, 3, keep_last=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_3"]
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_3"]
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -155,7 +155,7 @@ def test_what_a_kill_left_in_the_middle_of_a_save_goes_and_a_damaged_checkpoint_
     (damaged / "engine/weights.pt").unlink()
     (tmp_path / "step_6/engine").mkdir(parents=True)
     remove_unfinished(tmp_path)
-    assert sorted(tmp_path.iterdir()) == [whole, damaged]
+    assert sorted(tmp_path.glob("step_*")) == [whole, damaged]
 
 
 def test_another_run_is_refused_by_field() -> None:
@@ -189,6 +189,14 @@ def test_a_disk_that_is_too_small_is_refused_at_the_start(tmp_path: Path, monkey
     check_free_space(tmp_path, parameters=[frozen], weight_bytes=2, keep_last=3)
     disk_usage.free = 0
     check_free_space(tmp_path, parameters=[frozen], weight_bytes=2, keep_last=3, only_adapter=True)
+
+
+def test_a_conversion_that_fails_leaves_nothing_in_the_way_of_the_next(tmp_path: Path) -> None:
+    (tmp_path / "step_3/engine").mkdir(parents=True)
+    checkpoint = Checkpoint(path=tmp_path / "step_3", state=STATE)
+    with pytest.raises(DpoCacheError, match="was saved by 2 ranks and could not be converted"):
+        convert_checkpoint(checkpoint, tmp_path / "converted")
+    assert [path.name for path in tmp_path.iterdir()] == ["step_3"]
 
 
 def _weights(engine: PolicyEngine) -> list[float]:
@@ -245,11 +253,13 @@ def go_on_with_other_ranks(folder: str) -> list[Any]:
 
 @pytest.mark.parametrize(("saved_by", "resumed_by"), [(2, 1), (1, 2)])
 def test_resuming_is_exact_and_works_on_another_number_of_ranks(tmp_path: Path, saved_by: int, resumed_by: int) -> None:
-    of_ranks = run_ranks(save_and_go_on, str(tmp_path), num_ranks=saved_by)
+    folder = tmp_path / "beta[5]+lora"  # which DeepSpeed would take for a pattern
+    folder.mkdir()
+    of_ranks = run_ranks(save_and_go_on, str(folder), num_ranks=saved_by)
     for of_rank in of_ranks:
         for case, (straight, resumed) in zip(CASES, of_rank, strict=True):
             assert resumed == straight, case
-    for of_rank in run_ranks(go_on_with_other_ranks, str(tmp_path), num_ranks=resumed_by):
+    for of_rank in run_ranks(go_on_with_other_ranks, str(folder), num_ranks=resumed_by):
         for (stage, dtype), (straight, _), (figures, weights) in zip(CASES, of_ranks[0], of_rank, strict=True):
             tolerance = 2e-5 if dtype == "float32" else 2e-2
             for found, wanted in zip(figures, straight[0], strict=True):

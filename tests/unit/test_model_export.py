@@ -130,6 +130,21 @@ def test_an_architecture_that_fuses_its_experts_is_checked_under_the_names_it_is
     assert len([name for name in expected if "experts" in name]) == 4 * 3
 
 
+def export_in_float16(folder: str) -> list[Any]:
+    engine = make_engine(Path(folder), zero_stage=1, num_ranks=1, dtype="bfloat16", load_from=Path(folder) / "base")
+    train_steps(engine, BATCHES, learning_rate=1e-4, micro_steps=1)
+    export_model(engine, Path(folder) / "model", base_folder=Path(folder) / "base")
+    return []
+
+
+def test_a_float16_checkpoint_is_more_precise_than_bfloat16_too(tmp_path: Path) -> None:
+    tiny_policy().half().save_pretrained(tmp_path / "base")
+    run_ranks(export_in_float16, str(tmp_path), num_ranks=1)
+    saved = load_file(tmp_path / "model" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert saved.dtype == torch.float16
+    assert (saved != saved.bfloat16().half()).float().mean() > 0.5
+
+
 def export_to_a_full_disk(folder: str) -> list[Any]:
     engine = make_engine(Path(folder), zero_stage=0, num_ranks=1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))  # room for the config, not for weights
