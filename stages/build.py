@@ -66,7 +66,7 @@ def build(config: BuildConfig) -> BuildReport | None:
 
 def _num_workers(config: BuildConfig, ranks: Ranks | None) -> int:
     """How many processes score, on all machines together."""
-    asked_for, num_gpus = config.num_workers, torch.cuda.device_count()
+    asked_for, num_gpus = config.num_workers, torch.cuda.device_count() if torch.cuda.is_available() else 0
     if ranks is not None:
         if asked_for not in (None, ranks.ranks_per_node):
             started = counted(ranks.ranks_per_node, "process")

@@ -52,9 +52,11 @@ class CacheReport:
     def text(self) -> str:
         """For an 80-column terminal."""
         identity = self.identity
+        commit = self.recorded.get("commit")
+        at_commit = f" @ {str(commit)[:12]}" if commit else ""
         lines = [
             f"cache      {self.path}",
-            f"reference  {self.recorded.get('model')}" + (f" @ {c[:12]}" if (c := self.recorded.get("commit")) else ""),
+            f"reference  {self.recorded.get('model')}{at_commit}",
             *([f"           with the adapter {adapter}"] if (adapter := self.recorded.get("adapter")) else []),
             f"           id {self.reference_id[:16]}…  weights {identity.weights_sha256[:16]}…",
             f"           {identity.precision}, attention {identity.attention}",
@@ -96,7 +98,9 @@ def inspect_cache(location: Location) -> CacheReport:
 
 def _imported_lines(recorded: dict[str, Any]) -> list[str]:
     source = recorded.get("begun_with")
-    return [f"           begun with values imported from {source['name']} ({source['from']})"] if source else []
+    if not isinstance(source, dict):
+        return []
+    return [f"           begun with values imported from {source.get('name')} ({source.get('from')})"]
 
 
 def _mixture_json(mixture: Mixture) -> dict[str, Any]:
@@ -114,7 +118,7 @@ def _mixture_json(mixture: Mixture) -> dict[str, Any]:
 
 
 def _mixture_lines(mixture: Mixture) -> list[str]:
-    settings = mixture.tokenization.get("settings", {})
+    settings = mixture.tokenization.get("settings") or {}
     tokens = sum(mixture.num_ids.values())
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in mixture.dropped.items()) or "nothing"
     distinct = "" if mixture.num_distinct_pairs == mixture.num_pairs else f" ({mixture.num_distinct_pairs:,} distinct)"

@@ -220,9 +220,9 @@ def read_mixture(cache_path: Path, name: str) -> Mixture:
         num_distinct_pairs=_positive(pointer, "num_distinct_pairs", path),
         num_ids={side: take(num_ids, side, int, source=path) for side in ("prompt", "chosen", "rejected")},
         block_rows=block_rows,
-        tokenization=take(pointer, "tokenization", dict, source=path),
-        sources=_objects(pointer, "sources", path),
-        dropped=take(pointer, "dropped", dict, source=path),
+        tokenization=_tokenization(pointer, path),
+        sources=_sources(pointer, path),
+        dropped=_counts(pointer, path),
         shards=[_shard_ref(entry, path) for entry in take(pointer, "shards", list, source=path)],
         has_token_logps="token_logps" in pointer and take(pointer, "token_logps", bool, source=path),
         table=MixtureTable(
@@ -286,8 +286,26 @@ def _digest(value: JsonObject, name: str, path: Path) -> str:
     return digest
 
 
-def _objects(value: JsonObject, name: str, path: Path) -> list[JsonObject]:
-    items = take(value, name, list, source=path)
-    if not all(isinstance(item, dict) for item in items):
-        raise DpoCacheError(f"{path}: {name!r} must hold objects")
-    return items
+def _tokenization(pointer: JsonObject, path: Path) -> JsonObject:
+    tokenization = take(pointer, "tokenization", dict, source=path)
+    for name in ("settings", "chat_template", "tool_chat_template", "libraries"):
+        if not isinstance(tokenization.get(name), dict | None):
+            raise DpoCacheError(f"{path}: {name!r} of 'tokenization' must be an object")
+    return tokenization
+
+
+def _sources(pointer: JsonObject, path: Path) -> list[JsonObject]:
+    sources = take(pointer, "sources", list, source=path)
+    for source in sources:
+        if not isinstance(source, dict):
+            raise DpoCacheError(f"{path}: 'sources' must hold objects")
+        if source.get("dropped") is not None:
+            _counts(source, path)
+    return sources
+
+
+def _counts(holder: JsonObject, path: Path) -> JsonObject:
+    dropped = take(holder, "dropped", dict, source=path)
+    for reason in dropped:
+        take(dropped, reason, int, source=path)
+    return dropped

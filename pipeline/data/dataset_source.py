@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import os
@@ -202,6 +203,7 @@ def _open_hub(spec: DatasetSpec) -> DatasetSource:
 
 def _local_builder(spec: DatasetSpec, path: Path, folder: Path) -> Any:
     if path.is_dir():
+        _refuse_pattern(spec, path.resolve())
         return _builder(spec, str(path.resolve()), name=spec.config, cache_dir=str(folder))
     if spec.config is not None:
         raise DpoCacheError(f"--dataset {spec}: a single file has no config", next_step="leave config= out")
@@ -214,8 +216,20 @@ def _local_builder(spec: DatasetSpec, path: Path, folder: Path) -> Any:
     if not path.stat().st_size:
         raise _empty(spec)
     if file_type == "parquet" and path.suffix != ".parquet":
-        path = _decompressed(path, folder)
-    return _builder(spec, file_type, data_files={"train": [str(path.resolve())]}, cache_dir=str(folder))
+        plain = _decompressed(path, folder)
+    else:
+        plain = folder / f"rows{path.suffix}"  # a name that is no pattern: pairs[1].jsonl would mean pairs1.jsonl
+        plain.symlink_to(path.resolve())
+    return _builder(spec, file_type, data_files={"train": [str(plain)]}, cache_dir=str(folder))
+
+
+def _refuse_pattern(spec: DatasetSpec, folder: Path) -> None:
+    """The library takes the whole path of a folder, links resolved, for a pattern: it would read others, or none."""
+    if glob.has_magic(str(folder)) or "::" in str(folder):
+        raise DpoCacheError(
+            f"--dataset {spec}: a folder whose path has *, ?, [ or :: in it cannot be read",
+            next_step="rename it, or name its files one by one",
+        )
 
 
 def _decompressed(path: Path, folder: Path) -> Path:

@@ -55,7 +55,14 @@ def choose_layout(scorer: nn.Module, *, device: torch.device | str, pairs: Seque
         plain_row_multiple=FLEX_BLOCK_TOKENS if pair_scorer.attention == "flex_attention" else 1,
     )
     for layout in _candidates(pair_scorer):
-        difference = self_test.mean_difference(layout)
+        try:
+            difference = self_test.mean_difference(layout)
+        except torch.OutOfMemoryError:
+            # Other ranks of an engine are in the middle of the same pass, and may have had the room.
+            if layout is Layout.PADDED or scorer is not pair_scorer:
+                raise
+            log.warning("the %s layout does not fit: its mask is as wide as the longest row, squared", layout)
+            continue
         if difference <= tolerance:
             return layout
         log.warning(

@@ -219,6 +219,7 @@ def test_a_number_of_workers_that_could_not_be_had_is_refused(
     import torch
 
     command = build(reference, pairs_file, tmp_path / "cache", "--num-workers", 3)[3:]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert "--num-workers is 3, and this machine has 2 GPUs" in refusal(*command)
     for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}.items():

@@ -678,3 +678,17 @@ def test_show_lets_no_control_character_through(cache: Path) -> None:
     from dpo_cache.pipeline.data.printable_text import printable
 
     assert printable("a\x1b[2Jb\r\n\tc\x9b") == "a�[2Jb�\n\tc�"
+
+
+def test_info_shows_whatever_a_strangers_cache_records(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    fill_cache(cache, make_rows(4), shard_rows=4)
+    for name, member, value in (
+        ("cache.json", "recorded", {"model": 5, "commit": 7, "begun_with": "elsewhere"}),
+        ("mixtures/train.json", "tokenization", {"settings": None}),
+    ):
+        content = read_sealed_json(cache.path / name, max_bytes=10**6)
+        write_sealed_json(cache.path / name, content | {member: value}, temporary_folder=cache.path / "tmp")
+    result = invoke("info", cache.path)
+    assert result.exit_code == 0
+    assert "reference  5 @ 7" in result.stdout

@@ -317,3 +317,22 @@ def test_fewer_rows_than_there_are_are_drawn_not_the_first(tmp_path: Path) -> No
     source = opened(write(tmp_path / "data.jsonl"), amount="4")
     assert source.picked_rows.tolist() == [0, 1, 5, 2]
     assert source.distinct_rows.tolist() == [0, 1, 5, 2]
+
+
+@pytest.mark.parametrize("name", ["pairs[1].jsonl", "pairs*.jsonl", "run[2]/train.jsonl", "a::b/train.jsonl"])
+def test_a_file_whose_name_could_be_a_pattern_means_itself(tmp_path: Path, name: str) -> None:
+    rows = '{"chosen": "Hi: yes", "rejected": "Hi: no"}\n'
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(rows)
+    (tmp_path / "pairs1.jsonl").write_text(rows * 2)
+    source = open_dataset(DatasetSpec(path=str(tmp_path / name)))
+    assert source.num_rows == 1
+    assert [record["name"] for record in source.provenance()["files"]] == [(tmp_path / name).name]
+
+
+def test_a_folder_whose_name_could_be_a_pattern_is_refused(tmp_path: Path) -> None:
+    for name in ("run[2]", "a*b", "a::b"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(DpoCacheError, match="a folder whose path has") as refused:
+            open_dataset(DatasetSpec(path=str(tmp_path / name)))
+        assert "rename it" in str(refused.value.next_step)

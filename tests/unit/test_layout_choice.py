@@ -63,6 +63,32 @@ def test_a_wrong_mask_falls_back_to_the_padded_layout_with_a_warning(
     assert "the prefix-shared layout and the model's own logits differ by" in caplog.text
 
 
+def test_a_mask_that_does_not_fit_falls_back_to_the_layout_without_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def too_wide(batch: ScoringBatch, **_: Any) -> None:
+        if batch.layout is not Layout.PADDED:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pair_scorer, "attention_mask", too_wide)
+    with caplog.at_level(logging.WARNING):
+        assert choose_layout(PairScorer(tiny_model("llama")), device="cpu") is Layout.PADDED
+    assert "the prefix-shared layout does not fit" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_layout(AsEngine(PairScorer(tiny_model("llama"))), device="cpu")
+
+
+class AsEngine(torch.nn.Module):
+    """A scorer as DeepSpeed wraps it."""
+
+    def __init__(self, scorer: PairScorer) -> None:
+        super().__init__()
+        self.module = scorer
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.module(*arguments, **options)
+
+
 def test_a_window_measured_in_columns_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def by_columns(batch: ScoringBatch, window: int | None = None) -> torch.Tensor:
         mask = right(batch)

@@ -165,7 +165,11 @@ POINTER_LIES: list[tuple[str, Any, str]] = [
     ("table", {"sha256": "/etc/passwd", "num_bytes": 1}, "'sha256' is not a SHA-256"),
     ("table", None, "'table' is not what it must be"),
     ("sources", ["x"], "'sources' must hold objects"),
+    ("sources", [{"dropped": {"too-long": "3"}}], "'too-long' is not what it must be"),
+    ("dropped", {"too-long": "3"}, "'too-long' is not what it must be"),
     ("tokenization", [], "'tokenization' is not what it must be"),
+    ("tokenization", {"settings": 5}, "'settings' of 'tokenization' must be an object"),
+    ("tokenization", {"chat_template": "tulu"}, "'chat_template' of 'tokenization' must be an object"),
 ]
 
 
