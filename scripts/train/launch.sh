@@ -45,7 +45,7 @@ shift
 
 case $LAUNCHER in
     local)
-        [ "${NODES:-1}" -eq 1 ] || echo "launch.sh: one machine for a recipe of $NODES; docs/multi-node.md starts more" >&2
+        [ "${NODES:-1}" -eq 1 ] || echo "launch.sh: this is one machine; the recipe ran on $NODES. docs/multi-node.md explains how to start several" >&2
         set -- "$command" "$@"
         ;;
     srun)

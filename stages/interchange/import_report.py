@@ -49,7 +49,7 @@ class ImportReport:
         )
         if self.rescored is not None:
             lines.append(
-                f"scored {self.rescored.pairs} of them again: {self.rescored.max_per_token:.2g} nats a token apart at "
+                f"scored {self.rescored.pairs} of them again: {self.rescored.max_per_token:.2g} nats per token apart at "
                 f"most (bound {self.rescored.bound_per_token:g})"
             )
         elif self.pairs_imported:
