@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # OLMo-2 1B: score the pairs once with the reference, then train from the cache.
 #   bash scripts/train/olmo2/dpo_1b.sh [OPTIONS OF dpo-train]
-# Both commands take up where they were stopped. CACHE and OUTPUT name other folders; docs/multi-node.md tells how to
-# start it on several machines. All numbers, and where they come from, stand in the two YAML files.
+# Both commands continue where they were stopped. CACHE and OUTPUT name other folders; docs/multi-node.md says how to
+# start it on several machines. All numbers, and where they come from, are in the two YAML files.
 set -euo pipefail
 here=$(dirname "$0")
 cache=${CACHE:-caches/olmo2-1b}
