@@ -54,8 +54,8 @@ class ExportReport:
         return "\n".join(
             [
                 f"{self.output}: {self.pairs:,} pairs of mixture {self.mixture}, {byte_size(self.num_bytes)}",
-                f"the longest prompt with an answer has {self.longest:,} tokens: in TRL, set max_length=None, or to no",
-                "less, or its sums and these are over different tokens",
+                f"longest sequence: {self.longest:,} tokens; in TRL set max_length=None, or at least that: the cached",
+                "sums are over whole sequences",
             ]
         )
 

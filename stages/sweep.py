@@ -307,4 +307,4 @@ def _process(run: SweepRun, until: int) -> list[str]:
 
 def _to_do(run: SweepRun, until: int) -> str:
     verb = "resumes" if run.has_begun() else "starts"
-    return f"{verb}, to update {until} of {run.recipe.total_steps}"
+    return f"{verb}, up to update {until} of {run.recipe.total_steps}"

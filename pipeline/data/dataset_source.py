@@ -273,6 +273,9 @@ def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
     return DpoCacheError(
         f"--dataset {spec} cannot be read: {first_line(cause)}",
         expected=f"a file ({', '.join(_FILE_TYPES)}, also .gz, .zst), a folder of those, or a Hub dataset",
+        next_step=None
+        if Path(spec.path).expanduser().exists()
+        else "check the spelling and the network; for a gated dataset run `hf auth login` first",
     )
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start one of the two commands, a process for each GPU, with the launcher that is there:
+# Start one of the two commands, with a process for each GPU, by the launcher of this machine:
 #   bash scripts/train/launch.sh dpo-cache build --config … --cache …
 #   bash scripts/train/launch.sh dpo-train --config … --cache … --output …
 #
@@ -21,7 +21,7 @@ stop() {
 }
 [ $# -gt 0 ] || stop "which command? dpo-cache build … or dpo-train …"
 if [ -n "${RANK:-}" ] || [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ]; then
-    stop "a launcher started this script once for each process; start it once, it calls the launcher itself"
+    stop "a launcher started this script once for each process; start it once: it calls the launcher itself"
 fi
 # In full: machines that are reached over ssh have another PATH.
 command=$(command -v "$1") || stop "$1 is not installed here: pip install -e $root"
@@ -45,7 +45,7 @@ shift
 
 case $LAUNCHER in
     local)
-        [ "${NODES:-1}" -eq 1 ] || echo "launch.sh: one machine for a recipe of $NODES; docs/multi-node.md starts more" >&2
+        [ "${NODES:-1}" -eq 1 ] || echo "launch.sh: this is one machine; the recipe ran on $NODES. docs/multi-node.md explains how to start several" >&2
         set -- "$command" "$@"
         ;;
     srun)

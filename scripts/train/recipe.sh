@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Score the pairs of a recipe once with the reference, then train from the cache.
 #   bash scripts/train/recipe.sh olmo2/dpo_7b [OPTIONS OF dpo-train]
-# Both commands take up where they were stopped. All numbers, and where they come from, stand in the two YAML files of
-# the recipe. docs/multi-node.md tells how to start it on several machines.
+# Both commands continue where they were stopped. All numbers, and where they come from, are in the two YAML files of
+# the recipe. docs/multi-node.md says how to start it on several machines.
 #
 # CACHE    folder of the cache [default: caches/olmo2-7b, after the recipe]
 # OUTPUT   folder of the run [default: runs/olmo2-7b]

@@ -49,8 +49,8 @@ class ImportReport:
         )
         if self.rescored is not None:
             lines.append(
-                f"scored {self.rescored.pairs} of them again: {self.rescored.max_per_token:.2g} nats a token apart at "
-                f"most (bound {self.rescored.bound_per_token:g})"
+                f"scored {self.rescored.pairs} of them again: {self.rescored.max_per_token:.2g} nats per token apart "
+                f"at most (bound {self.rescored.bound_per_token:g})"
             )
         elif self.pairs_imported:
             lines.append("warning: no pair was scored again; these values are taken on trust")

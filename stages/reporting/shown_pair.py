@@ -92,7 +92,7 @@ def decoder_of(mixture: Mixture | None) -> tuple[Decode, str | None]:
         reason = error.found if isinstance(error, DpoCacheError) else "the mixture does not name one"
         return (
             _ids_in_words,
-            f"the tokenizer that made these tokens could not be loaded ({reason}); their ids are shown instead",
+            f"the tokenizer that made these tokens could not be loaded ({reason}): here are their ids",
         )
     return (lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)), None
 

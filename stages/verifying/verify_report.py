@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from ..console.counted_noun import counted
 from .rescore import RescoreReport
 
 TEXT_WIDTH = 80
@@ -143,11 +144,11 @@ class VerifyReport:
         if not self.findings:
             yield "nothing is wrong: every checksum, key, count and value holds"
         elif self.repair is None:
-            yield f"{len(self.findings)} findings"
+            yield counted(len(self.findings), "finding")
             yield f"next: dpo-cache verify {self.path} --repair"
         else:
-            yield f"retired {len(self.repair.retired)} mixtures: {', '.join(self.repair.retired) or 'none'}"
-            yield f"removed {len(self.repair.removed)} files"
+            yield f"retired {counted(len(self.repair.retired), 'mixture')}: {', '.join(self.repair.retired) or 'none'}"
+            yield f"removed {counted(len(self.repair.removed), 'file')}"
             yield from (f"left for you to look at: {path}" for path in self.repair.left)
             yield "next: run dpo-cache build as before; it scores only what is missing"
 

@@ -287,8 +287,9 @@ def test_a_hub_dataset_is_recorded_by_its_commit(tmp_path: Path, monkeypatch: py
 
 
 def test_a_dataset_that_is_neither_here_nor_on_the_hub_is_named() -> None:
-    with pytest.raises(DpoCacheError, match="org/not-there cannot be read"):
+    with pytest.raises(DpoCacheError, match="org/not-there cannot be read") as missing:
         open_dataset(DatasetSpec(path="org/not-there"))
+    assert "hf auth login" in str(missing.value.next_step)
 
 
 # ---- amounts ----
