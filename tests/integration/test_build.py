@@ -174,7 +174,7 @@ def test_other_numerics_are_refused_by_name(
 ) -> None:
     message = fails(build(reference, pairs_file, cache, option, value))
     assert field in message
-    assert "use another --cache folder" in message
+    assert "give another --cache for this reference" in message
 
 
 def test_a_changed_template_makes_other_keys_and_is_named(

@@ -186,8 +186,8 @@ def test_the_number_of_machines_is_the_originals(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variables", "arguments", "message"),
     [
-        ({"RANK": "0"}, ["dpo-train"], "start it once, it calls the launcher itself"),
-        ({"SLURM_STEP_NUM_TASKS": "8"}, ["dpo-train"], "start it once, it calls the launcher itself"),
+        ({"RANK": "0"}, ["dpo-train"], "start it once: it calls the launcher itself"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, ["dpo-train"], "start it once: it calls the launcher itself"),
         ({"LAUNCHER": "mpirun"}, ["dpo-train"], "it can be local, srun, torchrun or deepspeed"),
         ({}, [], "which command?"),
         ({}, ["dpo-traine"], "dpo-traine is not installed here"),
