@@ -18,12 +18,10 @@ from ...pipeline.cache.key_index import KeyIndex
 from ...pipeline.cache.reference_identity import identify_reference
 from ...pipeline.cache.scored_pair import VALUE_COLUMNS, ScoredPair
 from ...pipeline.cache.shard_file import read_shard_rows
-from ...pipeline.data.token_pair import TokenPair
 from ...pipeline.scoring.batching import plan_batches
 from ...pipeline.scoring.layout_choice import choose_layout
-from ...pipeline.scoring.layouts import scoring_batch
-from ...pipeline.scoring.model_loading import load_causal_lm
 from ...pipeline.scoring.pair_scorer import SCORING_VERSION, PairScorer
+from ...pipeline.scoring.reference_scorer import load_scorer, score_pairs
 from ...pipeline.scoring.scoring_batch import Layout
 from ...pipeline.training.step_zero import BOUNDS
 from ..console.library_output import quiet_libraries
@@ -196,17 +194,15 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
             trust_remote_code=settings.trust_remote_code,
         )
     )
-    return PairScorer(
-        load_causal_lm(
-            model.folder,
-            dtype=getattr(torch, ours.compute_dtype),
-            attention=ours.attention,
-            device=device,
-            adapter=adapter.folder if adapter else None,
-            quantization=ours.quantization,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    ).eval()
+    return load_scorer(
+        model.folder,
+        dtype=ours.compute_dtype,
+        attention=ours.attention,
+        device=device,
+        adapter=adapter.folder if adapter else None,
+        quantization=ours.quantization,
+        trust_remote_code=settings.trust_remote_code,
+    )
 
 
 def _sample(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -> tuple[list[str], list[ScoredPair]]:
@@ -221,22 +217,6 @@ def _sample(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -
         rows += read_shard_rows(_shard_path(cache, shard.file_name), wanted.tolist())
         shards += [shard.sha256] * len(wanted)
     return shards, rows
-
-
-@torch.inference_mode()
-def score_pairs(
-    scorer: PairScorer, pairs: Sequence[TokenPair], layout: Layout, device: torch.device
-) -> npt.NDArray[np.float64]:
-    """The four values of each pair of one batch, in the order of ``VALUE_COLUMNS``, shape (pairs, 4)."""
-    logps = scorer(scoring_batch(pairs, layout).to(device))
-    columns = (
-        logps.chosen_logps_B,
-        logps.rejected_logps_B,
-        logps.chosen_common_logps_B,
-        logps.rejected_common_logps_B,
-    )
-    values: npt.NDArray[np.float64] = torch.stack(columns, dim=1).cpu().numpy()
-    return values
 
 
 def _distances(rows: Sequence[ScoredPair], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
