@@ -135,7 +135,8 @@ class Build:
             wait_until_visible(cache, outcome.shards)
             self._refuse_unusable(outcome)
             content = content.without(keys_by_reason(outcome.unusable))
-            content.write(cache, self._config.mixture, without=damaged)
+            if content.is_new or damaged:
+                content.write(cache, self._config.mixture, key_index=cache.shards.key_index(without=damaged))
             return self._report(collected, content, outcome)
 
     def _dry_run(self) -> BuildReport:

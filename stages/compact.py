@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
@@ -22,6 +23,7 @@ from ..pipeline.cache.example_key import keys_array, prompt_hash_prefix
 from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.cache.row_reader import RowReader
 from .building.build_plan import MAX_UNIT_TOKENS, cut_into
+from .building.mixture_content import MixtureContent
 from .building.pair_collection import SpooledPairs
 from .console.progress import Progress
 
@@ -145,7 +147,7 @@ def _write_together(
     return written
 
 
-def _described(index: KeyIndex, reader: RowReader, places: Any) -> SpooledPairs:
+def _described(index: KeyIndex, reader: RowReader, places: npt.NDArray[np.int64]) -> SpooledPairs:
     """What decides where rows go: their keys, prompts and lengths."""
     keys, prompts, lengths = [], [], []
     for place in places.tolist():
@@ -170,13 +172,6 @@ def _move_mixtures(cache: ReferenceCache, outdated: list[Path]) -> list[str]:
         mixture = cache.read_mixture(name)
         if gone.isdisjoint(shard.file_name for shard in mixture.shards):
             continue
-        cache.write_mixture(
-            name,
-            mixture.rows(),
-            key_index=index,
-            tokenization=mixture.tokenization,
-            sources=mixture.sources,
-            dropped=mixture.dropped,
-        )
+        MixtureContent.of(mixture).write(cache, name, key_index=index)
         moved.append(name)
     return moved

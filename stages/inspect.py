@@ -13,6 +13,7 @@ from .addresses.local_copy import glance
 from .addresses.location import Location, is_address
 from .console.byte_size import byte_size
 from .console.counted_noun import counted
+from .hub.recorded_reference import RecordedReference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,12 +53,12 @@ class CacheReport:
     def text(self) -> str:
         """For an 80-column terminal."""
         identity = self.identity
-        commit = self.recorded.get("commit")
-        at_commit = f" @ {str(commit)[:12]}" if commit else ""
+        reference = RecordedReference.of(self.recorded)
+        at_commit = f" @ {reference.commit[:12]}" if reference.commit else ""
         lines = [
             f"cache      {self.path}",
-            f"reference  {self.recorded.get('model')}{at_commit}",
-            *([f"           with the adapter {adapter}"] if (adapter := self.recorded.get("adapter")) else []),
+            f"reference  {reference.name}{at_commit}",
+            *([f"           with the adapter {reference.adapter}"] if reference.adapter else []),
             f"           id {self.reference_id[:16]}…  weights {identity.weights_sha256[:16]}…",
             f"           {identity.precision}, attention {identity.attention}",
             *_imported_lines(self.recorded),

@@ -96,14 +96,7 @@ def merge(source_paths: Sequence[Path], path: Path) -> MergeReport:
         index = cache.shards.key_index(without=[shard.path for shard in cache.shards.survey().unusable])
         for name, content in contents.items():
             if content.is_new:
-                cache.write_mixture(
-                    name,
-                    content.rows,
-                    key_index=index,
-                    tokenization=content.tokenization,
-                    sources=content.sources,
-                    dropped=content.dropped,
-                )
+                content.write(cache, name, key_index=index)
     return MergeReport(
         cache=str(path),
         shards=shards,

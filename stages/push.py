@@ -16,6 +16,7 @@ from ..pipeline.cache.remote_cache import distinct_shards, num_bytes
 from .console.byte_size import byte_size
 from .hub.hub_access import MAIN_BRANCH
 from .hub.hub_dataset import HubDataset
+from .hub.recorded_reference import RecordedReference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +127,8 @@ def _upload(cache: ReferenceCache, mixtures: Sequence[Mixture], repository: HubD
 
 def _warnings(cache: ReferenceCache, mixtures: Sequence[Mixture]) -> list[str]:
     """Names of folders in sealed files cannot be changed without breaking the seal."""
-    named = [cache.recorded.get("model"), cache.recorded.get("adapter")]
+    recorded = RecordedReference.of(cache.recorded)
+    named = [recorded.model, recorded.adapter]
     for mixture in mixtures:
         settings = mixture.tokenization.get("settings") or {}
         named += [settings.get("tokenizer"), settings.get("chat_template")]

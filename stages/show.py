@@ -10,16 +10,13 @@ import numpy as np
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
-from ..pipeline.cache.example_key import key_at
 from ..pipeline.cache.mixture import Mixture
+from ..pipeline.cache.pair_lookup import KEY_LETTERS, PairLookup
 from ..pipeline.cache.pair_stream import PairStream
 from ..pipeline.cache.scored_pair import ScoredPair
-from ..pipeline.cache.shard_file import read_shard_rows
 from .addresses.local_copy import glance, local_copy
 from .addresses.location import Location
 from .reporting.shown_pair import ShownPair, decoder_of, shown_pair
-
-KEY_LETTERS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,19 +87,14 @@ def _find_row(cache: ReferenceCache, key: str) -> ScoredPair:
     wanted = key.lower()
     if not wanted or len(wanted) > KEY_LETTERS or set(wanted) - set("0123456789abcdef"):
         raise DpoCacheError(f"--key {key[:100]} is no key", expected="up to 64 hexadecimal digits")
-    index = cache.shards.key_index()
-    first, last = (
-        np.searchsorted(index.keys, np.bytes_(bytes.fromhex(wanted.ljust(KEY_LETTERS, fill)))) for fill in "0f"
-    )
-    found = [key_at(index.keys, place) for place in range(int(first), min(int(last) + 1, len(index)))]
-    found = [candidate for candidate in found if candidate.hex().startswith(wanted)]
-    if len(found) != 1:
-        raise DpoCacheError(
-            f"{len(found) or 'no'} pairs of {cache.path} have a key that begins with {wanted}",
-            expected="enough digits to name one pair",
-            next_step=f"dpo-cache show {cache.path} prints pairs with their keys",
-        )
-    place = int(index.find(np.array(found, dtype=index.keys.dtype))[0])
-    shard = index.shards[int(index.shard_numbers[place])]
-    (row,) = read_shard_rows(cache.shards.path_of(shard), [int(index.rows[place])])
+    with PairLookup(cache) as lookup:
+        found = lookup.keys_beginning_with(wanted)
+        if len(found) != 1:
+            raise DpoCacheError(
+                f"{len(found) or 'no'} pairs of {cache.path} have a key that begins with {wanted}",
+                expected="enough digits to name one pair",
+                next_step=f"dpo-cache show {cache.path} prints pairs with their keys",
+            )
+        row = lookup.find(found[0])
+    assert row is not None, "the key comes from the same index"
     return row

@@ -70,7 +70,8 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
             spread = prove_values(source_path, *waiting.sample(config.rescore), config, reference)
         waiting.write(cache, recorded={"imported": {**source.recorded, "values": config.values}})
         waiting.refuse_missing(source_path, config)
-        content.write(cache, config.mixture, without=damaged)
+        if content.is_new or damaged:
+            content.write(cache, config.mixture, key_index=cache.shards.key_index(without=damaged))
     return ImportReport(
         cache=str(config.cache),
         mixture=config.mixture,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,11 @@ from .addresses.location import Location, is_address
 from .console.progress import Progress
 from .verifying.rescore import RescoreReport, RescoreSettings, rescore
 from .verifying.verify_report import Finding, FindingKind, Repair, VerifyReport
+
+WITHOUT_CACHE_JSON = (
+    "; nothing else can be judged without it. Without the file, the next build with the same reference writes it again "
+    "and keeps all shards"
+)
 
 
 def verify_cache(location: Location, *, repair: bool = False, rescoring: RescoreSettings | None = None) -> VerifyReport:
@@ -127,19 +133,10 @@ class _Walk:
         source = self.path / "cache.json"
         if not source.exists():
             return True  # opening it tells that there is no cache
-        try:
+        with self._damage_is(FindingKind.DAMAGED_CACHE_JSON, source, more=WITHOUT_CACHE_JSON):
             read_sealed_json(source, max_bytes=MAX_CACHE_JSON_BYTES)
-        except UnreadableFileError:
-            raise
-        except DpoCacheError as error:
-            self._find(
-                FindingKind.DAMAGED_CACHE_JSON,
-                source,
-                f"{error.found}; nothing else can be judged without it. Without the file, the next build with the "
-                "same reference writes it again and keeps all shards",
-            )
-            return False
-        return True
+            return True
+        return False
 
     def _walk_shards(self, cache: ReferenceCache) -> None:
         entries = _entries(self.path / "shards")
@@ -152,28 +149,25 @@ class _Walk:
         if not SHARD_NAME.fullmatch(path.name):
             self._find(FindingKind.STRAY_FILE, path, "the name of a shard is the SHA-256 of its bytes")
             return
-        kind = FindingKind.DAMAGED_SHARD
-        try:
+        with self._damage_is(FindingKind.DAMAGED_SHARD, path):
             verify_shard(path)
-            kind = FindingKind.UNUSABLE_SHARD
-            with ShardReader(path) as shard:
-                if shard.reference_id != cache.reference_id:
-                    kind = FindingKind.FOREIGN_SHARD
-                    raise DpoCacheError(
-                        f"it belongs to the reference {shard.reference_id[:16]}…, not to {cache.reference_id[:16]}…"
-                    )
-                wrong = [key.hex() for key in _wrong_keys(shard)]
-                if wrong:
-                    kind = FindingKind.WRONG_KEYS
-                    raise DpoCacheError(f"{len(wrong)} of {shard.num_rows} rows: {', '.join(wrong[:10])}")
-                ref = ShardRef(sha256=path.stem, num_rows=shard.num_rows, num_bytes=shard.num_bytes)
-                self.shards.append((ref, shard.keys()))
-                if shard.has_token_logps:
-                    self.with_token_logps.add(ref.sha256)
-        except UnreadableFileError:
-            raise
-        except DpoCacheError as error:
-            self._find(kind, path, error.found)
+            with self._damage_is(FindingKind.UNUSABLE_SHARD, path), ShardReader(path) as shard:
+                self._examine_rows(cache, shard)
+
+    def _examine_rows(self, cache: ReferenceCache, shard: ShardReader) -> None:
+        if shard.reference_id != cache.reference_id:
+            ours, theirs = cache.reference_id[:16], shard.reference_id[:16]
+            self._find(FindingKind.FOREIGN_SHARD, shard.path, f"it belongs to the reference {theirs}…, not to {ours}…")
+            return
+        if wrong := [key.hex() for key in _wrong_keys(shard)]:
+            self._find(
+                FindingKind.WRONG_KEYS, shard.path, f"{len(wrong)} of {shard.num_rows} rows: {', '.join(wrong[:10])}"
+            )
+            return
+        ref = ShardRef(sha256=shard.path.stem, num_rows=shard.num_rows, num_bytes=shard.num_bytes)
+        self.shards.append((ref, shard.keys()))
+        if shard.has_token_logps:
+            self.with_token_logps.add(ref.sha256)
 
     def _rescore(self, cache: ReferenceCache, settings: RescoreSettings) -> None:
         self.rescored = rescore(cache, self.index, settings)
@@ -195,23 +189,17 @@ class _Walk:
 
     def _examine_mixture(self, cache: ReferenceCache, pointer: Path) -> None:
         name = pointer.stem
-        try:
-            mixture = self.mixtures[name] = cache.read_mixture(name)
-        except UnreadableFileError:
-            raise
-        except DpoCacheError as error:
-            self._find(FindingKind.DAMAGED_POINTER, pointer, error.found, mixture=name)
+        with self._damage_is(FindingKind.DAMAGED_POINTER, pointer, mixture=name):
+            self.mixtures[name] = cache.read_mixture(name)
+        mixture = self.mixtures.get(name)
+        if mixture is None:
             return
         missing = [path for shard in mixture.shards if not (path := self.path / "shards" / shard.file_name).exists()]
         for path in missing:
             self._find(FindingKind.MISSING_SHARD, path, f"mixture {name} names it", mixture=name)
-        try:
+        with self._damage_is(FindingKind.BROKEN_MIXTURE, pointer, mixture=name):
             check_mixture(cache, mixture)
             _check_counts(mixture)
-        except UnreadableFileError:
-            raise
-        except DpoCacheError as error:
-            self._find(FindingKind.BROKEN_MIXTURE, pointer, error.found, mixture=name)
 
     # ---- what depends on what ----------------------------------------------------------------------------------------
 
@@ -227,6 +215,18 @@ class _Walk:
 
     def _pointer(self, name: str) -> Path:
         return self.path / "mixtures" / f"{name}.json"
+
+    @contextmanager
+    def _damage_is(
+        self, kind: FindingKind, path: Path, *, mixture: str | None = None, more: str = ""
+    ) -> Iterator[None]:
+        """What goes wrong inside is a finding; a file that could not be read is none, and ends the walk."""
+        try:
+            yield
+        except UnreadableFileError:
+            raise
+        except DpoCacheError as error:
+            self._find(kind, path, f"{error.found}{more}", mixture=mixture)
 
     def _find(self, kind: FindingKind, path: Path, detail: str, *, mixture: str | None = None) -> None:
         relative = str(path.relative_to(self.path))

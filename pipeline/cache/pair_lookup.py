@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .example_key import KEY_BYTES, key_at
 from .row_reader import RowReader
 from .scored_pair import ScoredPair
 
 if TYPE_CHECKING:
     from .cache_folder import ReferenceCache
+
+KEY_LETTERS = 2 * KEY_BYTES
+"""Digits of a key in hex."""
 
 
 class PairLookup:
@@ -24,8 +28,14 @@ class PairLookup:
         self._index = cache.shards.key_index()
         self._rows = RowReader(cache, self._index.shards)
 
-    def __len__(self) -> int:
-        return len(self._index)
+    def keys_beginning_with(self, digits: str) -> list[bytes]:
+        """All keys that begin with these lower-case hexadecimal digits, ascending."""
+        keys = self._index.keys
+        first, last = (
+            int(np.searchsorted(keys, np.bytes_(bytes.fromhex(digits.ljust(KEY_LETTERS, fill))))) for fill in "0f"
+        )
+        candidates = [key_at(keys, place) for place in range(first, min(last + 1, len(keys)))]
+        return [key for key in candidates if key.hex().startswith(digits)]
 
     def find(self, key: bytes) -> ScoredPair | None:
         """The pair of this key; None where the cache has none.
@@ -41,3 +51,9 @@ class PairLookup:
     def close(self) -> None:
         """Close all files."""
         self._rows.close()
+
+    def __enter__(self) -> PairLookup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

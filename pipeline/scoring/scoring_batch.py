@@ -113,6 +113,14 @@ class PairLogps(NamedTuple):
     token_logps_N: Tensor
     aux_loss: Tensor | None
 
+    @property
+    def stacked_sums(self) -> Tensor:
+        """The four sums of each pair in the order of ``VALUE_COLUMNS``, shape (B, 4)."""
+        return torch.stack(
+            (self.chosen_logps_B, self.rejected_logps_B, self.chosen_common_logps_B, self.rejected_common_logps_B),
+            dim=1,
+        )
+
 
 def reduce_token_logps(token_logps_N: Tensor, batch: ScoringBatch, *, aux_loss: Tensor | None = None) -> PairLogps:
     """Sum token logps into sides; differentiable."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ...pipeline.cache.canonical_json import JsonObject
 from ...pipeline.cache.reference_identity import ReferenceIdentity, code_that_runs, identify_reference
 from ...pipeline.data.tokenization_settings import TokenizationSettings
 from ...pipeline.data.tokenizer import TOKENIZER_FILES
 from ...pipeline.scoring.model_loading import load_config, resolve_attention
 from ...pipeline.scoring.pair_scorer import SCORING_VERSION
 from ..hub.model_folder import ModelFolder, find_model_folder
+from ..hub.recorded_reference import RecordedReference
 from .build_config import BuildConfig
 
 
@@ -39,12 +40,14 @@ class BuildReference:
     identity: ReferenceIdentity
     tokenization: TokenizationSettings
 
-    def names(self) -> dict[str, Any]:
+    def names(self) -> JsonObject:
         """Where its files came from, for people and for who has to find them again."""
-        names = {"model": _lasting_name(self.model), "commit": self.model.commit}
-        if self.adapter is not None:
-            names |= {"adapter": _lasting_name(self.adapter), "adapter_commit": self.adapter.commit}
-        return names
+        return RecordedReference(
+            model=_lasting_name(self.model),
+            commit=self.model.commit,
+            adapter=_lasting_name(self.adapter) if self.adapter else None,
+            adapter_commit=self.adapter.commit if self.adapter else None,
+        ).to_json()
 
 
 def resolve_reference(config: BuildConfig) -> BuildReference:

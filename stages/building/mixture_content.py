@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ...pipeline.cache.cache_folder import ReferenceCache
+from ...pipeline.cache.key_index import KeyIndex
 from ...pipeline.cache.mixture import Mixture
 from ...pipeline.cache.mixture_rows import MixtureRows
 from .left_out import KeysByReason, dropped_rows, without_pairs
@@ -48,20 +47,18 @@ class MixtureContent:
         rows, sources = without_pairs(self.rows, self.sources, keys)
         return replace(self, rows=rows, sources=sources)
 
-    def write(self, cache: ReferenceCache, name: str, *, without: Collection[Path]) -> None:
-        """Give the cache a mixture of this name and content, where it has none yet.
+    def write(self, cache: ReferenceCache, name: str, *, key_index: KeyIndex) -> None:
+        """Give the cache a mixture of this name and content.
 
         Args:
             cache: The cache, which has all its rows by now.
             name: The mixture's.
-            without: Damaged shards: no row of theirs is named, and what named one is written anew.
+            key_index: Where the rows are to be found.
         """
-        if not self.is_new and not without:
-            return
         cache.write_mixture(
             name,
             self.rows,
-            key_index=cache.shards.key_index(without=without),
+            key_index=key_index,
             tokenization=self.tokenization,
             sources=self.sources,
             dropped=self.dropped,

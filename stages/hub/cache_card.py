@@ -11,6 +11,7 @@ from huggingface_hub import RepoCard
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.mixture import Mixture
 from .public_name import public_name
+from .recorded_reference import RecordedReference
 
 BEGIN, END = "<!-- dpo-cache push writes from here -->", "<!-- to here; what you write outside stays -->"
 TAGS = ("dpo", "preference", "dpo-cache")
@@ -61,9 +62,9 @@ def _configs(mixtures: Sequence[Mixture]) -> list[dict[str, Any]]:
 
 
 def _written(repo_id: str, cache: ReferenceCache, mixtures: Sequence[Mixture], branch: str | None) -> str:
-    identity, recorded = cache.identity, cache.recorded
-    reference = public_name(str(recorded.get("model")))
-    commit = f" at commit `{recorded['commit']}`" if recorded.get("commit") else ""
+    identity, recorded = cache.identity, RecordedReference.of(cache.recorded)
+    reference = public_name(recorded.name)
+    commit = f" at commit `{recorded.commit}`" if recorded.commit else ""
     at_branch = f"@{branch.replace('/', '%2F')}" if branch else ""
     address, first = f"hf://datasets/{repo_id}{at_branch}", mixtures[0]
     pulled = f"{repo_id} my-cache" + (f" --revision {branch}" if branch else "")

@@ -11,17 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ...errors import DpoCacheError
 from ...pipeline.data.token_pair import TokenPair
-from ...pipeline.scoring.model_loading import load_causal_lm
-from ...pipeline.scoring.pair_scorer import PairScorer
+from ...pipeline.scoring.reference_scorer import load_scorer, score_pairs
 from ...pipeline.scoring.scoring_batch import Layout
 from ...pipeline.training.step_zero import BOUNDS
 from ..building.build_reference import BuildReference
 from ..processes.devices import device_of_rank, memory_explained
-from ..verifying.rescore import score_pairs
 from .import_config import ImportConfig
 
 
@@ -90,20 +87,18 @@ def prove_values(
 
 
 @memory_explained("import on a machine with more GPU memory, or on the CPU: CUDA_VISIBLE_DEVICES= dpo-cache import …")
-@torch.inference_mode()
 def _score(
     pairs: Sequence[TokenPair], reference: BuildReference, *, trust_remote_code: bool
 ) -> npt.NDArray[np.float64]:
     """Chosen and rejected sums of each pair, one pair at a time, shape (S, 2)."""
     device = device_of_rank(0)
-    model = load_causal_lm(
+    scorer = load_scorer(
         reference.model.folder,
-        dtype=getattr(torch, reference.dtype),
+        dtype=reference.dtype,
         attention=reference.attention,
         device=device,
         adapter=reference.adapter.folder if reference.adapter else None,
         quantization=reference.identity.quantization,
         trust_remote_code=trust_remote_code,
     )
-    scorer = PairScorer(model).eval()
     return np.concatenate([score_pairs(scorer, [pair], Layout.PADDED, device)[:, :2] for pair in pairs])

@@ -14,6 +14,7 @@ from ...pipeline.cache.scored_pair import ScoredPair
 from ...pipeline.report.histogram import Histogram, histogram
 from ...pipeline.report.page_content import CacheSection, PairGroup
 from ...pipeline.report.run_record import RunRecord
+from ..hub.recorded_reference import RecordedReference
 from .report_pairs import OpenMixture, OpenMixtures, OutermostPairs
 
 SAMPLED_BLOCKS = 16
@@ -60,12 +61,12 @@ def _section(run: RunRecord, mixtures: OpenMixtures) -> CacheSection:
 
 def _facts(opened: OpenMixture) -> list[tuple[str, str]]:
     cache, mixture = opened.cache, opened.mixture
-    commit = cache.recorded.get("commit")
+    reference = RecordedReference.of(cache.recorded)
     settings = mixture.tokenization.get("settings")
     settings = settings if isinstance(settings, dict) else {}
     tokens = sum(mixture.num_ids.values())
     return [
-        ("reference", f"{cache.recorded.get('model')}" + (f" @ {commit}" if commit else "")),
+        ("reference", reference.name + (f" @ {reference.commit}" if reference.commit else "")),
         ("weights", cache.identity.weights_sha256),
         ("numerics", f"{cache.identity.precision}, attention {cache.identity.attention}"),
         ("pairs", f"{mixture.num_pairs:,} ({mixture.num_distinct_pairs:,} distinct)"),

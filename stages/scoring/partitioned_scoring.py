@@ -15,12 +15,11 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from transformers.integrations import HfDeepSpeedConfig
 
-from ...pipeline.scoring.model_loading import load_causal_lm
-from ...pipeline.scoring.pair_scorer import PairScorer
 from ..building.build_plan import ScoringPlan
 from ..processes.job_store import StoreAddress
 from ..processes.process_group import TIMEOUT, prepare_deepspeed
 from ..processes.ranks import ranks_from_environment
+from .planned_reference import load_planned_reference
 
 Batch = TypeVar("Batch")
 
@@ -51,16 +50,9 @@ class PartitionedScoring:
         deepspeed.init_distributed()
         config = _zero3_config(plan.dtype)
         partitioning = HfDeepSpeedConfig(config)  # while it lives, weights are partitioned as they are read
-        model = load_causal_lm(
-            plan.model_folder,
-            dtype=getattr(torch, plan.dtype),
-            attention=plan.attention,
-            device=device,
-            adapter=plan.adapter_folder,
-            trust_remote_code=plan.trust_remote_code,
-        )
+        scorer = load_planned_reference(plan, device)
         del partitioning
-        self.engine: Any = deepspeed.initialize(model=PairScorer(model).eval(), config=config)[0]
+        self.engine: Any = deepspeed.initialize(model=scorer, config=config)[0]
         self.engine.eval()
 
     def in_step(self, batches: Iterable[Batch]) -> Iterator[Batch | None]:

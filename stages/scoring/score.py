@@ -30,7 +30,6 @@ from ...pipeline.scoring.batching import CPU_FILL_TOKENS, plan_batches
 from ...pipeline.scoring.flops import ModelCost
 from ...pipeline.scoring.layout_choice import choose_layout
 from ...pipeline.scoring.layouts import empty_batch, scoring_batch
-from ...pipeline.scoring.model_loading import load_causal_lm
 from ...pipeline.scoring.pair_scorer import PairScorer
 from ...pipeline.scoring.scoring_batch import ScoringBatch, token_logps_of_sides
 from ..building.build_plan import ScoringPlan
@@ -40,6 +39,7 @@ from ..processes.background import ReadAhead, WriteBehind
 from ..processes.devices import device_of_rank, memory_explained
 from ..processes.heartbeat import Heartbeat, process_name
 from ..processes.job_store import RUN_AGAIN, STORE_FAULTS, StoreAddress, store_lost
+from .planned_reference import load_planned_reference
 from .scoring_meter import ScoringMeter
 from .token_budget import TokenBudget
 from .unit_queue import UnitQueue
@@ -156,8 +156,8 @@ class ScoringWorker:
             UnitQueue(address.connect(), len(plan.units)) for _ in range(3)
         )
         self._fill_tokens = CPU_FILL_TOKENS if device.type == "cpu" else None
-        self._scorer = load_scorer(plan, device) if partitioned is None else partitioned.engine
-        pair_scorer = self._scorer if partitioned is None else self._scorer.module
+        self._scorer: nn.Module = load_planned_reference(plan, device) if partitioned is None else partitioned.engine
+        pair_scorer = self._scorer if partitioned is None else partitioned.engine.module
         assert isinstance(pair_scorer, PairScorer)
         self._budget = TokenBudget(plan.tokens_per_batch, device=device, model=pair_scorer.model)
         self._meter = ScoringMeter(self._counting, device=device, cost=ModelCost.of_model(pair_scorer.model))
@@ -230,13 +230,7 @@ class ScoringWorker:
         """The values of each pair, on the host: the device is done when it returns."""
         tensors = tensors.to(self._device, non_blocking=True)
         logps = self._scorer(tensors)
-        columns = (
-            logps.chosen_logps_B,
-            logps.rejected_logps_B,
-            logps.chosen_common_logps_B,
-            logps.rejected_common_logps_B,
-        )
-        sums = torch.stack(columns, dim=1).tolist()
+        sums = logps.stacked_sums.tolist()
         if not self._plan.token_logps:
             return [PairValues(sums=sums_of_pair, token_logps=None) for sums_of_pair in sums]
         sides = [side.float().cpu().numpy() for side in token_logps_of_sides(logps.token_logps_N, tensors)]
@@ -258,20 +252,6 @@ class ScoringWorker:
             recorded = {"layout": str(self._layout), "device": self._device.type}
             shard = self._cache.shards.write(usable, recorded=recorded).file_name
         self._finishing.finish(number, shard)
-
-
-def load_scorer(plan: ScoringPlan, device: torch.device) -> nn.Module:
-    """The plan's reference, whole, on one device."""
-    model = load_causal_lm(
-        plan.model_folder,
-        dtype=getattr(torch, plan.dtype),
-        attention=plan.attention,
-        device=device,
-        adapter=plan.adapter_folder,
-        quantization=plan.quantization,
-        trust_remote_code=plan.trust_remote_code,
-    )
-    return PairScorer(model).eval()
 
 
 def _scored_pair(pair: TokenPair, values: PairValues) -> ScoredPair:

@@ -9,6 +9,7 @@ from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.mixture import Mixture
 from ..hub.model_folder import ModelFolder
 from ..hub.public_name import public_name
+from ..hub.recorded_reference import RecordedReference
 from .recipe import Recipe
 from .train_config import TrainConfig
 
@@ -66,7 +67,7 @@ def model_card(
             "",
             "| | |",
             "|---|---|",
-            f"| reference | {public_name(str(cache.recorded.get('model', base.name)))} |",
+            f"| reference | {public_name(RecordedReference.of(cache.recorded).model or base.name)} |",
             f"| cache identity | `{cache.reference_id}` |",
             f"| reference weights, SHA-256 | `{identity.weights_sha256}` |",
             f"| scored in | {identity.precision}, {identity.attention} attention |",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 from ...errors import DpoCacheError
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.message_value import message_value
-from ...pipeline.cache.reference_identity import ReferenceIdentity, differences, identify_reference
+from ...pipeline.cache.reference_identity import ReferenceIdentity, differences
 from ...pipeline.scoring.model_loading import load_causal_lm
 from ...pipeline.scoring.pair_scorer import SCORING_VERSION
 from ...pipeline.scoring.quantization import quantized_layers
@@ -21,6 +23,8 @@ from ...pipeline.training.expert_blocks import gather_expert_blocks_whole, refus
 from ...pipeline.training.liger_layers import use_liger_layers
 from ...pipeline.training.lora_adapter import LoraSettings, add_lora, merge_adapter
 from ..hub.model_folder import ModelFolder, find_model_folder
+from ..hub.model_identity import identity_to_compare
+from ..hub.recorded_reference import RecordedReference
 from .recipe import Recipe
 from .train_config import TrainConfig
 
@@ -49,7 +53,9 @@ def find_policy(config: TrainConfig, cache: ReferenceCache) -> ModelFolder:
     """
     if config.model is not None:
         return find_model_folder(config.model, config.model_revision)
-    model = _recorded_folder(cache, "model", "commit", "name it: --model PATH_OR_ID")
+    recorded = RecordedReference.of(cache.recorded)
+    with _reference_is_here(recorded.name, part="model", remedy="name it: --model PATH_OR_ID"):
+        model = recorded.find_model()
     if cache.identity.adapter_sha256 is None:
         return model
     if config.saves_adapter:
@@ -65,13 +71,14 @@ def find_policy(config: TrainConfig, cache: ReferenceCache) -> ModelFolder:
             next_step="merge it into its base (peft's merge_and_unload) and build a cache with that",
         )
     remedy = "put it back, or merge it into its base (peft's merge_and_unload) and build a cache with that"
-    return replace(model, adapter=_recorded_folder(cache, "adapter", "adapter_commit", remedy))
+    with _reference_is_here(recorded.adapter or "unnamed adapter", part="adapter", remedy=remedy):
+        return replace(model, adapter=recorded.find_adapter())
 
 
-def _recorded_folder(cache: ReferenceCache, part: str, commit_of: str, remedy: str) -> ModelFolder:
-    name, commit = str(cache.recorded.get(part)), cache.recorded.get(commit_of)
+@contextmanager
+def _reference_is_here(name: str, *, part: str, remedy: str) -> Iterator[None]:
     try:
-        return find_model_folder(name, str(commit) if commit else None)
+        yield
     except DpoCacheError as missing:
         raise DpoCacheError(
             f"the cache's reference {name} is not to be found here: {missing.found}",
@@ -93,16 +100,7 @@ def check_policy(config: TrainConfig, reference: ReferenceIdentity, model: Model
             expected=f"version {SCORING_VERSION}",
             next_step="build a new cache, or use the dpo-cache that made this one",
         )
-    identity = identify_reference(
-        model.folder,
-        adapter_folder=model.adapter.folder if model.adapter else None,
-        weight_dtype=reference.weight_dtype,
-        compute_dtype=reference.compute_dtype,
-        attention=reference.attention,
-        scoring_version=SCORING_VERSION,
-        quantization=reference.quantization,
-        trust_remote_code=config.trust_remote_code,
-    )
+    identity = identity_to_compare(model, reference, trust_remote_code=config.trust_remote_code)
     found = differences(reference, identity)
     if found and not config.allow_other_policy:
         fields = "; ".join(

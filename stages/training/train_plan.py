@@ -8,6 +8,7 @@ from typing import Any
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.mixture import Mixture
 from ..console.counted_noun import counted
+from ..hub.recorded_reference import RecordedReference
 from .held_out_overlap import overlap_warnings
 from .recipe import Recipe, warnings_of
 from .train_config import TrainConfig
@@ -88,7 +89,7 @@ def plan_of(
 
 
 def _policy(config: TrainConfig, recipe: Recipe, cache: ReferenceCache) -> str:
-    start = config.model or f"{cache.recorded.get('model')}, the cache's reference"
+    start = config.model or f"{RecordedReference.of(cache.recorded).name}, the cache's reference"
     if recipe.lora is None:
         return f"{start}; all weights are trained"
     kind = "QLoRA" if config.quantization else "LoRA"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,18 @@ import torch
 from ...errors import DpoCacheError
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.key_index import KeyIndex
-from ...pipeline.cache.reference_identity import identify_reference
 from ...pipeline.cache.scored_pair import VALUE_COLUMNS, ScoredPair
 from ...pipeline.cache.shard_file import read_shard_rows
-from ...pipeline.data.token_pair import TokenPair
 from ...pipeline.scoring.batching import plan_batches
 from ...pipeline.scoring.layout_choice import choose_layout
-from ...pipeline.scoring.layouts import scoring_batch
-from ...pipeline.scoring.model_loading import load_causal_lm
-from ...pipeline.scoring.pair_scorer import SCORING_VERSION, PairScorer
+from ...pipeline.scoring.pair_scorer import PairScorer
+from ...pipeline.scoring.reference_scorer import load_scorer, score_pairs
 from ...pipeline.scoring.scoring_batch import Layout
 from ...pipeline.training.step_zero import BOUNDS
 from ..console.library_output import quiet_libraries
 from ..hub.model_folder import find_model_folder
+from ..hub.model_identity import identity_to_compare
+from ..hub.recorded_reference import RecordedReference
 from ..processes.devices import device_of_rank, memory_explained
 
 TOKENS_PER_BATCH = 4096
@@ -168,45 +167,32 @@ def rescore(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -
 
 
 def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: torch.device) -> PairScorer:
-    recorded_name, commit = cache.recorded.get("model"), cache.recorded.get("commit")
+    recorded = RecordedReference.of(cache.recorded)
     try:
-        model = find_model_folder(settings.model or str(recorded_name), None if settings.model else commit)
+        model = find_model_folder(settings.model, None) if settings.model else recorded.find_model()
     except DpoCacheError as error:
         raise DpoCacheError(
             f"the reference is not where it was when the cache was made: {error.found}",
             next_step=f"dpo-cache verify {cache.path} --rescore {settings.pairs} --model WHERE_IT_IS_NOW",
         ) from error
-    adapter_name = cache.recorded.get("adapter")
-    adapter = find_model_folder(str(adapter_name), cache.recorded.get("adapter_commit")) if adapter_name else None
+    if recorded.adapter:
+        model = replace(model, adapter=recorded.find_adapter())
     ours = cache.identity
     if ours.remote_code_sha256 and not settings.trust_remote_code:
         raise DpoCacheError(
             "the values were computed by Python code that came with the model, and it does not run unasked",
             next_step=f"dpo-cache verify {cache.path} --rescore {settings.pairs} --trust-remote-code",
         )
-    cache.require_reference(
-        identify_reference(
-            model.folder,
-            adapter_folder=adapter.folder if adapter else None,
-            weight_dtype=ours.weight_dtype,
-            compute_dtype=ours.compute_dtype,
-            attention=ours.attention,
-            scoring_version=SCORING_VERSION,
-            quantization=ours.quantization,
-            trust_remote_code=settings.trust_remote_code,
-        )
+    cache.require_reference(identity_to_compare(model, ours, trust_remote_code=settings.trust_remote_code))
+    return load_scorer(
+        model.folder,
+        dtype=ours.compute_dtype,
+        attention=ours.attention,
+        device=device,
+        adapter=model.adapter.folder if model.adapter else None,
+        quantization=ours.quantization,
+        trust_remote_code=settings.trust_remote_code,
     )
-    return PairScorer(
-        load_causal_lm(
-            model.folder,
-            dtype=getattr(torch, ours.compute_dtype),
-            attention=ours.attention,
-            device=device,
-            adapter=adapter.folder if adapter else None,
-            quantization=ours.quantization,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    ).eval()
 
 
 def _sample(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -> tuple[list[str], list[ScoredPair]]:
@@ -221,22 +207,6 @@ def _sample(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -
         rows += read_shard_rows(_shard_path(cache, shard.file_name), wanted.tolist())
         shards += [shard.sha256] * len(wanted)
     return shards, rows
-
-
-@torch.inference_mode()
-def score_pairs(
-    scorer: PairScorer, pairs: Sequence[TokenPair], layout: Layout, device: torch.device
-) -> npt.NDArray[np.float64]:
-    """The four values of each pair of one batch, in the order of ``VALUE_COLUMNS``, shape (pairs, 4)."""
-    logps = scorer(scoring_batch(pairs, layout).to(device))
-    columns = (
-        logps.chosen_logps_B,
-        logps.rejected_logps_B,
-        logps.chosen_common_logps_B,
-        logps.rejected_common_logps_B,
-    )
-    values: npt.NDArray[np.float64] = torch.stack(columns, dim=1).cpu().numpy()
-    return values
 
 
 def _distances(rows: Sequence[ScoredPair], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -31,7 +31,7 @@ def cache(tmp_path: Path) -> ReferenceCache:
 
 def write(cache: ReferenceCache, pairs: CollectedPairs) -> None:
     MixtureContent(rows=pairs.rows, tokenization=pairs.tokenization, sources=pairs.sources, is_new=True).write(
-        cache, "train", without=[]
+        cache, "train", key_index=cache.shards.key_index()
     )
 
 
@@ -110,7 +110,7 @@ def test_the_same_pairs_described_otherwise_are_described_anew_and_can_then_be_e
     digest = cache.read_mixture("train").digest
     content = content_of(cache, collected(**changed), replace=replace)
     assert content.is_new
-    content.write(cache, "train", without=[])
+    content.write(cache, "train", key_index=cache.shards.key_index())
     written = cache.read_mixture("train")
     assert (written.digest, written.tokenization, written.sources) == (digest, content.tokenization, content.sources)
     assert written.dropped == content.sources[0]["dropped"]
@@ -125,7 +125,7 @@ def test_extending_adds_every_row_of_another_dataset_and_counts_those_that_are_t
     extended = content_of(cache, other, extend=True)
     assert (len(extended.rows), extended.already_there) == (16, 0)
     assert extended.dropped == {"empty-answer": 4, "too-long": 2}
-    extended.write(cache, "train", without=[])
+    extended.write(cache, "train", key_index=cache.shards.key_index())
     again = content_of(cache, other, extend=True)
     assert (len(again.rows), again.already_there, again.is_new) == (16, 4, False)
     assert cache.read_mixture("train").num_distinct_pairs == 12
@@ -152,7 +152,7 @@ def test_pairs_that_are_left_out_are_recorded_so_that_the_same_build_knows_them_
     }
     content = content_of(cache).without(bad)
     content = MixtureContent(rows=content.rows, tokenization=content.tokenization, sources=content.sources, is_new=True)
-    content.write(cache, "train", without=[])
+    content.write(cache, "train", key_index=cache.shards.key_index())
     written = cache.read_mixture("train")
     assert (written.num_pairs, written.dropped) == (8, {"empty-answer": 3, "no-finite-logps": 3, "probability-one": 1})
 

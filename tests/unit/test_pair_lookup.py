@@ -13,7 +13,9 @@ from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.example_key import canonical_scored_mask
 from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
+from dpo_cache.pipeline.cache.pair_lookup import PairLookup
 from dpo_cache.pipeline.cache.pair_order import epoch_order
+from dpo_cache.stages.show import show
 
 
 def test_every_pair_is_found_by_its_key_and_by_its_tokens_and_mask(tmp_path: Path) -> None:
@@ -75,3 +77,22 @@ def test_importing_the_package_stays_light() -> None:
     assert done.stdout.split() == ["[]", "[]"]
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = dpo_cache.Nothing
+
+
+def test_a_key_is_named_by_how_it_begins(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    rows = make_rows(40)
+    fill_cache(cache, rows, shard_rows=7)
+    keys = sorted({row.key for row in rows})
+    with PairLookup(cache) as lookup:
+        for digits in ("", "0", "f", keys[0].hex()[:2], keys[-1].hex()[:7], keys[20].hex()):
+            assert lookup.keys_beginning_with(digits) == [key for key in keys if key.hex().startswith(digits)]
+
+
+def test_a_shard_whose_bytes_are_not_those_of_its_name_is_not_shown_by_key(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    rows = make_rows(4)
+    shard = cache.shards.path_of(cache.shards.write(rows))
+    shard.rename(shard.with_name(f"{'0' * 64}.parquet"))
+    with pytest.raises(DpoCacheError, match="is damaged: its bytes have the SHA-256"):
+        show(cache.path, count=1, mixture_name=None, key=rows[0].key.hex())
