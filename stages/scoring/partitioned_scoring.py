@@ -7,6 +7,7 @@ a batch runs an empty one until nobody has any left.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import deepspeed
@@ -65,6 +66,20 @@ class PartitionedScoring:
             if not ranks_with_work.item():
                 return
             yield batch
+
+
+@contextmanager
+def partitioned_scoring(plan: ScoringPlan, address: StoreAddress, device: torch.device) -> Iterator[PartitionedScoring]:
+    """The same, for as long as it is used; then the ranks part: threads of gloo would abort a process that ends."""
+    scoring = PartitionedScoring(plan, address, device)
+    try:
+        yield scoring
+    except BaseException:
+        # NCCL would wait for ranks that wait for this one: it is left as it is, and ends with the process.
+        if device.type == "cpu":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _zero3_config(dtype: str) -> dict[str, Any]:

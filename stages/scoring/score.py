@@ -68,12 +68,13 @@ def score_units(plan_path: Path, address: StoreAddress, rank_of_node: int) -> No
     device = device_of_rank(rank_of_node)
     try:
         with memory_explained(SMALLER_BATCHES), Heartbeat(address.connect(), process_name(os.getpid())):
-            partitioned = None
-            if plan.zero_stage:
-                from .partitioned_scoring import PartitionedScoring  # DeepSpeed takes seconds to import
+            if not plan.zero_stage:
+                ScoringWorker(plan, address, device).run()
+                return
+            from .partitioned_scoring import partitioned_scoring  # only now: it imports DeepSpeed
 
-                partitioned = PartitionedScoring(plan, address, device)
-            ScoringWorker(plan, address, device, partitioned).run()
+            with partitioned_scoring(plan, address, device) as partitioned:
+                ScoringWorker(plan, address, device, partitioned).run()
     except KeyboardInterrupt:
         return  # asked to stop: the unit in hand is dropped
     except STORE_FAULTS as lost:

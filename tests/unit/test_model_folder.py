@@ -56,7 +56,9 @@ def test_the_tokenizer_of_a_model_that_was_downloaded_asks_the_hub_for_nothing(h
 def test_a_download_that_breaks_off_is_told_from_a_model_that_is_not_there(
     hub: HubServer, fault: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DpoCacheError, match="there is no folder owner/other, and the Hub did not give a model of that name"):
+    with pytest.raises(
+        DpoCacheError, match="there is no folder owner/other, and the Hub did not give a model of that name"
+    ):
         find_model_folder("owner/other", None)
 
     def breaks_off(*_: object, **__: object) -> str:
