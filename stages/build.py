@@ -33,7 +33,7 @@ from .building.build_datasets import SPOOL, collect_datasets, open_datasets
 from .building.build_plan import ScoringPlan, cut_units
 from .building.build_reference import resolve_reference
 from .building.build_report import BuildReport
-from .building.left_out import in_words, keys_by_reason
+from .building.left_out import keys_by_reason, pairs_in_words
 from .building.mixture_change import left_out_before, mixture_content, new_content
 from .building.mixture_content import MixtureContent
 from .building.pair_collection import CollectedPairs
@@ -212,7 +212,7 @@ class Build:
     def _refuse_unusable(self, outcome: ScoringOutcome) -> None:
         if outcome.unusable and not self._config.drop_nonfinite:
             raise DpoCacheError(
-                f"the reference gives values that cannot be used: {in_words(outcome.unusable)}",
+                f"the reference gives values that cannot be used: {pairs_in_words(outcome.unusable)}",
                 expected="finite sums below zero; all other pairs are scored and stay",
                 next_step="look at those pairs and at the model; --drop-nonfinite leaves them out of the mixture",
             )

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.durable_file import write_durably
-from ..pipeline.cache.example_key import canonical_scored_mask
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.scored_pair import ScoredPair
+from ..pipeline.data.token_pair import canonical_scored_mask
 from .console.byte_size import byte_size
 from .console.progress import Progress
 from .interchange.trl_columns import REFERENCE_ID_KEY, TRL_SCHEMA

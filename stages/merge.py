@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
-from .building.mixture_change import differing_settings, in_words
+from .building.mixture_change import differing_settings, settings_in_words
 from .building.mixture_content import MixtureContent
 from .building.mixture_union import canonical_order, united
 from .console.progress import Progress
@@ -136,7 +136,7 @@ def _united(parts: Sequence[_Part], cache: ReferenceCache) -> MixtureContent:
         if differing:
             raise DpoCacheError(
                 f"mixture {first.name} of {part.cache.path} was made with other tokens than that of "
-                f"{parts[0].cache.path}: {in_words(differing)}",
+                f"{parts[0].cache.path}: {settings_in_words(differing)}",
                 expected="the same settings for all pairs of a mixture",
                 next_step="build that part again with the same settings, or under another --mixture name",
             )

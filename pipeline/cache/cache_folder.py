@@ -33,7 +33,7 @@ from .pair_lookup import PairLookup
 from .pair_order import epoch_order
 from .pair_stream import PairStream
 from .parquet_file import reading
-from .reference_identity import ReferenceIdentity, differences, in_words
+from .reference_identity import ReferenceIdentity, differences, differences_in_words
 from .scored_pair import ScoredPair
 from .shard_file import ShardReader
 from .shard_folder import ShardFolder, verified_chunks
@@ -137,7 +137,7 @@ class ReferenceCache:
             is_empty = not any((self.path / "shards").iterdir()) and not self.mixture_names()  # a build that failed
             raise DpoCacheError(
                 f"{self.path} {'was begun for' if is_empty else 'holds the values of'} another reference "
-                f"({in_words(found)})",
+                f"({differences_in_words(found)})",
                 next_step=f"nothing is scored in it yet: delete the folder {self.path}, or give another --cache"
                 if is_empty
                 else "give another --cache for this reference, or the model and options that this cache was built with",
@@ -366,7 +366,7 @@ def _refuse_shards_of_others(path: Path, identity: ReferenceIdentity) -> None:
     salvaged = salvaged_identity(path)
     fields = ""
     if salvaged is not None and salvaged.digest in others:
-        fields = f" ({in_words(differences(salvaged, identity))})"
+        fields = f" ({differences_in_words(differences(salvaged, identity))})"
     raise DpoCacheError(
         f"cache.json of {path} is {state}, and its shards hold values of the reference {str(others[0])[:16]}…; this "
         f"one is {identity.digest[:16]}…{fields}",

@@ -11,7 +11,7 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from ..data.token_pair import ScoredMask, TokenIds, TokenPair
+from ..data.token_pair import TokenIds, TokenPair, canonical_scored_mask
 
 KEY_VERSION = 1
 KEY_BYTES = 32
@@ -51,16 +51,6 @@ def prompt_hash(prompt_ids: TokenIds) -> bytes:
 def prompt_hash_prefix(prompt_ids: TokenIds) -> int:
     """The first 8 bytes of :func:`prompt_hash` as a big-endian number: same order, cheap to sort and to store."""
     return int.from_bytes(prompt_hash(prompt_ids)[:8], "big")
-
-
-def canonical_scored_mask(pair: TokenPair) -> ScoredMask | None:
-    """The pair's mask, or None where it only says what None says."""
-    mask = pair.scored_mask
-    if mask is None:
-        return None
-    assert len(mask) == pair.shared_prefix_tokens
-    prompt_length = len(pair.prompt_ids)
-    return None if mask[prompt_length:].all() and not mask[:prompt_length].any() else mask
 
 
 def key_at(keys: Keys, index: int) -> bytes:

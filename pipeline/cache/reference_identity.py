@@ -132,7 +132,7 @@ def differences(ours: ReferenceIdentity, theirs: ReferenceIdentity) -> list[tupl
     return _different_members(ours.to_json(), theirs.to_json(), prefix="")
 
 
-def in_words(differing: list[tuple[str, Any, Any]]) -> str:
+def differences_in_words(differing: list[tuple[str, Any, Any]]) -> str:
     """Fields in which a cache's identity, the first value, differs from the one that was asked for."""
     return "; ".join(
         f"{name}: cached {message_value(ours)}, asked for {message_value(theirs)}" for name, ours, theirs in differing

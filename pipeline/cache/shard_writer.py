@@ -12,9 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ...errors import DpoCacheError
+from ..data.token_pair import canonical_scored_mask
 from .canonical_json import canonical_bytes
 from .digest_named_file import write_digest_named
-from .example_key import KEY_BYTES, KEY_VERSION, canonical_scored_mask, keys_array
+from .example_key import KEY_BYTES, KEY_VERSION, keys_array
 from .format_version import FORMAT_VERSION
 from .parquet_file import KEY_COLUMN, parquet_bytes
 from .scored_pair import VALUE_COLUMNS, ScoredPair, unusable_in_words, unusable_values, values_of

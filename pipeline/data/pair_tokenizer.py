@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -29,7 +29,7 @@ from .chat_template import ChatTemplate, resolve_chat_template, resolve_tool_tem
 from .preference import Preference
 from .rendering import Renderer, Rendering
 from .special_tokens import SpecialTokens
-from .token_pair import ScoredMask, TokenIds, TokenPair
+from .token_pair import ScoredMask, TokenIds, TokenPair, canonical_scored_mask
 from .tokenization_settings import TokenizationSettings
 from .tokenizer import load_tokenizer, tokenizer_sha256, vocabulary_sha256
 from .unusable_row import UnusableRow
@@ -258,10 +258,8 @@ def _token_pair(ids: tuple[TokenIds, TokenIds, TokenIds], scored: Sequence[Score
     prompt_scored = np.concatenate([np.zeros(len(prompt) - len(prompt_scored), np.bool_), prompt_scored])
     prompt_scored[0] = False  # nothing predicts the very first token
     scored_mask = np.concatenate([prompt_scored, chosen_scored, rejected_scored])
-    is_default = chosen_scored.all() and rejected_scored.all() and not prompt_scored.any()
-    pair = TokenPair(
-        prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected, scored_mask=None if is_default else scored_mask
-    )
+    pair = TokenPair(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected, scored_mask=scored_mask)
+    pair = replace(pair, scored_mask=canonical_scored_mask(pair))
     if not pair.chosen_tokens or not pair.rejected_tokens:
         raise UnusableRow("nothing-scored")
     return pair

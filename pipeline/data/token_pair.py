@@ -67,3 +67,13 @@ class TokenPair:
     def shared_prefix_tokens(self) -> int:
         """Tokens a prefix-shared row spends on this pair: the prompt once, then both answers."""
         return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+
+def canonical_scored_mask(pair: TokenPair) -> ScoredMask | None:
+    """The pair's mask, or None where it only says what None says."""
+    mask = pair.scored_mask
+    if mask is None:
+        return None
+    assert len(mask) == pair.shared_prefix_tokens
+    prompt_length = len(pair.prompt_ids)
+    return None if mask[prompt_length:].all() and not mask[:prompt_length].any() else mask

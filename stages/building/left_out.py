@@ -59,7 +59,7 @@ def keys_by_reason(pairs: Iterable[UnusablePair]) -> dict[str, Keys]:
     return {reason: keys_array(keys) for reason, keys in found.items()}
 
 
-def in_words(pairs: Sequence[UnusablePair]) -> str:
+def pairs_in_words(pairs: Sequence[UnusablePair]) -> str:
     """How many pairs are refused for which reason, and the first of them with their values."""
     chosen, rejected = (np.array([getattr(pair, side) for pair in pairs]) for side in ("chosen", "rejected"))
     keys = keys_array([bytes.fromhex(pair.key) for pair in pairs])

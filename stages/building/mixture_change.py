@@ -95,7 +95,7 @@ def _extended(existing: Mixture, added: MixtureContent, known: KeyIndex) -> Mixt
     differing = differing_settings(existing.tokenization, added.tokenization)
     if differing:
         raise DpoCacheError(
-            f"mixture {existing.name} was made with other tokens: {in_words(differing)}",
+            f"mixture {existing.name} was made with other tokens: {settings_in_words(differing)}",
             expected="the same settings for all pairs of a mixture",
             next_step="repeat the command with the mixture's settings, or give these pairs another --mixture",
         )
@@ -145,7 +145,7 @@ def _changed(existing: Mixture, content: MixtureContent, config: BuildConfig) ->
     old, new = np.unique(existing.rows().example_keys), np.unique(content.rows.example_keys)
     kept = len(np.intersect1d(old, new))
     differing = differing_settings(existing.tokenization, content.tokenization)
-    because = f", because of {in_words(differing)}" if differing else ""
+    because = f", because of {settings_in_words(differing)}" if differing else ""
     left_out = np.concatenate([np.empty(0, dtype=new.dtype), *recorded_keys(existing.sources).values()])
     again = len(np.intersect1d(new, left_out))
     return DpoCacheError(
@@ -165,7 +165,7 @@ def differing_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tup
     return [(name, ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)]
 
 
-def in_words(differing: list[tuple[str, Any, Any]]) -> str:
+def settings_in_words(differing: list[tuple[str, Any, Any]]) -> str:
     """Differing fields for a message."""
     return "; ".join(f"{name} (was {_short(was)}, now {_short(now)})" for name, was, now in differing)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,7 +203,7 @@ def _sample(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -
     for number in np.unique(index.shard_numbers[places]).tolist():
         shard = index.shards[number]
         wanted = np.sort(index.rows[places[index.shard_numbers[places] == number]])
-        rows += read_shard_rows(_shard_path(cache, shard.file_name), wanted.tolist())
+        rows += read_shard_rows(cache.shards.path_of(shard), wanted.tolist())
         shards += [shard.sha256] * len(wanted)
     return shards, rows
 
@@ -220,7 +219,3 @@ def _tokens(row: ScoredPair) -> tuple[int, int, int, int]:
     """How many tokens each of the four values is a sum over."""
     common = min(row.chosen_tokens, row.rejected_tokens)
     return row.chosen_tokens, row.rejected_tokens, common, common
-
-
-def _shard_path(cache: ReferenceCache, file_name: str) -> Path:
-    return cache.path / "shards" / file_name

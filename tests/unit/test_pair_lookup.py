@@ -11,10 +11,10 @@ import dpo_cache
 import pytest
 from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.cache.example_key import canonical_scored_mask
 from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
 from dpo_cache.pipeline.cache.pair_lookup import PairLookup
 from dpo_cache.pipeline.cache.pair_order import epoch_order
+from dpo_cache.pipeline.data.token_pair import canonical_scored_mask
 from dpo_cache.stages.show import show
 
 

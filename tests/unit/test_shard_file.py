@@ -14,7 +14,7 @@ import pytest
 from cache_factory import make_pair, make_row, make_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import shard_writer
-from dpo_cache.pipeline.cache.example_key import canonical_scored_mask, example_key, key_at
+from dpo_cache.pipeline.cache.example_key import example_key, key_at
 from dpo_cache.pipeline.cache.scored_pair import VALUE_COLUMNS, ScoredPair, unusable_values
 from dpo_cache.pipeline.cache.shard_file import (
     ShardReader,
@@ -24,7 +24,7 @@ from dpo_cache.pipeline.cache.shard_file import (
     verify_shard,
 )
 from dpo_cache.pipeline.cache.shard_writer import write_shard
-from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.pipeline.data.token_pair import TokenPair, canonical_scored_mask
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
