@@ -195,7 +195,7 @@ class Build:
             token_logps=self._config.token_logps,
             spool=str((scratch / SPOOL).resolve()),
             order=waiting.spool_indices[order].tolist(),
-            longest=int(waiting.spool_indices[waiting.lengths.argmax()]) if units else -1,
+            longest=int(waiting.spool_indices[waiting.lengths.argmax()]) if units else None,
             units=units,
         )
         plan_path = scratch / "plan.json"

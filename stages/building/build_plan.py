@@ -48,7 +48,7 @@ class ScoringPlan:
         token_logps: Whether the log-probability of each scored token is kept too.
         spool: The file with the pairs' tokens.
         order: Spool indices in the order the units cut through.
-        longest: Spool index of the longest pair: it is tried first.
+        longest: Spool index of the longest pair, which is tried first; None where there is nothing to score.
         units: The work units.
     """
 
@@ -64,7 +64,7 @@ class ScoringPlan:
     token_logps: bool
     spool: str
     order: list[int]
-    longest: int
+    longest: int | None
     units: list[Unit]
 
     def write(self, path: Path) -> None:

@@ -163,6 +163,7 @@ class ScoringWorker:
         self._budget = TokenBudget(plan.tokens_per_batch, device=device, model=pair_scorer.model)
         self._meter = ScoringMeter(self._counting, device=device, cost=ModelCost.of_model(pair_scorer.model))
         # The longest pair goes first, with the proof of the layout: too little memory shows in the first minute.
+        assert plan.longest is not None, "no process is started where there is nothing to score"
         self._layout = choose_layout(self._scorer, device=device, pairs=self._spool.read([plan.longest]))
 
     def run(self) -> None:

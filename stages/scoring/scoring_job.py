@@ -64,6 +64,8 @@ def lead_scoring(
     queue = UnitQueue(job.store, len(plan.units))
     job.announce_plan(plan_path)
     ranks_of_node = [ranks.rank_of_node] if ranks else list(range(num_workers))
+    if not plan.units:
+        ranks_of_node = []  # the other ranks start none either: there is nothing to load a model for
     with Progress(total_tokens, unit="tok", title="score") as progress:
 
         def show() -> None:
