@@ -88,15 +88,15 @@ def timed_run(arguments: list[str]) -> dict[str, Any]:
     started = psutil.Process().create_time()
     import deepspeed
     from dpo_cache.cli import dpo_train
-    from dpo_cache.stages.training import training_loop, training_run
+    from dpo_cache.stages.training import prepared_run, started_run, training_loop, training_run
 
     for owner, name, part in (
-        (training_run.TrainingRun, "_prepare", CACHE),
-        (training_run.TrainingRun, "_prove_step_zero", PROOF),
-        (training_run, "load_policy", LOAD),
-        (training_run, "PolicyEngine", LOAD),
-        (training_run, "choose_layout", LOAD),
-        (training_run, "MicroBatches", LENGTHS),
+        (prepared_run, "_open_pairs", CACHE),
+        (training_run, "prove_step_zero", PROOF),
+        (started_run, "load_policy", LOAD),
+        (started_run, "PolicyEngine", LOAD),
+        (started_run, "choose_layout", LOAD),
+        (started_run, "MicroBatches", LENGTHS),
         (training_loop.TrainingLoop, "update", UPDATE),
         (training_loop.MicroBatches, "of", READ),
         (training_loop.MicroBatches, "read", READ),

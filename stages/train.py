@@ -100,15 +100,23 @@ def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport | Dry
 
 def _train_rank(config: TrainConfig, ranks: Ranks) -> TrainReport | DryRunReport | None:
     from .processes.process_group import process_group  # only now: it imports DeepSpeed
-    from .training.training_run import TrainingRun
+    from .training.training_run import run_dry, run_training
 
     cache_folder = _cache_folder(config)  # before the ranks meet: the wait for a long copy has no limit here
     with process_group(ranks) as device:
-        run = TrainingRun(config, ranks, device, cache_folder)
-        report = run.dry_run() if config.dry_run else run.run()
-    if run.hub_target is not None and isinstance(report, TrainReport) and report.is_finished:
-        report = _upload(run.hub_target, report)  # the ranks have parted: no one waits for it
-    return report if ranks.rank == 0 and not is_child() else None
+        if config.dry_run:
+            measured = run_dry(config, ranks, device, cache_folder)
+            return measured if _reports(ranks) else None
+        trained = run_training(config, ranks, device, cache_folder)
+    report = trained.report
+    if trained.hub_target is not None and report.is_finished:
+        report = _upload(trained.hub_target, report)  # the ranks have parted: no one waits for it
+    return report if _reports(ranks) else None
+
+
+def _reports(ranks: Ranks) -> bool:
+    """A rank that this command started leaves it to the process that waits for all."""
+    return ranks.rank == 0 and not is_child()
 
 
 def _upload(target: HubTarget, report: TrainReport) -> TrainReport:

@@ -40,26 +40,24 @@ class RunCheckpoints:
         config: The settings.
         recipe: The resolved numbers.
         ranks: Which rank of how many this is.
+        policy_sha256: Of the weights that the policy starts from, which a checkpoint of an adapter needs again.
     """
 
-    def __init__(self, config: TrainConfig, recipe: Recipe, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, recipe: Recipe, ranks: Ranks, *, policy_sha256: str) -> None:
         self._config = config
         self._recipe = recipe
         self._ranks = ranks
+        self._must_stay = recipe.must_stay(policy_sha256)
         self._folder = config.output / "checkpoints"
         self._keep_last = None if config.keep_last_n_checkpoints == -1 else config.keep_last_n_checkpoints
 
-    def find(self, policy_sha256: str) -> Checkpoint | None:
+    def find(self) -> Checkpoint | None:
         """The checkpoint to go on from, the same on all ranks; None for a fresh start.
-
-        Args:
-            policy_sha256: Of the weights that the policy started from, which a checkpoint of an adapter needs again.
 
         Raises:
             DpoCacheError: It is not complete, or of a run that differs in what has to stay; or the run is finished and
                 its checkpoints are gone. On all ranks alike.
         """
-        self._must_stay = self._recipe.must_stay(policy_sha256)
         if self._config.resume is None:
             return None
         checkpoint = decided_by_first(lambda: self._choose(str(self._config.resume)))

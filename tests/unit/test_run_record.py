@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from dpo_cache.pipeline.report.run_record import is_run, read_run
+from dpo_cache.pipeline.report.run_record import is_run, logged_line, read_run
 from hypothesis import given
 from hypothesis import strategies as st
 from run_factory import step_line, write_run
@@ -73,3 +73,13 @@ def test_a_line_without_a_step_is_none(tmp_path: Path, step: str) -> None:
         metrics.write(f'{{"training_step": {step}, "train_loss": 1}}\n')
     run = read_run(folder, name="run")
     assert (len(run.steps), run.unreadable_lines) == (1, 1)
+
+
+def test_the_last_line_of_a_step_that_has_a_field_is_found_without_what_is_no_number(tmp_path: Path) -> None:
+    lines = (
+        '{"training_step": 2, "eval/loss": 0.5}\n{"training_step": 2, "train_loss": 0.7}\n'
+        '{"training_step": 2, "eval/loss": 0.4, "eval/rewards/accuracy": NaN}\n{"training_step": 3, "eval/loss": 0.1}\n'
+    )
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert logged_line(tmp_path, 2, "eval/loss") == {"training_step": 2, "eval/loss": 0.4}
+    assert logged_line(tmp_path, 4, "eval/loss") is None

@@ -1,0 +1,125 @@
+"""The updates of one run and what comes between them: log lines, evaluations, the best model, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...pipeline.cache.parquet_file import KEY_COLUMN
+from ...pipeline.report.run_record import logged_line
+from ...pipeline.training.eval_margins import EVAL_MARGINS, write_eval_margins
+from ...pipeline.training.run_log import RunLog
+from ..processes.process_group import any_rank, decided_by_first, say_once
+from .best_model import BestModel
+from .prepared_run import PreparedRun
+from .started_run import StartedRun
+
+
+class TrainingUpdates:
+    """What one process does of a run, from the updates done before it to the last it has to do.
+
+    Every method is collective: all ranks call it, in the same order.
+
+    Args:
+        run: What was prepared.
+        started: The policy, at the first update to do.
+        log: Where lines go; closed here only when the run is asked to stop.
+        best: The best evaluation before the first update to do.
+    """
+
+    def __init__(self, run: PreparedRun, started: StartedRun, log: RunLog, best: BestModel) -> None:
+        self._run = run
+        self._config = run.config
+        self._started = started
+        self._loop = started.loop
+        self._log = log
+        self._best = best
+        self._first_step = started.first_step
+        self._last_step = run.config.stop_after_steps or run.recipe.total_steps
+
+    @property
+    def updates_done(self) -> int:
+        """Updates of the run once these are done."""
+        return max(self._first_step, self._last_step)
+
+    def evaluate_before(self) -> dict[str, float] | None:
+        """The evaluation before the first update of the run; a resumed run has it already."""
+        return self._evaluate(0) if self._started.checkpoint is None else self._logged(0, "eval/loss")
+
+    def carry_out(self, stop_requested: Callable[[], bool]) -> dict[str, float]:
+        """Do the updates; the last logged line.
+
+        Raises:
+            KeyboardInterrupt: Asked to stop; a checkpoint was saved.
+        """
+        line: dict[str, float] = {}
+        for step in range(self._first_step, self._last_step):
+            batch, grad_norm = self._loop.update(step)
+            self._log.advance()
+            done, is_last = step + 1, step + 1 == self._last_step
+            if is_last or done % self._config.logging_steps == 0:
+                line = self._loop.line(batch, grad_norm)
+                self._log.write(line)
+            if self._evaluates_after(done) and not is_last:
+                self._keep_best(line, self._evaluate(done))
+            stop = any_rank(stop_requested(), self._run.device) and not is_last
+            if stop or is_last or (self._config.checkpointing_steps and done % self._config.checkpointing_steps == 0):
+                self._run.checkpoints.save(
+                    self._started.engine,
+                    updates_done=done,
+                    unlogged=self._loop.unlogged(),
+                    tracking_run_id=self._log.tracking_run_id,
+                )
+            if stop:
+                self._log.close()
+                say_once(f"saved a checkpoint after update {done} of {self._run.recipe.total_steps}")
+                raise KeyboardInterrupt
+        return line or self._logged(self._first_step, "train_loss") or {}  # nothing was left to do
+
+    def evaluate_after(self) -> dict[str, float] | None:
+        """The evaluation after the last update; a finished run that is resumed has it already."""
+        if self._first_step >= self._last_step:
+            evaluation = decided_by_first(lambda: self._logged(self.updates_done, "eval/loss"))
+            if evaluation is not None:
+                return evaluation
+        return self._evaluate(self.updates_done)
+
+    def save_model(self, line: dict[str, float], evaluation: dict[str, float] | None) -> None:
+        """Save what the last update left: as the best model, where it is, and as the model of a finished run.
+
+        Args:
+            line: The last logged line.
+            evaluation: The one after the last update.
+        """
+        is_finished = self.updates_done == self._run.recipe.total_steps
+        if is_finished or self._evaluates_after(self.updates_done):
+            self._keep_best(line, evaluation)
+        if is_finished:
+            self._started.models.write(self._config.output / "model", line, evaluation)
+
+    def _evaluates_after(self, updates_done: int) -> bool:
+        return self._config.eval_steps is not None and updates_done % self._config.eval_steps == 0
+
+    def _evaluate(self, updates_done: int) -> dict[str, float] | None:
+        mixture = self._run.pairs.eval_mixture
+        if mixture is None:
+            return None
+        evaluation = self._loop.evaluate(updates_done)
+        self._log.write(evaluation.line)
+        if self._run.is_main and evaluation.margins is not None:
+            write_eval_margins(
+                self._config.output / EVAL_MARGINS,
+                training_step=updates_done,
+                keys=mixture.table.column(KEY_COLUMN),
+                margins=evaluation.margins,
+            )
+        return evaluation.line
+
+    def _keep_best(self, line: dict[str, float], evaluation: dict[str, float] | None) -> None:
+        if evaluation is None or not self._best.is_beaten_by(evaluation):
+            return
+        self._started.models.write(self._config.output / "best", line, evaluation)
+        self._best.remember(evaluation, is_main=self._run.is_main)
+
+    def _logged(self, step: int, field: str) -> dict[str, float] | None:
+        """As rank 0 knows it: it writes the file, and whatever is told of it."""
+        return logged_line(self._config.output, step, field) if self._run.is_main else None
