@@ -19,6 +19,7 @@ from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.key_index import KeyIndex
 from ..pipeline.cache.mixture import check_name
+from ..pipeline.data.dataset_source import DatasetSource
 from ..pipeline.scoring.quantization import require_bitsandbytes
 from .building.build_cache import (
     damaged_shards,
@@ -123,12 +124,14 @@ class Build:
     def _run(self, job: JobStore | None) -> BuildReport:
         if self._reference.identity.quantization:
             require_bitsandbytes()
+        ReferenceCache.planned(self._config.cache, description_of(self._reference))  # another's is refused first
+        datasets = open_datasets(self._config)  # before there is a folder: a mistyped name leaves none behind
         cache = open_cache(self._config, self._reference, recorded=recorded_environment(self._reference))
         with cache.building(self._config.mixture), scratch_folder(cache.path / "tmp") as scratch:
             damaged = damaged_shards(cache)
             known = cache.shards.key_index(without=damaged)
             reusable = self._reusable(cache, known, damaged)
-            collected = left_out_before(cache, self._config, self._collect(reusable, scratch))
+            collected = left_out_before(cache, self._config, self._collect(datasets, reusable, scratch))
             self._say_what_is_to_do(collected)
             content = mixture_content(cache, self._config, collected, known=known, warn=say)
             outcome = self._score(cache, collected, scratch, job)
@@ -148,8 +151,9 @@ class Build:
             damaged = damaged_shards(cache)
             known = cache.shards.key_index(without=damaged)
             reusable = self._reusable(cache, known, damaged)
+        datasets = open_datasets(self._config)
         with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
-            collected = self._collect(reusable, Path(scratch))
+            collected = self._collect(datasets, reusable, Path(scratch))
         if cache is None or known is None:
             content = new_content(collected)
         else:
@@ -164,8 +168,7 @@ class Build:
             return known
         return cache.shards.key_index(without=damaged, with_token_logps=True)
 
-    def _collect(self, reusable: KeyIndex | None, scratch: Path) -> CollectedPairs:
-        datasets = open_datasets(self._config)
+    def _collect(self, datasets: list[DatasetSource], reusable: KeyIndex | None, scratch: Path) -> CollectedPairs:
         return collect_datasets(self._config, self._reference, datasets, known=reusable, scratch=scratch)
 
     def _say_what_is_to_do(self, collected: CollectedPairs) -> None:

@@ -334,3 +334,9 @@ def test_a_damaged_file_is_told_once_without_what_its_library_logs(reference: Pa
     done = subprocess.run(build(reference, damaged, tmp_path / "cache"), capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.count("JSON parse error") == 1, done.stderr
+
+
+def test_a_mistyped_dataset_leaves_no_cache_behind(reference: Path, tmp_path: Path) -> None:
+    said = refusal("build", "--model", reference, "--dataset", tmp_path / "pairz.jsonl", "--cache", tmp_path / "cache")
+    assert "pairz.jsonl: no such file" in said
+    assert not (tmp_path / "cache").exists()
