@@ -6,6 +6,7 @@ mixture records of its tokens decides what ``model/`` holds; the base checkpoint
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,8 +61,17 @@ class ModelTokenizer:
         for name in FILES:
             if (self.base_folder / name).is_file():
                 shutil.copyfile(self.base_folder / name, folder / name)
+        for code in self._own_code():
+            if not (folder / code.name).exists():  # a model's own code was written with its weights
+                shutil.copyfile(code, folder / code.name)
         if (self.base_folder / NAMED_TEMPLATES).is_dir():
             shutil.copytree(self.base_folder / NAMED_TEMPLATES, folder / NAMED_TEMPLATES)
+
+    def _own_code(self) -> list[Path]:
+        """Python files that the checkpoint's tokenizer cannot be loaded without."""
+        config = self.base_folder / "tokenizer_config.json"
+        has_code = config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+        return sorted(self.base_folder.glob("*.py")) if has_code else []
 
 
 def tokenizer_of_pairs(

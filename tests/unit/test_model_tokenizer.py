@@ -13,7 +13,8 @@ from dpo_cache.pipeline.data.chat_template import resolve_chat_template
 from dpo_cache.pipeline.data.pair_tokenizer import PairTokenizer
 from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
 from dpo_cache.pipeline.data.tokenizer import load_tokenizer, vocabulary_sha256
-from dpo_cache.pipeline.training.model_tokenizer import tokenizer_of_pairs
+from dpo_cache.pipeline.training.model_tokenizer import ModelTokenizer, tokenizer_of_pairs
+from own_code import write_tokenizer_with_code
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -52,6 +53,30 @@ def test_the_template_of_the_pairs_goes_with_the_model(base: Path, tmp_path: Pat
         MESSAGES, tokenize=False
     )
     assert "<|user|>" in written.apply_chat_template(MESSAGES, tokenize=False)
+
+
+def test_named_templates_stay_beside_the_default_and_go_where_one_template_rendered_every_pair(tmp_path: Path) -> None:
+    several = {"default": CHATML, "tool_use": CHATML + "tools"}
+    base = Path(write_byte_tokenizer(tmp_path / "base", chat_template=several))
+    assert _written(_tokenization(base), base, tmp_path / "own").chat_template == several
+    chosen = _written(_tokenization(base, chat_template="tulu"), base, tmp_path / "chosen")
+    assert chosen.chat_template.startswith("{#- Tülu's chat format")
+
+
+def test_code_that_a_tokenizer_brings_is_written_with_it_and_never_over_that_of_the_model(tmp_path: Path) -> None:
+    base = write_tokenizer_with_code(tmp_path / "base", tmp_path / "mark")
+    (base / "modeling.py").write_text("old")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "modeling.py").write_text("new")
+    ModelTokenizer(base_folder=base).write(tmp_path / "model")
+    assert (tmp_path / "model" / "own_tokenizer.py").read_bytes() == (base / "own_tokenizer.py").read_bytes()
+    assert (tmp_path / "model" / "modeling.py").read_text() == "new"
+
+    plain = Path(write_byte_tokenizer(tmp_path / "plain"))
+    (plain / "convert.py").touch()
+    (tmp_path / "other").mkdir()
+    ModelTokenizer(base_folder=plain).write(tmp_path / "other")
+    assert not (tmp_path / "other" / "convert.py").exists()
 
 
 def test_a_date_is_fixed_for_scoring_alone(base: Path, tmp_path: Path) -> None:
