@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .example_key import KEY_BYTES, Keys, key_at
+from .example_key import KEY_BYTES, Keys
 from .shard_file import ShardRef
 
 
@@ -35,10 +35,6 @@ class KeyIndex:
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def __contains__(self, key: bytes) -> bool:
-        place = int(np.searchsorted(self.keys, np.bytes_(key)))
-        return place < len(self.keys) and key_at(self.keys, place) == key
 
     def find(self, keys: Keys) -> npt.NDArray[np.int64]:
         """The place of each key in :attr:`keys`, -1 where it is not there. Quickest for ascending keys."""

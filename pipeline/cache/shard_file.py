@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,21 +150,6 @@ def read_shard_rows(path: Path, rows: Sequence[int] | None = None) -> list[Score
             decoded[int(group)].scored_pair(int(row) - decoded[int(group)].first_row)
             for row, group in zip(wanted, groups, strict=True)
         ]
-
-
-def iterate_shard(path: Path) -> Iterator[ScoredPair]:
-    """All rows of a shard in order, one row group in memory at a time, each with its key recomputed.
-
-    Raises:
-        DpoCacheError: The shard cannot be read, or a key is not that of its ids.
-    """
-    with ShardReader(path) as shard:
-        for group in range(len(shard.group_starts)):
-            rows = shard.read_row_group(group)
-            for index in range(len(rows)):
-                pair = rows.scored_pair(index)
-                check_key(pair, path)
-                yield pair
 
 
 def check_key(row: ScoredPair, path: Path) -> None:

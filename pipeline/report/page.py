@@ -19,7 +19,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..data.printable_text import printable
-from .histogram import Histogram
 from .page_content import STEP_ZERO_COLUMNS, ChartCurves, PageContent
 
 _PAGE = resources.files(__package__) / "page"
@@ -48,7 +47,7 @@ def page_html(content: PageContent, *, version: str, written: datetime) -> str:
         data={
             "runs": [printable(name) for name in content.run_names],
             "charts": [_chart_data(chart) for chart in content.charts],
-            "histograms": [_histogram_data(histogram) for histogram in histograms],
+            "histograms": [asdict(histogram) for histogram in histograms],
         },
         style=Markup(style),
         script=Markup(script),
@@ -79,10 +78,6 @@ def _chart_data(chart: ChartCurves) -> dict[str, Any]:
             for curve in chart.curves
         ],
     }
-
-
-def _histogram_data(histogram: Histogram) -> dict[str, Any]:
-    return asdict(histogram)
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:

@@ -26,13 +26,11 @@ class GlobalBatch:
 
     Attributes:
         step: Update, counted from 0.
-        epoch: Pass over the mixture, counted from 0.
         rows: Mixture rows, in training order; the last batch of an epoch may be short.
         epochs_done: Epochs finished after this update, as a fraction.
     """
 
     step: int
-    epoch: int
     rows: Rows
     epochs_done: float
 
@@ -76,4 +74,4 @@ class GlobalBatchPlan:
             assert len(self._order) == self.num_pairs
         start = step_of_epoch * self.global_batch_size
         rows = self._order[start : start + self.global_batch_size].astype(np.int64)
-        return GlobalBatch(step=step, epoch=epoch, rows=rows, epochs_done=epoch + (start + len(rows)) / self.num_pairs)
+        return GlobalBatch(step=step, rows=rows, epochs_done=epoch + (start + len(rows)) / self.num_pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dpo_cache.pipeline.cache.scored_pair import VALUE_COLUMNS, ScoredPair, unus
 from dpo_cache.pipeline.cache.shard_file import (
     ShardReader,
     ShardRef,
-    iterate_shard,
+    check_key,
     read_shard_rows,
     verify_shard,
 )
@@ -29,6 +29,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 once_a_function = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+
+
+def checked_rows(path: Path) -> Iterator[ScoredPair]:
+    """All rows of a shard in order, each with its key computed again."""
+    with ShardReader(path) as shard:
+        for group in range(len(shard.group_starts)):
+            rows = shard.read_row_group(group)
+            for index in range(len(rows)):
+                pair = rows.scored_pair(index)
+                check_key(pair, path)
+                yield pair
 
 
 @pytest.fixture
@@ -68,7 +79,7 @@ def test_rows_come_back_as_they_were(folder: Path, seed: int, num_rows: int, tok
     rows = make_rows(num_rows, seed=seed, token_logps=token_logps)
     path = write(folder, rows)
     assert [fields_of(row) for row in read_shard_rows(path)] == [fields_of(row) for row in rows]
-    assert [fields_of(row) for row in iterate_shard(path)] == [fields_of(row) for row in rows]
+    assert [fields_of(row) for row in checked_rows(path)] == [fields_of(row) for row in rows]
     with ShardReader(path) as shard:
         keys = shard.keys()
         assert shard.has_token_logps == token_logps
@@ -219,7 +230,7 @@ def test_a_forged_shard_ends_in_our_error_or_in_rows_that_match_their_keys(folde
         content[data.draw(st.integers(start, len(content) - 1))] = data.draw(st.integers(0, 255))
     path = forge(folder, bytes(content))
     try:
-        rows = list(iterate_shard(path))
+        rows = list(checked_rows(path))
     except DpoCacheError as error:
         refusal = str(error)
         assert path.name in refusal
@@ -267,7 +278,7 @@ def test_rows_that_contradict_themselves_are_refused(folder: Path, monkeypatch: 
     }
     for message, changes in wrong.items():
         with pytest.raises(DpoCacheError, match=message):
-            list(iterate_shard(forged_row(folder, **changes)))
+            list(checked_rows(forged_row(folder, **changes)))
 
 
 def test_values_per_token_that_the_footer_keeps_quiet_about_are_refused(
@@ -310,4 +321,4 @@ def test_many_pairs_of_all_lengths_share_a_shard(folder: Path) -> None:
         random,
     )
     rows = [*make_rows(300), long, *make_rows(5, seed=9)]
-    assert [fields_of(row) for row in iterate_shard(write(folder, rows))] == [fields_of(row) for row in rows]
+    assert [fields_of(row) for row in checked_rows(write(folder, rows))] == [fields_of(row) for row in rows]
