@@ -23,7 +23,7 @@ import numpy as np
 from cache_factory import make_cache, make_rows, mixture_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
-from dpo_cache.pipeline.cache.example_key import Keys
+from dpo_cache.pipeline.cache.example_key import Keys, keys_array
 from dpo_cache.pipeline.cache.mixture_check import check_mixture
 from dpo_cache.pipeline.cache.mixture_table import training_set_digest
 from dpo_cache.pipeline.cache.pair_stream import PairStream
@@ -54,7 +54,8 @@ class StubBuild:
         with cache.building(self.mixture):
             unusable = [shard.path for shard in cache.shards.survey().unusable]
             known = cache.shards.key_index(without=unusable)
-            missing = [row for row in self.rows if row.key not in known]
+            places = known.find(keys_array([row.key for row in self.rows]))
+            missing = [row for row, place in zip(self.rows, places, strict=True) if place < 0]
             for start in range(0, len(missing), self.unit_rows):
                 shard = cache.shards.write(missing[start : start + self.unit_rows])
                 claimed(["shard", shard.sha256])
