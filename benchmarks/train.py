@@ -5,8 +5,9 @@
 
 Both train the same model on the same token ids in the same order with the same global batch, loss, optimizer and
 number of threads, in float32 on a CPU, every run in a process of its own, taking turns. TRL runs at each of several
-batch sizes, ours through DeepSpeed at two ZeRO stages and three token budgets. Every update but the first is timed;
-memory is the most a process ever had resident. Medians count. A table is appended to ``benchmarks/results/train.md``.
+batch sizes, ours through DeepSpeed at two ZeRO stages and three token budgets, both also at their leanest, with
+gradient checkpointing. Every update but the first is timed; memory is the most a process ever had resident. Medians
+count. A table is appended to ``benchmarks/results/train.md``.
 """
 
 from __future__ import annotations
@@ -157,27 +158,29 @@ class Trl(Contender):
 def our_contenders(options: argparse.Namespace, cache: Path, folder: Path) -> Iterator[Ours]:
     common = ["--cache", str(cache), "--max-steps", str(options.steps), "--loss", options.loss]
     common += ["--global-batch-size", str(options.global_batch_size), "--warmup-ratio", str(1 / options.steps)]
-    budgets = {
+    ways = {
         "a micro-batch as long as the longest pair": [],
         "a pair a micro-batch": ["--tokens-per-microbatch", "1"],
+        "a pair a micro-batch, gradient checkpointing": ["--tokens-per-microbatch", "1", "--gradient-checkpointing"],
         "all pairs of an update in one micro-batch": ["--tokens-per-microbatch", "1000000"],
     }
     for stage in (0, 3):
-        for number, (name, budget) in enumerate(budgets.items()):
+        for number, (name, settings) in enumerate(ways.items()):
             yield Ours(
                 name=f"ours, --zero-stage {stage}, {name}",
                 pairs_timed=(options.steps - 1) * options.global_batch_size,
-                arguments=[*common, "--zero-stage", str(stage), *budget],
+                arguments=[*common, "--zero-stage", str(stage), *settings],
                 output=folder / f"ours-{stage}-{number}",
             )
 
 
 def trl_contenders(options: argparse.Namespace, cache: Path, model_folder: Path) -> Iterator[Trl]:
     pairs = pairs_in_training_order(options, cache)
-    for batch_size in options.trl_batch_sizes:
+    smallest = min(options.trl_batch_sizes)
+    for batch_size, checkpointing in [(smallest, True), *((size, False) for size in options.trl_batch_sizes)]:
         accumulation = options.global_batch_size // batch_size
         yield Trl(
-            name=f"TRL, {batch_size} pairs × {accumulation}",
+            name=f"TRL, {batch_size} pairs × {accumulation}{', gradient checkpointing' if checkpointing else ''}",
             pairs_timed=(options.steps - 1) * options.global_batch_size,
             python=options.trl_python,
             job={
@@ -187,6 +190,7 @@ def trl_contenders(options: argparse.Namespace, cache: Path, model_folder: Path)
                 "pairs": pairs,
                 "batch_size": batch_size,
                 "accumulation": accumulation,
+                "gradient_checkpointing": checkpointing,
                 "steps": options.steps,
                 "loss": {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm"}[options.loss],
                 "beta": {"dpo": 0.1, "dpo_norm": 5.0}[options.loss],

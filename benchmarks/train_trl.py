@@ -22,7 +22,8 @@ from trl import DPOConfig, DPOTrainer
 
 def main() -> None:
     """Fields of the job: model, dtype, threads, pairs (prompt, chosen, rejected ids and the reference's two sums, in
-    the order of training), batch_size and accumulation (in pairs), steps, loss, beta, learning_rate, warmup_steps."""
+    the order of training), batch_size and accumulation (in pairs), gradient_checkpointing, steps, loss, beta,
+    learning_rate, warmup_steps."""
     job = json.loads(sys.stdin.readline())
     answer, sys.stdout = sys.stdout, sys.stderr  # TRL prints
     torch.set_num_threads(job["threads"])
@@ -45,7 +46,7 @@ def make_trainer(job: dict[str, Any]) -> DPOTrainer:
             report_to=[],
             use_cpu=True,
             bf16=False,
-            gradient_checkpointing=False,
+            gradient_checkpointing=job["gradient_checkpointing"],
             precompute_ref_log_probs=True,
             per_device_train_batch_size=job["batch_size"],
             gradient_accumulation_steps=job["accumulation"],

@@ -29,6 +29,7 @@ def trl_curve(cache: Path, reference: Path, *, loss: str, beta: float) -> list[d
         "pairs": [[row[name] for name in names] for batch in batches for row in batch],
         "batch_size": 4,
         "accumulation": BATCH // 4,
+        "gradient_checkpointing": False,
         "steps": STEPS,
         "loss": loss,
         "beta": beta,
