@@ -38,7 +38,7 @@ from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspe
 from dpo_cache.pipeline.training.liger_layers import use_liger_layers
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from dpo_cache.pipeline.training.micro_batch import collate
-from dpo_cache.pipeline.training.objective import resolve_loss
+from dpo_cache.pipeline.training.objective import resolve_objective
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from dpo_cache.stages.processes.devices import device_of_rank
 from dpo_cache.stages.processes.process_group import process_group
@@ -247,7 +247,7 @@ def train(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], dev
                 on_gpu=device.type == "cuda",
             )
         ),
-        loss=resolve_loss("dpo_norm"),
+        objective=resolve_objective("dpo_norm"),
         weight_decay=0.0,
         bad_batch_path=Path("/dev/null"),
     )

@@ -18,7 +18,7 @@ from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspe
 from dpo_cache.pipeline.training.expert_blocks import gather_expert_blocks_whole
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from dpo_cache.pipeline.training.micro_batch import collate
-from dpo_cache.pipeline.training.objective import Objective, resolve_loss
+from dpo_cache.pipeline.training.objective import Objective, resolve_objective
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -79,7 +79,7 @@ def make_engine(
     *,
     zero_stage: int,
     num_ranks: int,
-    loss: Objective | None = None,
+    objective: Objective | None = None,
     dtype: str = "float32",
     max_grad_norm: float = 1.0,
     weight_decay: float = 0.1,
@@ -124,7 +124,7 @@ def make_engine(
         PairScorer(policy, load_balancing=load_balancing_weight is not None),
         load_balancing_weight=load_balancing_weight or 0.0,
         config=config,
-        loss=loss or resolve_loss("dpo_norm"),
+        objective=objective or resolve_objective("dpo_norm"),
         weight_decay=weight_decay,
         bad_batch_path=folder / "bad_batch.json",
         **(adam or {}),
@@ -177,7 +177,7 @@ def train_steps(
                 num_pairs=len(pairs),
                 is_last=micro_step == micro_steps - 1,
             )
-            loss += scored.outcomes.losses_B.sum() / len(pairs)
+            loss += scored.outcomes.objective_B.sum() / len(pairs)
         torch.distributed.all_reduce(loss)
         figures.append((float(loss), engine.apply_update(learning_rate)))
     return figures

@@ -1,4 +1,4 @@
-"""The pairs that were in hand when a loss or gradient was not finite: written down, then the run stops."""
+"""The pairs that were in hand when the objective or its gradient was not finite: written down, then the run stops."""
 
 from __future__ import annotations
 

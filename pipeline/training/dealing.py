@@ -1,7 +1,7 @@
 """How a global batch is dealt to ranks and micro-batches.
 
-Dealing depends on the hardware and changes nothing but speed, because the loss is divided by the number of pairs of
-the whole batch.
+Dealing depends on the hardware and changes nothing but speed, because the objective is divided by the number of
+pairs of the whole batch.
 """
 
 from __future__ import annotations

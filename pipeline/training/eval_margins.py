@@ -34,7 +34,7 @@ class EvalMargins:
         self._margins_P = torch.zeros(num_pairs, dtype=torch.float64, device=device)
 
     def add(self, rows_B: npt.NDArray[np.int64], scored: ScoredMicroBatch) -> None:
-        """Take the margins of the pairs in these rows of the mixture; a loss without rewards has none."""
+        """Take the margins of the pairs in these rows of the mixture; an objective without rewards has none."""
         chosen_B, rejected_B = scored.outcomes.chosen_rewards_B, scored.outcomes.rejected_rewards_B
         if chosen_B is not None and rejected_B is not None:
             self._margins_P[torch.from_numpy(rows_B).to(self._margins_P.device)] = chosen_B - rejected_B

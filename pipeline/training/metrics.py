@@ -92,7 +92,7 @@ class PairMetrics:
             self._counts[name] += count
         self._sums += torch.stack(
             [
-                outcomes.losses_B.sum(),
+                outcomes.objective_B.sum(),
                 outcomes.chosen_logps_B.sum(),
                 outcomes.rejected_logps_B.sum(),
                 (policy.chosen_logps_B / policy.chosen_tokens_B).sum(),

@@ -22,7 +22,7 @@ from .preference_loss import PairOutcomes
 class MicroBatch:
     """Tokens, reference values and keys of the same pairs in the same order; no pairs at all are allowed.
 
-    ``partners`` are there where the loss sorts the global batch, on the device where the pairs were scored.
+    ``partners`` are there where the objective sorts the global batch, on the device where the pairs were scored.
     """
 
     batch: ScoringBatch

@@ -1,4 +1,6 @@
-"""What a run minimises: one preference loss or a weighted sum of several, with all their numbers.
+"""What a run minimises, its objective: a weighted sum of one or several preference losses, with all their numbers.
+
+A *loss* is one term of the sum. Users know the whole by its option, ``--loss``; logs and JSON call its value the loss.
 
 Names, defaults and what goes with what live here, without PyTorch, so that a command line is checked before anything
 heavy is imported. The equations are in ``losses.py`` and ``loss_catalogue.py``.
@@ -107,10 +109,10 @@ class LossSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """All that is added up for a pair; make it with :func:`resolve_loss`, which checks it.
+    """The sum that a run minimises, pair by pair; make it with :func:`resolve_objective`, which checks it.
 
     Attributes:
-        losses: The losses, at least one.
+        losses: The terms, at least one.
         f_divergence: One of :data:`F_DIVERGENCES`, between policy and reference.
         f_alpha: α of the ``alpha`` divergence, between 0 (the reverse KL) and 1 (the forward KL).
         ld_alpha: Weight of the tokens of the longer answer that lie past the length of the shorter one; 1 is plain.
@@ -172,7 +174,7 @@ def _loss_summary(loss: LossSettings, *, alone: bool) -> str:
     return f"{factor}{loss.name}, beta {loss.beta:g}{margin}{smoothing}"
 
 
-def resolve_loss(
+def resolve_objective(
     text: str,
     *,
     beta: float | None = None,

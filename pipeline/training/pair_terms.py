@@ -50,7 +50,7 @@ class ReferenceLogps:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SortedPartners:
-    """What a pair is compared with where a loss sorts the global batch; float64 of shape (B,), without gradient.
+    """What a pair is compared with where the objective sorts the global batch; float64 of shape (B,), without gradient.
 
     Attributes:
         reference_margin_B: ``fc − fr`` of the pair that holds the same place when the global batch is sorted by it
@@ -75,7 +75,7 @@ class PairTerms:
         policy_margin_B, reference_margin_B: ``πc − πr`` and ``fc − fr``.
         chosen_average_B, rejected_average_B: ``rc/nc`` and ``rr/nr``.
         policy_chosen_average_B, policy_rejected_average_B: ``πc/nc`` and ``πr/nr``.
-        partners: Where the loss sorts the global batch.
+        partners: Where the objective sorts the global batch.
     """
 
     chosen_B: Tensor

@@ -1,9 +1,9 @@
 """DeepSpeed, told what to do in the order a step happens: forward and backward, then the update.
 
 Two things differ from a common DeepSpeed loop. The number of micro-steps varies from update to update, so we say which
-backward pass is the last instead of letting DeepSpeed count. And a loss comes here divided by the number of pairs of
-the whole global batch, so DeepSpeed's average over ranks has to be undone: it is given the loss times the number of
-ranks.
+backward pass is the last instead of letting DeepSpeed count. And the objective is divided by the number of pairs of
+the whole global batch, so DeepSpeed's average over ranks has to be undone: it is given the objective times the number
+of ranks.
 
 Shape suffix: B pairs.
 """
@@ -41,10 +41,10 @@ class PolicyEngine:
     Args:
         scorer: The policy. May have been partitioned while it was loaded (``deepspeed.zero.Init``).
         config: From :func:`~.deepspeed_config.deepspeed_config`.
-        loss: What to minimise.
+        objective: What to minimise.
         weight_decay: AdamW's, on matrices; biases and norms are not decayed.
         adam_betas, adam_epsilon: AdamW's.
-        bad_batch_path: Where the keys of a micro-batch go whose loss or gradient is not finite.
+        bad_batch_path: Where the keys of a micro-batch go whose objective or gradient is not finite.
         load_balancing_weight: Weight of the mixture-of-experts balancing loss, where the scorer returns it.
     """
 
@@ -53,7 +53,7 @@ class PolicyEngine:
         scorer: PairScorer,
         *,
         config: dict[str, Any],
-        loss: Objective,
+        objective: Objective,
         weight_decay: float,
         bad_batch_path: Path,
         adam_betas: tuple[float, float] = (0.9, 0.999),
@@ -61,7 +61,7 @@ class PolicyEngine:
         load_balancing_weight: float = 0.0,
     ) -> None:
         self.scorer = scorer  # the module itself, without DeepSpeed around it
-        self.loss = loss
+        self.objective = objective
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self._bad_batch_path = bad_batch_path
         self._load_balancing_weight = load_balancing_weight
@@ -84,7 +84,7 @@ class PolicyEngine:
                 parameter.grad = torch.zeros_like(parameter)
         self._assert_fp32_masters()
         self.deepspeed.train()
-        self._losses_are_finite: list[Tensor] = []
+        self._objective_is_finite: list[Tensor] = []
         self._keys: list[tuple[bytes, ...]] = []
 
     @property
@@ -102,12 +102,12 @@ class PolicyEngine:
         """
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         policy: PairLogps = self.deepspeed(micro_batch.batch)
-        outcomes = preference_loss(self.loss, policy, micro_batch.reference, micro_batch.partners)
-        objective = outcomes.losses_B.sum()
+        outcomes = preference_loss(self.objective, policy, micro_batch.reference, micro_batch.partners)
+        objective = outcomes.objective_B.sum()
         if policy.aux_loss is not None:
             objective = objective + self._load_balancing_weight * policy.aux_loss * micro_batch.num_pairs
         objective = objective / num_pairs
-        self._losses_are_finite.append(torch.isfinite(objective.detach()))
+        self._objective_is_finite.append(torch.isfinite(objective.detach()))
         self._keys.append(micro_batch.keys)
         self.deepspeed.backward(objective * self.num_ranks, scale_wrt_gas=False)
         return _scored(micro_batch, policy, outcomes)
@@ -119,11 +119,11 @@ class PolicyEngine:
             The norm of the whole gradient before clipping.
 
         Raises:
-            DpoCacheError: A loss or the gradient is not finite, on all ranks alike. Nothing has been applied; the keys
-                are in the bad-batch file.
+            DpoCacheError: The objective or its gradient is not finite, on all ranks alike. Nothing has been applied;
+                the keys are in the bad-batch file.
         """
         training_step = self.updates_done + 1
-        self._refuse_nonfinite_losses(training_step)
+        self._refuse_nonfinite_objective(training_step)
         for group in self._groups():
             group["lr"] = learning_rate
         norm = self._gradient_norm() if self.zero_stage == 0 else None
@@ -135,7 +135,7 @@ class PolicyEngine:
         if not math.isfinite(norm) or not self.deepspeed.was_step_applied():
             suspects = [key for keys in self._keys for key in keys]
             report_bad_batch(self._bad_batch_path, reason="gradient", training_step=training_step, keys=suspects)
-        self._losses_are_finite.clear()
+        self._objective_is_finite.clear()
         self._keys.clear()
         return norm
 
@@ -143,7 +143,7 @@ class PolicyEngine:
     def evaluate(self, micro_batch: MicroBatch) -> ScoredMicroBatch:
         """Forward pass of one micro-batch, for evaluation; every rank makes the same number of these calls."""
         policy = self._score(micro_batch)
-        outcomes = preference_loss(self.loss, policy, micro_batch.reference, micro_batch.partners)
+        outcomes = preference_loss(self.objective, policy, micro_batch.reference, micro_batch.partners)
         return _scored(micro_batch, policy, outcomes)
 
     @torch.no_grad()
@@ -153,7 +153,7 @@ class PolicyEngine:
         A forward pass of its own over the global batch, before the one that carries gradients.
         """
         scored = [(micro_batch, self._score(micro_batch)) for micro_batch in micro_batches]
-        partners = sorted_partners(self.loss, scored)
+        partners = sorted_partners(self.objective, scored)
         return [replace(micro_batch, partners=found) for (micro_batch, _), found in zip(scored, partners, strict=True)]
 
     def _score(self, micro_batch: MicroBatch) -> PairLogps:
@@ -222,9 +222,9 @@ class PolicyEngine:
         ]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
-    def _refuse_nonfinite_losses(self, training_step: int) -> None:
+    def _refuse_nonfinite_objective(self, training_step: int) -> None:
         """One reduction an update: a rank that stopped alone would leave the others waiting."""
-        finite = torch.stack(self._losses_are_finite)
+        finite = torch.stack(self._objective_is_finite)
         worst = finite.all().to(torch.int32)
         dist.all_reduce(worst, op=dist.ReduceOp.MIN)
         if worst.item():

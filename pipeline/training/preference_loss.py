@@ -1,4 +1,4 @@
-"""From log-probabilities to what is minimised and what is logged, pair by pair.
+"""From log-probabilities to the objective and to what is logged, pair by pair.
 
 Shape suffix: B pairs.
 """
@@ -43,14 +43,14 @@ class PairOutcomes:
     """What one forward pass says about its pairs; float64 of shape (B,).
 
     Attributes:
-        losses_B: Loss of each pair, differentiable.
+        objective_B: The objective's value for each pair, differentiable; its mean is logged as the loss.
         chosen_rewards_B, rejected_rewards_B: ``β·rc`` and ``β·rr`` (with another f-divergence ``β·f′``), of averages
-            where the lead loss works on averages; without gradient. None for a loss without a reference.
+            where the lead loss works on averages; without gradient. None for an objective without a reference.
         chosen_logps_B, rejected_logps_B: The policy's log-probabilities in the lead loss's unit, without gradient.
         average_margin_B: avgΔ in nats per token, which tells a tie from a difference whatever the loss's unit.
     """
 
-    losses_B: Tensor
+    objective_B: Tensor
     chosen_rewards_B: Tensor | None
     rejected_rewards_B: Tensor | None
     chosen_logps_B: Tensor
@@ -58,27 +58,27 @@ class PairOutcomes:
     average_margin_B: Tensor
 
     def detached(self) -> PairOutcomes:
-        """The same without the graph that the losses hang on."""
-        return replace(self, losses_B=self.losses_B.detach())
+        """The same values without the graph."""
+        return replace(self, objective_B=self.objective_B.detach())
 
 
 def preference_loss(
     objective: Objective, policy: PairLogps, reference: ReferenceLogps, partners: SortedPartners | None = None
 ) -> PairOutcomes:
-    """The loss of each pair, and the rewards that go with it.
+    """The objective of each pair, and the rewards that go with it.
 
     Args:
-        objective: The losses and their numbers.
-        policy: Of the forward pass.
-        reference: Of the cache, the same pairs in the same order.
+        objective: What the run minimises.
+        policy: Log-probabilities of the forward pass.
+        reference: Log-probabilities of the cache, the same pairs in the same order.
         partners: Where the objective sorts the global batch.
     """
     terms = pair_terms(objective, policy, reference, partners)
-    losses_B = _pair_losses(objective, terms)
+    objective_B = _pair_objective(objective, terms)
     with torch.no_grad():
         averages = objective.averages
         return PairOutcomes(
-            losses_B=losses_B,
+            objective_B=objective_B,
             chosen_rewards_B=_reward(objective, terms.chosen_score_B, terms.chosen_average_B),
             rejected_rewards_B=_reward(objective, terms.rejected_score_B, terms.rejected_average_B),
             chosen_logps_B=(terms.policy_chosen_average_B if averages else policy.chosen_logps_B).detach(),
@@ -87,8 +87,8 @@ def preference_loss(
         )
 
 
-def loss_at_reference(objective: Objective) -> float | None:
-    """The loss of a pair whose policy equals its reference; None where it depends on more than that."""
+def objective_at_reference(objective: Objective) -> float | None:
+    """The objective of a pair whose policy equals its reference; None where it depends on more than that."""
     if not objective.fixed_at_reference:
         return None
     zero_B, one_B = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.int64)
@@ -100,21 +100,21 @@ def loss_at_reference(objective: Objective) -> float | None:
         rejected_common_logps_B=zero_B,
     )
     partners = SortedPartners(reference_margin_B=zero_B, rejected_B=zero_B, chosen_B=zero_B)
-    return float(preference_loss(objective, policy, reference, partners).losses_B)
+    return float(preference_loss(objective, policy, reference, partners).objective_B)
 
 
-def _pair_losses(objective: Objective, terms: PairTerms) -> Tensor:
+def _pair_objective(objective: Objective, terms: PairTerms) -> Tensor:
     """The weighted sum of the losses, plus ``nll_coef·(−πc/nc)``.
 
     The likelihood term is an average over the tokens of the chosen answer, so a long answer weighs as much as a short
     one, as in iterative RPO (Pang et al. 2024, arXiv 2404.19733).
     """
-    losses_B = torch.zeros_like(terms.chosen_B)
+    objective_B = torch.zeros_like(terms.chosen_B)
     for loss in objective.losses:
-        losses_B = losses_B + loss.weight * LOSSES[loss.name](terms, loss)
+        objective_B = objective_B + loss.weight * LOSSES[loss.name](terms, loss)
     if objective.nll_coef:
-        losses_B = losses_B - objective.nll_coef * terms.policy_chosen_average_B
-    return losses_B
+        objective_B = objective_B - objective.nll_coef * terms.policy_chosen_average_B
+    return objective_B
 
 
 def _reward(objective: Objective, score_B: Tensor, average_B: Tensor) -> Tensor | None:

@@ -1,8 +1,8 @@
 """The partners of losses that sort the global batch, found before the pass that carries gradients.
 
-Sorting within a micro-batch would make the loss depend on how much memory a device has. So the whole global batch is
-scored first without gradients, its values of all ranks come together and are sorted, and each pair takes along what
-it is matched with. The gradient pass then needs no other pair, and any split gives the same gradients.
+Sorting within a micro-batch would make the objective depend on how much memory a device has. So the whole global batch
+is scored first without gradients, its values of all ranks come together and are sorted, and each pair takes along
+what it is matched with. The gradient pass then needs no other pair, and any split gives the same gradients.
 
 Shape suffix: B pairs.
 """

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ...errors import DpoCacheError
 from .micro_batch import ScoredMicroBatch
 from .objective import Objective
-from .preference_loss import loss_at_reference
+from .preference_loss import objective_at_reference
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2}
 """Largest difference allowed, in nats per scored token of a side, by the dtype computed in.
@@ -96,7 +96,7 @@ class StepZeroProof:
         rejected_B = (policy.rejected_logps_B - reference.rejected_logps_B).abs() / policy.rejected_tokens_B
         distances_S = torch.cat([chosen_B, rejected_B])
         pairs = self._sums.new_tensor(scored.micro_batch.num_pairs)
-        self._sums += torch.stack([pairs, distances_S.sum(), scored.outcomes.losses_B.sum()])
+        self._sums += torch.stack([pairs, distances_S.sum(), scored.outcomes.objective_B.sum()])
         if len(distances_S):
             self._max = torch.maximum(self._max, distances_S.max())
 
@@ -115,7 +115,7 @@ class StepZeroProof:
             max_per_token=float(worst),
             bound_per_token=bound,
             loss=losses / pairs,
-            expected_loss=loss_at_reference(self._objective),
+            expected_loss=objective_at_reference(self._objective),
             # Written so that a distance that is not a number is not within the bound.
             within_bound=float(worst) <= bound and math.isfinite(distances),
         )

@@ -28,7 +28,7 @@ def refuse_points_without_margin(points: Sequence[SweepPoint]) -> None:
                 f"--strategy halving judges by held-out pairs, and point {point.name} has none",
                 next_step="add eval-mixture under train:",
             )
-        if not any(loss.traits.uses_reference for loss in point.config.resolved_loss().losses):
+        if not point.config.resolved_objective().uses_reference:
             raise DpoCacheError(
                 f"--strategy halving judges by rewards, and the loss of point {point.name} has none",
                 expected="losses that use the reference",
@@ -41,16 +41,16 @@ def default_figure(points: Sequence[SweepPoint]) -> str:
 
 
 def margins_compare(points: Sequence[SweepPoint]) -> bool:
-    """Whether the margins of these points can be compared: a margin is beta times nats, of the loss's kind."""
-    objectives = [point.config.resolved_loss() for point in points]
+    """Whether the margins of these points can be compared: a margin is beta times nats, of the objective's unit."""
+    objectives = [point.config.resolved_objective() for point in points]
     losses = {tuple((loss.name, loss.beta) for loss in objective.losses) for objective in objectives}
     return len(losses) == 1 and separations_compare(points)
 
 
 def separations_compare(points: Sequence[SweepPoint]) -> bool:
     """Whether margin / beta of these points can be compared: all in nats per answer, or all in nats per token."""
-    objectives = [point.config.resolved_loss() for point in points]
-    kinds = {(loss.averages, loss.f_divergence, loss.f_alpha, loss.ld_alpha) for loss in objectives}
+    objectives = [point.config.resolved_objective() for point in points]
+    kinds = {(each.averages, each.f_divergence, each.f_alpha, each.ld_alpha) for each in objectives}
     return len(kinds) == 1
 
 

@@ -25,13 +25,13 @@ and the reference behind `cache` are compared by their digests."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """The rewards of a run at some update; a figure that a loss does not have, or that is not finite, is None.
+    """The rewards of a run at some update; a figure that an objective does not have, or that is not finite, is None.
 
     Attributes:
         accuracy: Share of the pairs whose chosen answer has the higher reward.
         margin: Mean reward of the chosen answers less that of the rejected ones.
-        separation: The margin divided by beta: nats, of the loss's kind. Breaks ties of the accuracy, which the margin
-            itself must not do: it grows with beta.
+        separation: The margin divided by beta, in nats or nats per token. It breaks ties of the accuracy, which the
+            margin itself must not do: it grows with beta.
     """
 
     accuracy: float | None
@@ -111,7 +111,7 @@ class SweepRun:
         return Score(
             accuracy=_finite(line.get(f"{prefix}rewards/accuracy")),
             margin=margin,
-            separation=None if margin is None else margin / self.recipe.loss.lead.beta,
+            separation=None if margin is None else margin / self.recipe.objective.lead.beta,
         )
 
     def refuse_other_settings(self) -> None:

@@ -26,7 +26,7 @@ class Recipe:
     """The resolved numbers of a run, the same on all ranks.
 
     Attributes:
-        loss: What is minimised, with its numbers.
+        objective: What is minimised, with its numbers.
         dtype: Precision of the forward pass.
         attention: The attention kernel.
         num_ranks: Processes that train together.
@@ -48,7 +48,7 @@ class Recipe:
         seed: Decides the order.
     """
 
-    loss: Objective
+    objective: Objective
     dtype: str
     attention: str
     num_ranks: int
@@ -93,7 +93,7 @@ class Recipe:
             "reference": self.reference_id,
             "policy": policy_sha256,
             "attn_implementation": self.attention,
-            "loss": self.loss.to_json(),
+            "loss": self.objective.to_json(),
             "dtype": self.dtype,
             "global_batch_size": self.global_batch_size,
             "total_steps": self.total_steps,
@@ -116,15 +116,20 @@ class Recipe:
         return {update: self.learning_rate(update - 1) for update in sorted(updates) if update <= self.total_steps}
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, with :meth:`rates`."""
-        return {**asdict(self), "learning_rate_at_update": {str(update): rate for update, rate in self.rates().items()}}
+        """All of it, with :meth:`rates`; the objective under ``loss``, as the option is called."""
+        numbers = asdict(self)
+        return {
+            "loss": numbers.pop("objective"),
+            **numbers,
+            "learning_rate_at_update": {str(update): rate for update, rate in self.rates().items()},
+        }
 
 
 def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture, *, num_ranks: int) -> Recipe:
     """Work out all numbers of a run.
 
     Raises:
-        DpoCacheError: A number that does not fit the loss, or numerics other than the cache's.
+        DpoCacheError: A number that does not fit the objective, or numerics other than the cache's.
     """
     identity = cache.identity
     refuse_other_numerics(config, identity)
@@ -145,7 +150,7 @@ def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture,
             next_step="build a cache with --dtype bfloat16, or add --dtype bfloat16 --allow-numerics-mismatch",
         )
     return Recipe(
-        loss=config.resolved_loss(),
+        objective=config.resolved_objective(),
         dtype=dtype,
         attention=config.attn_implementation or identity.attention,
         num_ranks=num_ranks,
@@ -188,7 +193,7 @@ def global_batches(mixture: Mixture, global_batch_size: int, seed: int) -> Globa
 
 def warnings_of(recipe: Recipe) -> list[str]:
     """What looks wrong about the numbers without being impossible."""
-    warnings = beta_warnings(recipe.loss)
+    warnings = beta_warnings(recipe.objective)
     if recipe.zero_stage == 0 and recipe.dtype == "bfloat16":
         warnings.append(
             "at --zero-stage 0 DeepSpeed accumulates bfloat16 gradients in bfloat16; from stage 1 on it uses float32"

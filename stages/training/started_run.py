@@ -98,7 +98,7 @@ def _start_engine(run: PreparedRun, checkpoint: Checkpoint | None) -> PolicyEngi
     return PolicyEngine(
         PairScorer(policy, load_balancing=config.load_balancing_loss),
         config=engine_config,
-        loss=recipe.loss,
+        objective=recipe.objective,
         weight_decay=recipe.weight_decay,
         adam_betas=(recipe.adam_beta1, recipe.adam_beta2),
         adam_epsilon=recipe.adam_epsilon,

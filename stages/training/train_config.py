@@ -17,7 +17,7 @@ from ...pipeline.training.objective import (
     F_DIVERGENCES,
     LOSS_TRAITS,
     Objective,
-    resolve_loss,
+    resolve_objective,
 )
 from ..addresses.location import Location
 from ..setting import check_settings, setting
@@ -264,7 +264,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.resolved_loss()  # says what is wrong with it before anything is opened
+        self.resolved_objective()  # says what is wrong with it before anything is opened
         per_device = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
         if self.global_batch_size is not None and per_device != (None, None):
             raise DpoCacheError(
@@ -302,7 +302,7 @@ class TrainConfig:
         self._refuse_without(
             "eval_mixture", eval_steps=self.eval_steps is not None, keep_best=self.keep_best is not None
         )
-        if self.keep_best is not None and not self.resolved_loss().uses_reference:
+        if self.keep_best is not None and not self.resolved_objective().uses_reference:
             raise DpoCacheError(
                 f"--keep-best judges by rewards, and --loss {self.loss} has none", expected="a loss with a reference"
             )
@@ -367,9 +367,9 @@ class TrainConfig:
             **({"quantization": self.quantization} if self.quantization else {}),
         }
 
-    def resolved_loss(self) -> Objective:
+    def resolved_objective(self) -> Objective:
         """What is minimised, with all its numbers."""
-        return resolve_loss(
+        return resolve_objective(
             self.loss,
             beta=self.beta,
             label_smoothing=self.label_smoothing,

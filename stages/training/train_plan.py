@@ -54,7 +54,7 @@ class TrainPlan:
             "pairs": f"{counted(recipe.num_pairs, 'pair')}, {recipe.global_batch_size:,} per update on "
             f"{counted(recipe.num_ranks, 'rank')}",
             "updates": f"{recipe.total_steps:,} in all, {recipe.steps_per_epoch:,} per epoch",
-            "loss": recipe.loss.summary(),
+            "loss": recipe.objective.summary(),
             "learning rate": f"{recipe.peak_learning_rate:g}, {recipe.schedule}, "
             f"{counted(recipe.warmup_steps, 'update')} of warm-up; at update {rates}",
             "AdamW": f"betas {recipe.adam_beta1:g} and {recipe.adam_beta2:g}, epsilon {recipe.adam_epsilon:g}, weight "

@@ -50,7 +50,7 @@ def training_cache(config: TrainConfig, folder: Path, ranks: Ranks) -> Iterator[
             opened = _open(config, folder)
             for mixture in _mixtures_of(opened):
                 check_mixture(opened.cache, mixture)
-                if config.resolved_loss().ld_alpha != 1:
+                if config.resolved_objective().ld_alpha != 1:
                     check_common_values(opened.cache, mixture)
 
         all_or_none(hold_and_check, on=ranks.rank_of_node == 0)

@@ -93,7 +93,7 @@ class Evaluation:
 
     Attributes:
         line: The fields to log.
-        margins: Reward margin of each pair in the mixture's order; None for a loss without rewards.
+        margins: Reward margin of each pair in the mixture's order; None for an objective without rewards.
     """
 
     line: dict[str, float]
@@ -136,7 +136,7 @@ class TrainingLoop:
 
     def prove_step_zero(self) -> StepZeroFigures:
         """Compare the policy with the cache on the first global batch, before anything is changed."""
-        proof = StepZeroProof(self._recipe.loss, dtype=self._recipe.dtype, device=self._engine.device)
+        proof = StepZeroProof(self._recipe.objective, dtype=self._recipe.dtype, device=self._engine.device)
         for dealt in self._dealt(self._training, self._plan.batch(0).rows):
             proof.add(self._engine.evaluate(dealt.micro_batch))
         return proof.figures()
@@ -191,7 +191,7 @@ class TrainingLoop:
                 margins.add(dealt.rows, scored)
         return Evaluation(
             line={"training_step": updates_done, **metrics.reduce()},
-            margins=margins.reduce() if self._recipe.loss.uses_reference else None,
+            margins=margins.reduce() if self._recipe.objective.uses_reference else None,
         )
 
     def time_heaviest_batches(self) -> float:
@@ -219,7 +219,7 @@ class TrainingLoop:
         """This rank's micro-batches of a global batch."""
         shares = source.of(rows)
         micro_batches = source.read(shares)
-        if self._recipe.loss.sorts_global_batch:
+        if self._recipe.objective.sorts_global_batch:
             micro_batches = iter(self._engine.with_partners(micro_batches))
         for number, (share, micro_batch) in enumerate(zip(shares, micro_batches, strict=True), start=1):
             yield _Dealt(rows=share, micro_batch=micro_batch, is_last=number == len(shares))
@@ -235,7 +235,7 @@ class TrainingLoop:
 
     def _new_metrics(self, prefix: str = "") -> PairMetrics:
         return PairMetrics(
-            self._recipe.loss,
+            self._recipe.objective,
             device=self._engine.device,
             tie_margin=self._tie_margin,
             cost=ModelCost.of_model(self._engine.scorer.model),

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from dpo_cache.pipeline.scoring.scoring_batch import PairLogps
-from dpo_cache.pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, Objective, resolve_loss
+from dpo_cache.pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, Objective, resolve_objective
 from dpo_cache.pipeline.training.pair_terms import ReferenceLogps, SortedPartners, pair_terms
 from dpo_cache.pipeline.training.preference_loss import LOSSES, PairOutcomes, preference_loss
 from dpo_cache.pipeline.training.sorted_partners import SortValues, match
@@ -69,7 +69,7 @@ def _partners(objective: Objective, policy: PairLogps, reference: ReferenceLogps
 
 
 def _loss(text: str, policy: PairLogps = POLICY, reference: ReferenceLogps = REFERENCE, **numbers: Any) -> PairOutcomes:
-    objective = resolve_loss(text, **numbers)
+    objective = resolve_objective(text, **numbers)
     return preference_loss(objective, policy, reference, _partners(objective, policy, reference))
 
 
@@ -127,7 +127,7 @@ M = _sigmoid(6)  # the modulation of discopop: 0.1 · 3 / 0.05
 )
 def test_a_loss_is_its_equation(name: str, numbers: dict[str, Any], expected: float) -> None:
     outcome = _loss(name, **{"beta": 0.1, **numbers})
-    assert outcome.losses_B.tolist() == pytest.approx([expected], rel=1e-12)
+    assert outcome.objective_B.tolist() == pytest.approx([expected], rel=1e-12)
 
 
 def test_every_loss_has_an_equation_traits_and_a_value_by_hand() -> None:
@@ -137,9 +137,9 @@ def test_every_loss_has_an_equation_traits_and_a_value_by_hand() -> None:
 
 
 def test_the_worked_figures_themselves() -> None:
-    assert _loss("dpo").losses_B.item() == pytest.approx(0.5543552444685)
-    assert _loss("dpo_norm").losses_B.item() == pytest.approx(0.02975041, 1e-6)
-    assert _loss("apo_zero", beta=0.1).losses_B.item() == pytest.approx(0.925187, 1e-6)
+    assert _loss("dpo").objective_B.item() == pytest.approx(0.5543552444685)
+    assert _loss("dpo_norm").objective_B.item() == pytest.approx(0.02975041, 1e-6)
+    assert _loss("apo_zero", beta=0.1).objective_B.item() == pytest.approx(0.925187, 1e-6)
 
 
 # ---- sorting the global batch ----------------------------------------------------------------------------------
@@ -154,13 +154,13 @@ SEVERAL = (
 def test_aot_matches_the_places_in_the_global_batch() -> None:
     # Sorted: policy −3.5, −1, 2 (pairs 3, 2, 1); reference −2.5, −2, −1.
     expected = [-_log_sigmoid(0.1 * delta) for delta in (2 + 1, -1 + 2, -3.5 + 2.5)]
-    assert _loss("aot", *SEVERAL).losses_B.tolist() == pytest.approx(expected)
+    assert _loss("aot", *SEVERAL).objective_B.tolist() == pytest.approx(expected)
 
 
 def test_aot_unpaired_matches_chosen_with_rejected() -> None:
     # Sorted: chosen −1, 0.5, 1 (pairs 3, 2, 1); rejected −2, −1, 0.5 (pairs 1, 2, 3).
     low, middle, high = (-_log_sigmoid(0.1 * delta) for delta in (-1 + 2, 0.5 + 1, 1 - 0.5))
-    losses = _loss("aot_unpaired", *SEVERAL).losses_B
+    losses = _loss("aot_unpaired", *SEVERAL).objective_B
     assert losses.tolist() == pytest.approx([(high + low) / 2, middle, (low + high) / 2])
     assert losses.sum().item() == pytest.approx(low + middle + high)
 
@@ -168,7 +168,7 @@ def test_aot_unpaired_matches_chosen_with_rejected() -> None:
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
 def test_fixed_partners_give_the_gradient_of_the_sorted_batch(name: str) -> None:
     policy, reference = SEVERAL
-    found = torch.autograd.grad(_loss(name, policy, reference).losses_B.sum(), policy[:2])
+    found = torch.autograd.grad(_loss(name, policy, reference).objective_B.sum(), policy[:2])
     if name == "aot":
         ours = (policy.chosen_logps_B - policy.rejected_logps_B).sort().values
         theirs = (reference.chosen_logps_B - reference.rejected_logps_B).sort().values
@@ -209,10 +209,10 @@ def test_the_sum_over_pairs_is_the_sum_of_single_pairs(name: str) -> None:
             name,
             PairLogps(*(value[pair : pair + 1] if value is not None else None for value in policy)),  # type: ignore[arg-type]
             _reference(reference.chosen_logps_B[pair].item(), reference.rejected_logps_B[pair].item()),
-        ).losses_B.item()
+        ).objective_B.item()
         for pair in range(3)
     ]
-    assert _loss(name, policy, reference).losses_B.tolist() == pytest.approx(alone)
+    assert _loss(name, policy, reference).objective_B.tolist() == pytest.approx(alone)
 
 
 def test_rewards_and_logps_are_in_the_unit_of_the_loss() -> None:
@@ -244,7 +244,7 @@ def test_a_loss_without_reference_has_no_rewards() -> None:
 
 def test_wpo_weights_pass_no_gradient() -> None:
     policy = _policy(-10.0, -12.0)
-    torch.autograd.backward(_loss("wpo", policy, beta=0.1).losses_B)
+    torch.autograd.backward(_loss("wpo", policy, beta=0.1).objective_B)
     # d/dπc of w·(−log σ(0.1·Δ)) with w = e⁻⁵ held: −w · 0.1 · σ(−0.3)
     assert policy.chosen_logps_B.grad is not None
     assert policy.chosen_logps_B.grad.tolist() == pytest.approx([-math.exp(-5) * 0.1 / (1 + math.exp(0.3))])
@@ -252,7 +252,7 @@ def test_wpo_weights_pass_no_gradient() -> None:
 
 def test_wpo_weights_are_at_most_one() -> None:
     likely = _policy(5.0, 4.0)  # no log-probabilities, but the bound must hold
-    assert _loss("wpo", likely, _reference(5.0, 4.0)).losses_B.tolist() == pytest.approx([math.log(2)])
+    assert _loss("wpo", likely, _reference(5.0, 4.0)).objective_B.tolist() == pytest.approx([math.log(2)])
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -261,7 +261,7 @@ def test_values_and_gradients_stay_finite_far_from_the_reference(name: str, dist
     for divergence in F_DIVERGENCES if LOSS_TRAITS[name].takes_f_divergence else ("reverse_kl",):
         policy = _policy(-3e4 + distance, -3e4 - distance)
         outcome = _loss(name, policy, _reference(-3e4, -3e4), f_divergence=divergence)
-        for value in (outcome.losses_B, *torch.autograd.grad(outcome.losses_B.sum(), policy[:2])):
+        for value in (outcome.objective_B, *torch.autograd.grad(outcome.objective_B.sum(), policy[:2])):
             assert torch.isfinite(value.float()).all(), (divergence, value)
 
 
@@ -297,13 +297,13 @@ def test_values_and_gradients_are_those_of_trl() -> None:
         loss, gradients, rewards = _our_answer(pairs, case)
         assert loss == pytest.approx(answer["loss"], rel=1e-5, abs=1e-6), case
         assert gradients == pytest.approx(answer["gradients"], rel=1e-4, abs=1e-6), case
-        if not resolve_loss(case["loss"]).averages and "f_divergence" not in case:
+        if not resolve_objective(case["loss"]).averages and "f_divergence" not in case:
             assert rewards == pytest.approx(answer["rewards"], rel=1e-4, abs=1e-6), case
 
 
 def _as_trl_says(case: dict[str, Any]) -> dict[str, Any]:
     """Names and numbers of a case as TRL's configuration has them; its α-divergence counts from the other end."""
-    objective = resolve_loss(**_numbers(case))
+    objective = resolve_objective(**_numbers(case))
     divergences = {"js": "js_divergence", "alpha": "alpha_divergence"}
     return {
         "loss_type": [TRL_NAMES[loss.name] for loss in objective.losses],
@@ -339,7 +339,7 @@ def _our_answer(pairs: list[Any], case: dict[str, Any]) -> tuple[float, list[flo
     outcome = _loss(numbers.pop("text"), policy, reference, **numbers)
     assert outcome.chosen_rewards_B is not None
     assert outcome.rejected_rewards_B is not None
-    loss = outcome.losses_B.mean()
+    loss = outcome.objective_B.mean()
     gradients = [value for gradient in torch.autograd.grad(loss, leaves) for value in gradient.tolist()]
     rewards = [outcome.chosen_rewards_B.mean().item(), outcome.rejected_rewards_B.mean().item()]
     return loss.item(), gradients, rewards

@@ -19,7 +19,7 @@ from dpo_cache.pipeline.scoring.scoring_batch import Layout, PairLogps
 from dpo_cache.pipeline.training import metrics as metrics_module
 from dpo_cache.pipeline.training.metrics import PairMetrics, step_line
 from dpo_cache.pipeline.training.micro_batch import ScoredMicroBatch, collate
-from dpo_cache.pipeline.training.objective import resolve_loss
+from dpo_cache.pipeline.training.objective import resolve_objective
 from dpo_cache.pipeline.training.preference_loss import preference_loss
 
 CPU = torch.device("cpu")
@@ -65,12 +65,12 @@ def _scored(
         token_logps_N=torch.zeros(7 * len(pairs)),
         aux_loss=None if aux_loss is None else torch.tensor(aux_loss),
     )
-    outcomes = preference_loss(resolve_loss(loss), policy, micro_batch.reference)
+    outcomes = preference_loss(resolve_objective(loss), policy, micro_batch.reference)
     return ScoredMicroBatch(micro_batch=micro_batch, policy=policy, outcomes=outcomes)
 
 
 def _metrics(loss: str = "dpo", **options: Any) -> PairMetrics:
-    return PairMetrics(resolve_loss(loss), device=CPU, **{"tie_margin": 1e-4, **options})
+    return PairMetrics(resolve_objective(loss), device=CPU, **{"tie_margin": 1e-4, **options})
 
 
 def test_every_field_stands_on_the_page_about_training() -> None:

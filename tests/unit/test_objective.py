@@ -9,44 +9,44 @@ from typing import Any
 
 import pytest
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.training.objective import LOSS_TRAITS, LossSettings, beta_warnings, resolve_loss
+from dpo_cache.pipeline.training.objective import LOSS_TRAITS, LossSettings, beta_warnings, resolve_objective
 
 
 def test_each_loss_brings_its_own_beta() -> None:
-    betas = {name: resolve_loss(name).lead.beta for name in LOSS_TRAITS}
+    betas = {name: resolve_objective(name).lead.beta for name in LOSS_TRAITS}
     assert betas["dpo"] == 0.1
     assert betas["dpo_norm"] == 5.0
     assert betas["simpo"] == 2.0
     assert betas["sppo_hard"] == 1e-3
-    assert not [warning for name in LOSS_TRAITS for warning in beta_warnings(resolve_loss(name))]
+    assert not [warning for name in LOSS_TRAITS for warning in beta_warnings(resolve_objective(name))]
 
 
 def test_a_weighted_sum_names_weights_and_betas() -> None:
-    assert resolve_loss("dpo_norm=1.0, ipo:0.2=0.5,hinge", beta=3.0).losses == (
+    assert resolve_objective("dpo_norm=1.0, ipo:0.2=0.5,hinge", beta=3.0).losses == (
         LossSettings(name="dpo_norm", beta=3.0, weight=1.0),
         LossSettings(name="ipo", beta=0.2, weight=0.5),
         LossSettings(name="hinge", beta=3.0),
     )
-    assert [loss.beta for loss in resolve_loss("dpo_norm=1.0,ipo=0.2").losses] == [5.0, 0.1]
+    assert [loss.beta for loss in resolve_objective("dpo_norm=1.0,ipo=0.2").losses] == [5.0, 0.1]
 
 
 def test_the_first_loss_with_a_reference_gives_the_unit_of_what_is_logged() -> None:
-    assert resolve_loss("simpo,dpo").lead.name == "dpo"
-    assert resolve_loss("ipo,dpo").averages
-    assert not resolve_loss("dpo,ipo").averages
-    assert not resolve_loss("simpo").uses_reference
+    assert resolve_objective("simpo,dpo").lead.name == "dpo"
+    assert resolve_objective("ipo,dpo").averages
+    assert not resolve_objective("dpo,ipo").averages
+    assert not resolve_objective("simpo").uses_reference
 
 
 def test_smoothing_has_a_default_only_where_a_loss_needs_it() -> None:
-    assert resolve_loss("exo_pair").lead.label_smoothing == 1e-3
-    assert resolve_loss("dpo").lead.label_smoothing == 0.0
+    assert resolve_objective("exo_pair").lead.label_smoothing == 1e-3
+    assert resolve_objective("dpo").lead.label_smoothing == 0.0
     with pytest.raises(DpoCacheError, match="--label-smoothing is 0, but --loss exo_pair is not defined without it"):
-        resolve_loss("exo_pair", label_smoothing=0.0)
+        resolve_objective("exo_pair", label_smoothing=0.0)
 
 
 @pytest.mark.parametrize(("name", "beta"), [("dpo_norm", 0.1), ("dpo", 5.0), ("simpo", 0.1), ("robust", 2.0)])
 def test_a_beta_of_the_other_unit_is_warned_about(name: str, beta: float) -> None:
-    (warning,) = beta_warnings(resolve_loss(name, beta=beta))
+    (warning,) = beta_warnings(resolve_objective(name, beta=beta))
     assert f"--beta {beta:g} looks wrong for --loss {name}" in warning
 
 
@@ -77,7 +77,7 @@ def test_a_beta_of_the_other_unit_is_warned_about(name: str, beta: float) -> Non
 )
 def test_what_is_wrong_is_named(text: str, numbers: dict[str, Any], message: str) -> None:
     with pytest.raises(DpoCacheError, match=message):
-        resolve_loss(text, **numbers)
+        resolve_objective(text, **numbers)
 
 
 @pytest.mark.parametrize(
@@ -86,18 +86,18 @@ def test_what_is_wrong_is_named(text: str, numbers: dict[str, Any], message: str
 )
 def test_a_loss_by_another_name_is_answered_with_ours(written: str, meant: str) -> None:
     with pytest.raises(DpoCacheError, match=f"unknown --loss {written}") as refused:
-        resolve_loss(written)
+        resolve_objective(written)
     assert refused.value.next_step == f"did you mean {meant}?"
 
 
 def test_a_resumed_run_compares_plain_json() -> None:
-    objective = resolve_loss("dpo=1,exo_pair=0.5", f_divergence="alpha", ld_alpha=0.5, nll_coef=0.1)
+    objective = resolve_objective("dpo=1,exo_pair=0.5", f_divergence="alpha", ld_alpha=0.5, nll_coef=0.1)
     assert json.loads(json.dumps(objective.to_json())) == objective.to_json()
     assert objective.summary() == (
         "1 x dpo, beta 0.1; 0.5 x exo_pair, beta 0.1, label smoothing 0.001; f-divergence alpha 0.5; LD alpha 0.5; "
         "plus 0.1 x NLL of the chosen answer"
     )
-    assert resolve_loss("dpo_norm").summary() == "dpo_norm, beta 5"
+    assert resolve_objective("dpo_norm").summary() == "dpo_norm, beta 5"
 
 
 def test_the_settings_of_training_need_no_pytorch() -> None:

@@ -15,7 +15,7 @@ from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.training.micro_batch import collate
-from dpo_cache.pipeline.training.objective import resolve_loss
+from dpo_cache.pipeline.training.objective import resolve_objective
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine, separate_step_counters
 from dpo_cache.pipeline.training.preference_loss import preference_loss
 from torch import nn
@@ -168,8 +168,8 @@ def _gradients(pairs: Sequence[ScoredPair], split: Sequence[Sequence[int]]) -> l
     scorer = PairScorer(tiny_policy().double())
     for members in split:
         micro_batch = collate([pairs[index] for index in members], LAYOUT)
-        outcomes = preference_loss(resolve_loss("dpo_norm"), scorer(micro_batch.batch), micro_batch.reference)
-        torch.autograd.backward(outcomes.losses_B.sum() / len(pairs))
+        outcomes = preference_loss(resolve_objective("dpo_norm"), scorer(micro_batch.batch), micro_batch.reference)
+        torch.autograd.backward(outcomes.objective_B.sum() / len(pairs))
     return [parameter.grad for parameter in scorer.parameters() if parameter.grad is not None]
 
 

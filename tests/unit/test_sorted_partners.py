@@ -11,7 +11,7 @@ from distributed_run import run_ranks
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.training.micro_batch import collate
-from dpo_cache.pipeline.training.objective import resolve_loss
+from dpo_cache.pipeline.training.objective import resolve_objective
 from dpo_cache.pipeline.training.preference_loss import preference_loss
 from dpo_cache.pipeline.training.sorted_partners import sorted_partners
 from torch.nn.functional import logsigmoid
@@ -33,7 +33,7 @@ def gradients_of_splits(splits: list[int]) -> list[list[list[float]]]:
 
 def _gradient(name: str, micro_steps: int) -> list[float]:
     """In float64, summed over the ranks; with seven pairs some shares are larger, and with many some are empty."""
-    objective = resolve_loss(name)
+    objective = resolve_objective(name)
     scorer = PairScorer(tiny_policy().double())
     shares = dist.get_world_size() * micro_steps
     first = dist.get_rank() * micro_steps
@@ -42,7 +42,7 @@ def _gradient(name: str, micro_steps: int) -> list[float]:
         partners = sorted_partners(objective, [(batch, scorer(batch.batch)) for batch in batches])
     for batch, found in zip(batches, partners, strict=True):
         outcomes = preference_loss(objective, scorer(batch.batch), batch.reference, found)
-        torch.autograd.backward(outcomes.losses_B.sum() / len(PAIRS))
+        torch.autograd.backward(outcomes.objective_B.sum() / len(PAIRS))
     gradient = _flat_gradient(scorer)
     dist.all_reduce(gradient)
     return gradient.tolist()

@@ -12,9 +12,9 @@ import torch
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.training.micro_batch import collate
-from dpo_cache.pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, resolve_loss
+from dpo_cache.pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, resolve_objective
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
-from dpo_cache.pipeline.training.preference_loss import loss_at_reference
+from dpo_cache.pipeline.training.preference_loss import objective_at_reference
 from dpo_cache.pipeline.training.step_zero import (
     StepZeroFigures,
     StepZeroProof,
@@ -51,7 +51,7 @@ def _figures(engine: PolicyEngine, seed: int) -> dict[str, Any]:
             chosen = plain_side_logps(reference, row.pair.prompt_ids, row.pair.chosen_ids)
             rejected = plain_side_logps(reference, row.pair.prompt_ids, row.pair.rejected_ids)
         rows.append(scored_pair(row.pair, float(chosen), float(rejected)))
-    proof = StepZeroProof(engine.loss, dtype="float32", device=engine.device)
+    proof = StepZeroProof(engine.objective, dtype="float32", device=engine.device)
     mine = rows[engine.rank :: engine.num_ranks]
     proof.add(engine.micro_step(collate(mine, LAYOUT), num_pairs=len(rows), is_last=False))
     proof.add(engine.micro_step(collate([], LAYOUT), num_pairs=len(rows), is_last=True))
@@ -117,8 +117,8 @@ def test_the_expected_loss_is_that_of_no_difference() -> None:
         "apo_down": 1.0,
         "discopop": ln2 / 2 + 1 / 2,
     }
-    assert {name: loss_at_reference(resolve_loss(name)) for name in LOSS_TRAITS} == pytest.approx(expected)
-    assert loss_at_reference(resolve_loss("dpo=2,hinge=0.5")) == pytest.approx(2 * ln2 + 0.5)
-    assert loss_at_reference(resolve_loss("dpo", nll_coef=0.1)) is None
+    assert {name: objective_at_reference(resolve_objective(name)) for name in LOSS_TRAITS} == pytest.approx(expected)
+    assert objective_at_reference(resolve_objective("dpo=2,hinge=0.5")) == pytest.approx(2 * ln2 + 0.5)
+    assert objective_at_reference(resolve_objective("dpo", nll_coef=0.1)) is None
     for divergence in F_DIVERGENCES:
-        assert loss_at_reference(resolve_loss("dpo", f_divergence=divergence)) == pytest.approx(ln2)
+        assert objective_at_reference(resolve_objective("dpo", f_divergence=divergence)) == pytest.approx(ln2)

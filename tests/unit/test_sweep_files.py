@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from dpo_cache.cli import dpo_train
-from dpo_cache.pipeline.training.objective import beta_warnings, resolve_loss
+from dpo_cache.pipeline.training.objective import beta_warnings, resolve_objective
 from dpo_cache.stages.sweeping.sweep_grid import read_grid
 from dpo_cache.stages.training.best_model import FIELDS
 from dpo_cache.stages.training.train_config import TrainConfig
@@ -75,7 +75,7 @@ def test_a_wandb_agent_starts_a_run_that_dpo_train_takes(values: dict[str, Any],
 def test_no_beta_of_the_wandb_sweep_is_one_that_dpo_train_warns_about() -> None:
     parameters = yaml.safe_load((SWEEPS / "wandb.yaml").read_text(encoding="utf-8"))["parameters"]
     for beta in parameters["beta"]["values"]:
-        assert beta_warnings(resolve_loss("dpo_norm", beta=beta)) == []
+        assert beta_warnings(resolve_objective("dpo_norm", beta=beta)) == []
 
 
 def test_the_metric_that_a_wandb_sweep_maximises_is_one_that_is_logged() -> None:

@@ -21,7 +21,7 @@ def sweep_run(output: Path, accuracies: dict[int, float]) -> SweepRun:
     ]
     output.mkdir()
     (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    recipe: Any = SimpleNamespace(loss=config.resolved_loss())
+    recipe: Any = SimpleNamespace(objective=config.resolved_objective())
     return SweepRun(point=SweepPoint(name=output.name, options={}, config=config), recipe=recipe)
 
 
