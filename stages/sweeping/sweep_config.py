@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from ...errors import DpoCacheError
 from ..setting import check_settings, setting
 
+DEFAULT_HALVING_FACTOR = 2.0
+DEFAULT_RUNGS = 3
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepConfig:
@@ -26,11 +29,11 @@ class SweepConfig:
     halving_factor: float | None = setting(
         None,
         help="One in this many points goes on, with this many times the updates.",
-        default_text="2",
+        default_text=f"{DEFAULT_HALVING_FACTOR:g}",
         above=1,
     )
     rungs: int | None = setting(
-        None, help="How often points are compared, counting the end.", default_text="3", minimum=2
+        None, help="How often points are compared, counting the end.", default_text=str(DEFAULT_RUNGS), minimum=2
     )
     gpus_per_run: int | None = setting(
         None,

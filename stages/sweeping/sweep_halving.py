@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from ...errors import DpoCacheError
 from .sweep_grid import SweepPoint
@@ -52,6 +53,16 @@ def separations_compare(points: Sequence[SweepPoint]) -> bool:
     objectives = [point.config.resolved_objective() for point in points]
     kinds = {(each.averages, each.f_divergence, each.f_alpha, each.ld_alpha) for each in objectives}
     return len(kinds) == 1
+
+
+def comparable(score: Score, *, separations: bool) -> Score:
+    """A score without margin / beta where that has another unit at other points: a tie of the accuracy then stays one.
+
+    Args:
+        score: Of one point.
+        separations: Whether all points have one unit, from :func:`separations_compare`.
+    """
+    return score if separations else replace(score, separation=None)
 
 
 def rung_shares(rungs: int, factor: float) -> list[float]:

@@ -17,9 +17,9 @@ import yaml
 from click.testing import CliRunner
 from dpo_cache.cli import dpo_sweep
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages import sweep as sweep_stage
 from dpo_cache.stages.processes.child_processes import Job
 from dpo_cache.stages.sweep import sweep
+from dpo_cache.stages.sweeping import sweep_processes
 from dpo_cache.stages.sweeping.sweep_config import SweepConfig
 from dpo_cache.stages.sweeping.sweep_report import SweepReport
 from safetensors.torch import load_file
@@ -132,7 +132,7 @@ def only_noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def note(jobs: list[Job], *_: object, **__: object) -> None:
         names.extend(job.name for job in jobs)
 
-    monkeypatch.setattr(sweep_stage, "run_jobs", note)
+    monkeypatch.setattr(sweep_processes, "run_jobs", note)
     return names
 
 
