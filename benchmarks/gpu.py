@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -249,7 +250,7 @@ def train(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], dev
         ),
         objective=resolve_objective("dpo_norm"),
         weight_decay=0.0,
-        bad_batch_path=Path("/dev/null"),
+        bad_batch_path=Path(tempfile.gettempdir()) / "bad_batch.json",
     )
     cost = ModelCost.of_model(engine.scorer.model)
     rows = [scored(pair) for pair in pairs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -11,6 +10,7 @@ import torch.distributed as dist
 
 from ...errors import DpoCacheError
 from .host_group import host_group, wait_for_all
+from .run_file import write_run_json
 
 
 def report_bad_batch(path: Path, *, reason: str, training_step: int, keys: Sequence[bytes]) -> NoReturn:
@@ -30,7 +30,7 @@ def report_bad_batch(path: Path, *, reason: str, training_step: int, keys: Seque
     flat = [{"rank": rank, "key": key} for rank, of_rank in enumerate(suspects) for key in of_rank]
     if dist.get_rank() == 0:
         record = {"training_step": training_step, "not_finite": reason, "suspects": flat}
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_run_json(path, record)
     wait_for_all()  # a rank that dies earlier could take rank 0 with it before the file is written
     raise DpoCacheError(
         f"the {reason} of step {training_step} is not finite; the update was not applied",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from ..cache.example_key import Keys, key_at
 from .micro_batch import ScoredMicroBatch
+from .run_file import write_run_file
 
 EVAL_MARGINS = "eval_margins.jsonl"
 """Its name in a run's folder."""
@@ -54,10 +54,9 @@ def write_eval_margins(path: Path, *, training_step: int, keys: Keys, margins: n
         keys: Shape (P,).
         margins: Shape (P,); one that is not finite is written as null.
     """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as lines:
-        for place, margin in enumerate(margins.tolist()):
-            shown = margin if math.isfinite(margin) else None
-            line = {"training_step": training_step, "key": key_at(keys, place).hex(), "rewards/margin": shown}
-            lines.write(json.dumps(line) + "\n")
-    os.replace(partial, path)
+    lines = []
+    for place, margin in enumerate(margins.tolist()):
+        shown = margin if math.isfinite(margin) else None
+        line = {"training_step": training_step, "key": key_at(keys, place).hex(), "rewards/margin": shown}
+        lines.append(json.dumps(line) + "\n")
+    write_run_file(path, "".join(lines))

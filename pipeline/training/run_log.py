@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from ..cache.durable_file import write_durably
 from .tensorboard_files import TensorBoardFiles
 
 logger = logging.getLogger(__name__)
@@ -52,9 +52,7 @@ class MetricsFile:
         kept, dropped = _lines_until(path, last_step) if path.exists() else ([], 0)
         if dropped:
             logger.warning("%s: dropped %d lines that are torn or past step %d", path, dropped, last_step)
-            temporary = path.with_suffix(".partial")
-            temporary.write_bytes(b"".join(kept))
-            os.replace(temporary, path)
+            write_durably(path, b"".join(kept), temporary_folder=path.parent)
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, line: Line) -> None:

@@ -21,6 +21,7 @@ from ...errors import DpoCacheError
 from .micro_batch import ScoredMicroBatch
 from .objective import Objective
 from .preference_loss import objective_at_reference
+from .run_file import write_run_json
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2}
 """Largest difference allowed, in nats per scored token of a side, by the dtype computed in.
@@ -140,8 +141,8 @@ def check_step_zero(figures: StepZeroFigures) -> None:
 
 
 def write_step_zero(path: Path, figures: StepZeroFigures) -> None:
-    """Keep the figures as JSON, for whoever asks later whether a run stood on solid ground."""
-    path.write_text(json.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
+    """Keep the figures as JSON: a resumed run reads them back, and people can check later what a run began with."""
+    write_run_json(path, asdict(figures))
 
 
 def read_step_zero(path: Path) -> StepZeroFigures | None:

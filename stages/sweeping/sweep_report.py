@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.output_folder import write_json
+from ...pipeline.training.run_file import write_run_file, write_run_json
 from .sweep_grid import value_text
 from .sweep_run import Score
 
@@ -128,9 +128,9 @@ class SweepReport:
     def write(self) -> None:
         """Keep it in the sweep's folder."""
         folder = Path(self.output)
-        write_json(folder / FILE, self.to_json())
-        (folder / "sweep.csv").write_text(self.csv(), encoding="utf-8")
-        (folder / "sweep.md").write_text(self.markdown(), encoding="utf-8")
+        write_run_json(folder / FILE, self.to_json())
+        write_run_file(folder / "sweep.csv", self.csv())
+        write_run_file(folder / "sweep.md", self.markdown())
 
     def to_json(self) -> dict[str, Any]:
         """One object for ``--json``."""

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from .output_folder import write_json
+from ...pipeline.training.run_file import write_run_json
 
 FILE = "best.json"
 FIELDS = {"accuracy": "eval/rewards/accuracy", "margin": "eval/rewards/margin"}
@@ -43,7 +43,7 @@ class BestModel:
         self._best = line[self._field]
         if is_main:
             record = {"field": self._field, "value": self._best, "training_step": line["training_step"]}
-            write_json(self._path, record)
+            write_run_json(self._path, record)
 
 
 def _number(value: float) -> float | None:

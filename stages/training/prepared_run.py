@@ -10,13 +10,14 @@ import torch
 
 from ...errors import DpoCacheError
 from ...pipeline.cache.cache_folder import ReferenceCache
+from ...pipeline.training.run_file import write_run_json
 from ...pipeline.training.tensorboard_files import require_tensorboard
 from ..console.terminal import say
 from ..hub.hub_model import HubTarget, prepare_hub_target
 from ..processes.process_group import all_or_none, decided_by_first, refuse_other_settings
 from ..processes.ranks import Ranks
 from .held_out_overlap import overlap_warnings
-from .output_folder import output_lock, refuse_overwriting, write_json
+from .output_folder import output_lock, refuse_overwriting
 from .policy import PolicyOrigin, check_policy, find_policy
 from .recipe import Recipe, resolve_recipe, warnings_of
 from .run_checkpoints import RunCheckpoints
@@ -100,7 +101,7 @@ def write_config(run: PreparedRun) -> None:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     origin = run.origin
     resolved = {"policy": origin.model.name, "policy_is_reference": origin.is_reference, **run.recipe.to_json()}
-    write_json(run.config.output / "config.json", {"settings": settings, "resolved": resolved})
+    write_run_json(run.config.output / "config.json", {"settings": settings, "resolved": resolved})
 
 
 def _open_pairs(config: TrainConfig, ranks: Ranks, cache_folder: Path, held: ExitStack) -> tuple[TrainingCache, Recipe]:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...pipeline.training.run_file import write_run_json
 from ..console.counted_noun import counted
-from .output_folder import write_json
 
 FILE = "dry-run.json"
 
@@ -33,7 +33,7 @@ class DryRunReport:
 
     def write(self, output: Path) -> None:
         """Leave it in the run's folder, where a run may still begin."""
-        write_json(output / FILE, asdict(self))
+        write_run_json(output / FILE, asdict(self))
 
     @classmethod
     def read(cls, output: Path) -> DryRunReport:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...pipeline.training.run_file import write_run_json
 from ..console.counted_noun import counted
 from ..hub.hub_model import HubUpload
-from .output_folder import write_json
 
 FILE = "summary.json"
 
@@ -50,7 +50,7 @@ class TrainReport:
 
     def write(self) -> None:
         """Keep it in the run's folder."""
-        write_json(Path(self.output) / FILE, asdict(self))
+        write_run_json(Path(self.output) / FILE, asdict(self))
 
     @classmethod
     def read(cls, output: Path) -> TrainReport:

@@ -1,0 +1,23 @@
+"""The small files of a run's folder: each is there as a whole or as it was before, whatever is killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..cache.durable_file import write_durably
+
+
+def write_run_file(path: Path, text: str) -> None:
+    """Write a file of a run; one that is there already is replaced as a whole.
+
+    Raises:
+        DpoCacheError: The operating system refused (no space, no permission, an I/O error).
+    """
+    write_durably(path, text.encode("utf-8"), temporary_folder=path.parent)
+
+
+def write_run_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, as :func:`write_run_file` does."""
+    write_run_file(path, json.dumps(value, indent=2) + "\n")
