@@ -2,10 +2,10 @@
 
     checkpoints/step_120/
       engine/               DeepSpeed's state: weights, master weights, optimizer, one or more files a rank
-      trainer_state.json    what else a run needs to go on, and what it must not have changed meanwhile
+      trainer_state.json    what else a run needs to resume, and the settings that must not have changed
       COMPLETE              every file with its size
 
-A run killed while it saves leaves a folder without marker. It is never gone on from, and never in the way.
+A run killed while it saves leaves a folder without a marker. Nothing resumes from it, and it is removed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class TrainerState:
         step: Updates done.
         num_ranks: Processes that saved it.
         zero_stage: Their ZeRO stage.
-        run: What must be the same to go on exactly: the mixture's digest, seed, global batch and the like, by the
-            names people know them by.
+        run: The fingerprint of the run, which has to be the same for a resume to be exact: the mixture's digest,
+            seed, global batch size and so on, under their options' names.
         tracking_run_id: Of Weights & Biases, so that the curve goes on.
         unlogged: Sums over the updates since the last log line, so that the next line is what it would have been.
     """
@@ -89,7 +89,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_same_run(checkpoint: Checkpoint, *, run: Mapping[str, Any], zero_stage: int) -> None:
-    """Refuse to go on with something else than what was begun.
+    """Refuse to resume a run with other settings.
 
     Raises:
         DpoCacheError: Naming each field that differs, with both values.
@@ -111,7 +111,7 @@ def check_same_run(checkpoint: Checkpoint, *, run: Mapping[str, Any], zero_stage
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The numbers inside of numbers, each by its path: ``loss.losses.0.beta``."""
+    """The values of nested mappings and lists, each with its path: ``loss.losses.0.beta``."""
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         yield name, value
@@ -145,26 +145,26 @@ def held_bytes(folder: Path, *, at_most: int | None) -> int:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a kill in the middle of a save left: it takes up room, and nothing can go on from it."""
+    """Remove what a kill in the middle of a save left: it takes up room, and nothing can resume from it."""
     for path in _newest_first(folder):
         if not (path / MARKER).exists():
             shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_later(folder: Path, *, than: int) -> list[Path]:
-    """Remove the checkpoints of later updates, which a run that goes on from before them does once more.
+def remove_later_than(step: int, folder: Path) -> list[Path]:
+    """Remove the checkpoints of later updates, which the resumed run does again.
 
-    Left there, they would count as the newest ones, so that those of the repeated updates would be removed and a
-    resumed run would go on from another past.
+    Left there, they would count as the newest: the checkpoints of the repeated updates would be pruned in their place,
+    and the next resume would continue a past that is not this run's.
 
     Args:
+        step: Updates done where the run resumes.
         folder: ``OUTPUT/checkpoints``.
-        than: Updates done where the run goes on.
 
     Returns:
         What was removed.
     """
-    later = [path for path in _newest_first(folder) if _step(path) > than]
+    later = [path for path in _newest_first(folder) if _step(path) > step]
     for path in later:
         _remove(path)
     return later

@@ -25,7 +25,7 @@ ENGINE_FOLDER = "engine"
 
 
 def save_checkpoint(engine: PolicyEngine, folder: Path, state: TrainerState, *, keep_last: int | None) -> Path:
-    """Save everything to go on from; collective.
+    """Save everything that a resumed run needs; collective.
 
     Args:
         engine: The engine to save.

@@ -56,13 +56,13 @@ def deal_padded(
     num_ranks: int,
     tokens_per_microbatch: int,
 ) -> list[list[Rows]]:
-    """The same where every answer has a row of its own with its prompt, as long as the longest of the micro-batch.
+    """The same where every response has a row of its own with its prompt, as long as the longest of the micro-batch.
 
     Pairs alike in length share a micro-batch, so that hardly anything is padded.
 
     Args:
         rows: As for :func:`deal`.
-        sequence_tokens: Tokens of each pair's prompt and longer answer, in the same order.
+        sequence_tokens: Tokens of each pair's prompt and longer response, in the same order.
         num_ranks: As for :func:`deal`.
         tokens_per_microbatch: Most tokens a micro-batch may compute, padding included.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DpoCacheError
-from .host_memory import large_blocks_returned
+from .host_memory import low_mmap_threshold
 
 Json = dict[str, Any]
 
@@ -126,7 +126,7 @@ def partitioned_loading(config: Json) -> Iterator[None]:
     deepspeed.init_distributed(verbose=False)  # adopts the process group there is; without it, one rank is assumed
     registered = HfDeepSpeedConfig(config)  # transformers itself only keeps a weak reference
     try:
-        with large_blocks_returned():
+        with low_mmap_threshold():
             yield
     finally:
         unset_hf_deepspeed_config()

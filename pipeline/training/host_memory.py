@@ -1,9 +1,9 @@
-"""Memory of the host that is freed and should really be free.
+"""glibc's thresholds, set so that memory that is freed goes back to the system.
 
-glibc gives a large block pages of its own and returns them when it is freed; smaller ones share a heap. Where the line
-runs it decides by itself: it climbs to the size of whatever large block was freed last, up to 32 MiB. Gradients of an
-embedding then lie on the heap among activations, whose sizes change with every micro-batch, and leave holes that
-nothing fits into: a run that needs 1.7 GB takes 2.4 after ten updates, and more with each.
+glibc gives a large block pages of its own and returns them when the block is freed; smaller blocks share a heap. It
+moves the size that counts as large, its mmap threshold, by itself: up to that of the largest block freed so far, at
+most 32 MiB. Gradients of an embedding then lie on the heap among activations, whose sizes change with every
+micro-batch, and fragment it: a run that needs 1.7 GB takes 2.4 after ten updates, and more with each.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-TRAINING_BLOCK = 16 * 2**20
-"""What has pages of its own while a model is trained: below lie activations, quicker from a heap, and chunks of logits.
-"""
-LOADING_BLOCK = 2**20
-KEPT_FREE = 256 * 2**20
+"""Parameters of glibc's ``mallopt``."""
+MMAP_BYTES_TRAINING = 16 * 2**20
+"""Above activations, which are quicker on the heap, and chunks of logits."""
+TRIM_BYTES_TRAINING = 256 * 2**20
 """Free memory at the end of the heap that is kept for the next micro-batch."""
+BYTES_LOADING = 2**20
 
 
-def set_large_blocks_apart() -> None:
-    """Fix the line, for the rest of this process. Without glibc nothing happens."""
-    _set_limits(large_block=TRAINING_BLOCK, kept_free=KEPT_FREE)
+def fix_mmap_threshold() -> None:
+    """Set the thresholds for training, for the rest of this process. Without glibc nothing happens."""
+    _set_thresholds(mmap_bytes=MMAP_BYTES_TRAINING, trim_bytes=TRIM_BYTES_TRAINING)
 
 
 @contextmanager
-def large_blocks_returned() -> Iterator[None]:
-    """While this is open, freed blocks of a MiB and more go back to the system at once.
+def low_mmap_threshold() -> Iterator[None]:
+    """While this is open, freed blocks of a MiB or more go back to the system at once; then as for training.
 
-    Loading a model in parts makes a whole weight and a part of it in turns. A heap would keep the holes that the whole
-    ones leave: with eight ranks on a node, eight times most of the model.
+    Loading a partitioned model allocates a whole weight and a part of it in turn. A heap would keep the holes that the
+    whole weights leave: with eight ranks on a node, eight times most of the model.
     """
-    _set_limits(large_block=LOADING_BLOCK, kept_free=LOADING_BLOCK)
+    _set_thresholds(mmap_bytes=BYTES_LOADING, trim_bytes=BYTES_LOADING)
     try:
         yield
     finally:
-        set_large_blocks_apart()
+        fix_mmap_threshold()
 
 
-def _set_limits(*, large_block: int, kept_free: int) -> None:
+def _set_thresholds(*, mmap_bytes: int, trim_bytes: int) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, large_block)
-        libc.mallopt(M_TRIM_THRESHOLD, kept_free)
+        libc.mallopt(M_MMAP_THRESHOLD, mmap_bytes)
+        libc.mallopt(M_TRIM_THRESHOLD, trim_bytes)
         libc.malloc_trim(0)

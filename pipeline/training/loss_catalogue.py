@@ -31,9 +31,9 @@ def exo_pair(terms: PairTerms, settings: LossSettings) -> Tensor:
 
 
 def nca_pair(terms: PairTerms, settings: LossSettings) -> Tensor:
-    """``−log σ(β·rc) − ½·log σ(−β·rc) − ½·log σ(−β·rr)``: keeps the likelihood of the chosen answer up.
+    """``−log σ(β·rc) − ½·log σ(−β·rc) − ½·log σ(−β·rr)``: keeps the likelihood of the chosen response up.
 
-    Noise contrastive alignment, Chen et al. 2024 (arXiv 2402.05369), for two answers with hard labels.
+    Noise contrastive alignment, Chen et al. 2024 (arXiv 2402.05369), for two responses with hard labels.
     """
     chosen_B, rejected_B = settings.beta * terms.chosen_B, settings.beta * terms.rejected_B
     return -logsigmoid(chosen_B) - 0.5 * logsigmoid(-chosen_B) - 0.5 * logsigmoid(-rejected_B)
@@ -51,7 +51,7 @@ def sppo_hard(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``(rc − 1/(2β))² + (rr + 1/(2β))²``.
 
     Self-play preference optimisation, Wu et al. 2024 (arXiv 2405.00675): its squared loss with η = 1/β = 1000 and
-    the probability of winning taken as 1 for the chosen answer and 0 for the rejected.
+    the probability of winning taken as 1 for the chosen response and 0 for the rejected.
     """
     target = 1 / (2 * settings.beta)
     return (terms.chosen_B - target) ** 2 + (terms.rejected_B + target) ** 2
@@ -86,7 +86,7 @@ def aot_unpaired(terms: PairTerms, settings: LossSettings) -> Tensor:
 
 
 def apo_zero(terms: PairTerms, settings: LossSettings) -> Tensor:
-    """``1 − σ(β·rc) + σ(β·rr)``: chosen up, rejected down; for chosen answers better than the policy's own.
+    """``1 − σ(β·rc) + σ(β·rr)``: chosen up, rejected down; for chosen responses better than the policy's own.
 
     APO-zero of anchored preference optimisation, D'Oosterlinck et al. 2024 (arXiv 2408.06266).
     """
@@ -94,7 +94,7 @@ def apo_zero(terms: PairTerms, settings: LossSettings) -> Tensor:
 
 
 def apo_down(terms: PairTerms, settings: LossSettings) -> Tensor:
-    """``σ(β·rc) + 1 − σ(βΔ)``: both down, rejected further; for chosen answers worse than the policy's own.
+    """``σ(β·rc) + 1 − σ(βΔ)``: both down, rejected further; for chosen responses worse than the policy's own.
 
     APO-down, D'Oosterlinck et al. 2024 (arXiv 2408.06266).
     """

@@ -82,7 +82,7 @@ def wpo(terms: PairTerms, settings: LossSettings) -> Tensor:
     """``w · dpo`` with ``w = min(1, exp(πc/nc + πr/nr))``, a weight that passes no gradient.
 
     Zhou et al. 2024 (arXiv 2406.11827), with the average per token as the length-normalised
-    probability of an answer: pairs that the policy itself would hardly write count less.
+    probability of a response: pairs that the policy itself would hardly write count less.
     """
     weight_B = torch.exp(terms.policy_chosen_average_B + terms.policy_rejected_average_B).clamp(max=1.0).detach()
     return weight_B * dpo(terms, settings)

@@ -111,15 +111,15 @@ class PairMetrics:
         tie_B = (average_margin_B.abs() < self._tie_margin) | (chosen_rewards_B == rejected_rewards_B)
         return torch.where(tie_B, 0.5, (chosen_rewards_B > rejected_rewards_B).double())
 
-    def unlogged(self) -> dict[str, float]:
-        """The sums since the last line, over all ranks; all ranks call this, and nothing starts over."""
+    def unlogged_sums(self) -> dict[str, float]:
+        """The sums since the last line, over all ranks; they are not reset. All ranks call this."""
         counts = torch.tensor(list(self._counts.values()), dtype=torch.float64, device=self._device)
         reduced = torch.cat([self._sums, counts])
         dist.all_reduce(reduced)
         return dict(zip((*_SUMS, *_COUNTS), reduced.tolist(), strict=True))
 
-    def go_on_from(self, unlogged: Mapping[str, float]) -> None:
-        """Take the sums of a run that stopped between two lines; on one rank alone."""
+    def restore_sums(self, unlogged: Mapping[str, float]) -> None:
+        """Add the sums of a run that stopped between two lines; called on one rank only."""
         self._sums += torch.tensor([unlogged[name] for name in _SUMS], dtype=torch.float64, device=self._device)
         for name in _COUNTS:
             self._counts[name] += int(unlogged[name])

@@ -1,6 +1,6 @@
 """The tokenizer of a trained model: the one that made its pairs, with the chat template they were rendered with.
 
-A policy that was trained on one template and is prompted with another answers worse, and nothing says why. So what a
+A policy that was trained on one template and is prompted with another responds worse, and nothing says why. So what a
 mixture records of its tokens decides what ``model/`` holds; the base checkpoint's files stand where it agrees.
 """
 
@@ -85,32 +85,55 @@ def tokenizer_of_pairs(
         trust_remote_code: Run Python code that comes with that checkpoint's tokenizer. A tokenizer that only the
             mixture names runs none: a cache may come from anyone.
     """
+    base = _tokenizer_of_checkpoint(base_folder, trust_remote_code=trust_remote_code)
+    if base is not None and _made_by(base, tokenization):
+        return ModelTokenizer(base_folder=base_folder, chat_template=_template_to_write(base, tokenization))
+    name = (tokenization.get("settings") or {}).get("tokenizer")
+    if name is None:
+        return ModelTokenizer(base_folder=base_folder)
     try:
-        tokenizer = load_tokenizer(str(base_folder), None, trust_remote_code=trust_remote_code)
-    except DpoCacheError:  # a checkpoint without one
-        tokenizer = None
-    other = None
-    if tokenizer is None or not _made_by(tokenizer, tokenization):
-        settings = tokenization.get("settings") or {}
-        name = settings.get("tokenizer")
-        if name is None:
-            return ModelTokenizer(base_folder=base_folder)
-        try:
-            other = tokenizer = load_tokenizer(name, settings.get("tokenizer_revision"), trust_remote_code=False)
-            if not _made_by(tokenizer, tokenization):
-                raise DpoCacheError("it has changed since")
-        except DpoCacheError as error:
-            warning = f"the pairs were made with the tokenizer {name}, which could not be loaded ({error.found}); "
-            return ModelTokenizer(base_folder=base_folder, warning=warning + "the trained model gets that of its base")
-    template, own = tokenization.get("chat_template") or {}, resolve_chat_template(tokenizer, None)
-    text = template.get("text")
+        other = _tokenizer_of_mixture(name, tokenization)
+    except DpoCacheError as error:
+        warning = (
+            f"the pairs were made with the tokenizer {name}, which could not be loaded ({error.found}); the trained "
+            "model gets that of its base"
+        )
+        return ModelTokenizer(base_folder=base_folder, warning=warning)
+    template = _template_to_write(other, tokenization)
+    return ModelTokenizer(base_folder=base_folder, other=other, chat_template=template)
+
+
+def _tokenizer_of_checkpoint(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The checkpoint's tokenizer; None where it has none."""
+    try:
+        return load_tokenizer(str(folder), None, trust_remote_code=trust_remote_code)
+    except DpoCacheError:
+        return None
+
+
+def _tokenizer_of_mixture(name: str, tokenization: Mapping[str, Any]) -> Any:
+    """The tokenizer that the mixture names.
+
+    Raises:
+        DpoCacheError: It cannot be loaded, or is not the same any more.
+    """
+    tokenizer = load_tokenizer(name, tokenization["settings"].get("tokenizer_revision"), trust_remote_code=False)
+    if not _made_by(tokenizer, tokenization):
+        raise DpoCacheError("it has changed since")
+    return tokenizer
+
+
+def _template_to_write(tokenizer: Any, tokenization: Mapping[str, Any]) -> str | None:
+    """The template that the pairs were rendered with; None where it is the tokenizer's own, or none was recorded."""
+    text = (tokenization.get("chat_template") or {}).get("text")
+    own = resolve_chat_template(tokenizer, None)
     if text is None or (own is not None and own.text == text):
-        return ModelTokenizer(base_folder=base_folder, other=other)
-    return ModelTokenizer(base_folder=base_folder, other=other, chat_template=without_fixed_date(text))
+        return None
+    return without_fixed_date(text)
 
 
 def _made_by(tokenizer: Any, tokenization: Mapping[str, Any]) -> bool:
-    """Told by the whole tokenizer, or by its vocabulary where it is not a fast one."""
+    """Whether this tokenizer made the pairs: compared as a whole, or by its vocabulary where it is not a fast one."""
     whole: str | None = tokenization.get("tokenizer_sha256")
     vocabulary: str | None = tokenization.get("vocabulary_sha256")
     return vocabulary_sha256(tokenizer) == vocabulary if whole is None else tokenizer_sha256(tokenizer) == whole

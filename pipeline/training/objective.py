@@ -89,7 +89,7 @@ class LossSettings:
     Attributes:
         name: A key of :data:`LOSS_TRAITS`.
         beta: Strength of the pull towards the reference. For losses on averages it multiplies nats per token, for
-            the others nats per answer, which is why no default fits all losses.
+            the others nats per response, which is why no default fits all losses.
         weight: Its factor in a sum of losses.
         label_smoothing: ε, the assumed probability that a pair's label is wrong, in [0, 0.5).
         gamma_beta_ratio: The target margin of ``simpo`` divided by beta (γ/β), in nats per token.
@@ -115,8 +115,8 @@ class Objective:
         losses: The terms, at least one.
         f_divergence: One of :data:`F_DIVERGENCES`, between policy and reference.
         f_alpha: α of the ``alpha`` divergence, between 0 (the reverse KL) and 1 (the forward KL).
-        ld_alpha: Weight of the tokens of the longer answer that lie past the length of the shorter one; 1 is plain.
-        nll_coef: Weight of the negative log-likelihood per token of the chosen answer.
+        ld_alpha: Weight of the tokens of the longer response that lie past the length of the shorter one; 1 is plain.
+        nll_coef: Weight of the negative log-likelihood per token of the chosen response.
     """
 
     losses: tuple[LossSettings, ...]

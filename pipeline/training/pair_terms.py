@@ -130,7 +130,7 @@ def pair_terms(
 
 
 def weigh_tail(sums_B: Tensor, common_B: Tensor, ld_alpha: float) -> Tensor:
-    """``common + α·(sum − common)``: tokens past the length of the pair's shorter answer count α.
+    """``common + α·(sum − common)``: tokens past the length of the pair's shorter response count α.
 
     LD-DPO (Liu et al. 2024, arXiv 2409.06411), for policy and reference alike.
     """

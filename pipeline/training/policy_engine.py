@@ -1,7 +1,7 @@
-"""DeepSpeed, told what to do in the order a step happens: forward and backward, then the update.
+"""The policy in a DeepSpeed engine: forward and backward passes of micro-batches, then the update.
 
 Two things differ from a common DeepSpeed loop. The number of micro-steps varies from update to update, so we say which
-backward pass is the last instead of letting DeepSpeed count. And the objective is divided by the number of pairs of
+backward pass is the last instead of letting DeepSpeed count. Also, the objective is divided by the number of pairs of
 the whole global batch, so DeepSpeed's average over ranks has to be undone: it is given the objective times the number
 of ranks.
 
@@ -35,7 +35,7 @@ from .sorted_partners import sorted_partners
 class PolicyEngine:
     """The policy, its optimizer and its partitioning, at any ZeRO stage.
 
-    ``torch.distributed`` is initialised before. Every method but the properties is collective: all ranks call it, in
+    ``torch.distributed`` has to be initialised. Every method but the properties is collective: all ranks call it, in
     the same order.
 
     Args:
@@ -73,17 +73,14 @@ class PolicyEngine:
         self.deepspeed: Any = deepspeed.initialize(model=scorer, optimizer=self._optimizer, config=config)[0]
         self.device: torch.device = torch.device(self.deepspeed.device)
         if self.zero_stage == 0:
-            # DeepSpeed's bf16 wrapper of stage 0 takes an empty step to allocate AdamW's state, which leaves its
-            # step counter, hence its bias correction, one ahead.
-            self._optimizer.state.clear()
-            # Alone there is nothing to reduce, and DeepSpeed would copy all gradients into one buffer for it.
-            self.deepspeed.enable_backward_allreduce = self.num_ranks > 1
+            self._correct_stage_zero()
         self._keeps_gradients = self.zero_stage == 0 and self.device.type == "cpu" and not config.get("bf16")
         if self._keeps_gradients:
             for parameter in self._trained():
                 parameter.grad = torch.zeros_like(parameter)
         self._assert_fp32_masters()
         self.deepspeed.train()
+        # One entry for each micro-step since the last update.
         self._objective_is_finite: list[Tensor] = []
         self._keys: list[tuple[bytes, ...]] = []
 
@@ -126,11 +123,12 @@ class PolicyEngine:
         self._refuse_nonfinite_objective(training_step)
         for group in self._groups():
             group["lr"] = learning_rate
-        norm = self._gradient_norm() if self.zero_stage == 0 else None
-        if norm is None or math.isfinite(norm):
-            # From stage 1 on DeepSpeed computes the norm inside its step, and applies nothing if it is not finite.
-            self._step()
-        if norm is None:
+        if self.zero_stage == 0:
+            norm = self._gradient_norm()
+            if math.isfinite(norm):
+                self._step()
+        else:
+            self._step()  # DeepSpeed computes the norm in here, and applies nothing if it is not finite
             norm = float(self.deepspeed.get_global_grad_norm())
         if not math.isfinite(norm) or not self.deepspeed.was_step_applied():
             suspects = [key for keys in self._keys for key in keys]
@@ -156,14 +154,8 @@ class PolicyEngine:
         partners = sorted_partners(self.objective, scored)
         return [replace(micro_batch, partners=found) for (micro_batch, _), found in zip(scored, partners, strict=True)]
 
-    def _score(self, micro_batch: MicroBatch) -> PairLogps:
-        self.deepspeed.eval()
-        policy: PairLogps = self.deepspeed(micro_batch.batch)
-        self.deepspeed.train()
-        return policy
-
     def load_state(self, folder: Path, *, tag: str) -> None:
-        """Load what DeepSpeed saved, right after this engine was made.
+        """Load what DeepSpeed saved; to be called right after this engine was made.
 
         Raises:
             DpoCacheError: There is nothing to load.
@@ -173,30 +165,10 @@ class PolicyEngine:
         loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=not frozen)
         if loaded is None:
             raise DpoCacheError(f"DeepSpeed found no state in {folder / tag}")
-        # From a converted state, stage 3 gives all groups the settings of the first: a weight decay of their own is
-        # lost.
+        # From a converted state, stage 3 gives all groups the settings of the first: a weight decay of 0 is lost.
         for group, before in zip(self._groups(), settings, strict=True):
             group.update(before)
         separate_step_counters(self._optimizer)
-
-    def _step(self) -> None:
-        """DeepSpeed's update. On a CPU at stage 0 the gradients keep their memory, which DeepSpeed would free.
-
-        Allocated anew among activations, whose sizes change with every micro-batch, they tear glibc's heap into holes
-        that nothing fits into.
-        """
-        kept = [(parameter, parameter.grad) for parameter in self._trained()] if self._keeps_gradients else []
-        self.deepspeed.step()
-        for parameter, gradient in kept:
-            assert gradient is not None
-            parameter.grad = gradient.zero_()
-
-    def _trained(self) -> Iterator[nn.Parameter]:
-        return (parameter for parameter in self.parameters() if parameter.requires_grad)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self._optimizer.param_groups
-        return groups
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The policy's parameters; under ZeRO-3 their shape is ``ds_shape``."""
@@ -213,14 +185,22 @@ class PolicyEngine:
         assert master is not None
         return master
 
-    def _gradient_norm(self) -> float:
-        """Norm of the gradient that all ranks hold after the last backward pass of stage 0."""
-        norms = [
-            torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)  # of bf16 gradients too
-            for parameter in self.parameters()
-            if parameter.grad is not None
-        ]
-        return float(torch.linalg.vector_norm(torch.stack(norms)))
+    def _correct_stage_zero(self) -> None:
+        """Undo what DeepSpeed sets up at stage 0 and should not."""
+        # Its bf16 wrapper takes an empty step to allocate AdamW's state, which leaves the step counter, hence the bias
+        # correction, one ahead.
+        self._optimizer.state.clear()
+        # Alone there is nothing to reduce, and DeepSpeed would copy all gradients into one buffer for it.
+        self.deepspeed.enable_backward_allreduce = self.num_ranks > 1
+
+    def _assert_fp32_masters(self) -> None:
+        """At learning rates of preference tuning, most updates are smaller than a bf16 weight's last bit."""
+        if self.zero_stage == 3:
+            masters: list[Tensor] = self.deepspeed.optimizer.fp32_partitioned_groups_flat
+        else:
+            masters = [weight for group in self._groups() for weight in group["params"]]
+        assert masters
+        assert all(weight.dtype == torch.float32 for weight in masters), "master weights are not float32"
 
     def _refuse_nonfinite_objective(self, training_step: int) -> None:
         """One reduction an update: a rank that stopped alone would leave the others waiting."""
@@ -234,14 +214,38 @@ class PolicyEngine:
         ]
         report_bad_batch(self._bad_batch_path, reason="loss", training_step=training_step, keys=suspects)
 
-    def _assert_fp32_masters(self) -> None:
-        """At learning rates of preference tuning, most updates are smaller than a bf16 weight's last bit."""
-        if self.zero_stage == 3:
-            masters: list[Tensor] = self.deepspeed.optimizer.fp32_partitioned_groups_flat
-        else:
-            masters = [weight for group in self._groups() for weight in group["params"]]
-        assert masters
-        assert all(weight.dtype == torch.float32 for weight in masters), "master weights are not float32"
+    def _gradient_norm(self) -> float:
+        """Norm of the gradient that all ranks hold after the last backward pass of stage 0."""
+        norms = [
+            torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)  # of bf16 gradients too
+            for parameter in self.parameters()
+            if parameter.grad is not None
+        ]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+    def _step(self) -> None:
+        """DeepSpeed's update. On a CPU at stage 0 the gradients keep their memory, which DeepSpeed would free.
+
+        Allocated again among activations, whose sizes change with every micro-batch, they would fragment glibc's heap.
+        """
+        kept = [(parameter, parameter.grad) for parameter in self._trained()] if self._keeps_gradients else []
+        self.deepspeed.step()
+        for parameter, gradient in kept:
+            assert gradient is not None
+            parameter.grad = gradient.zero_()
+
+    def _score(self, micro_batch: MicroBatch) -> PairLogps:
+        self.deepspeed.eval()
+        policy: PairLogps = self.deepspeed(micro_batch.batch)
+        self.deepspeed.train()
+        return policy
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
+        return groups
 
 
 def separate_step_counters(optimizer: torch.optim.Optimizer) -> None:

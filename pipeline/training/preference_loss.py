@@ -106,7 +106,7 @@ def objective_at_reference(objective: Objective) -> float | None:
 def _pair_objective(objective: Objective, terms: PairTerms) -> Tensor:
     """The weighted sum of the losses, plus ``nll_coef·(−πc/nc)``.
 
-    The likelihood term is an average over the tokens of the chosen answer, so a long answer weighs as much as a short
+    The likelihood term is an average over the tokens of the chosen response, so a long one weighs as much as a short
     one, as in iterative RPO (Pang et al. 2024, arXiv 2404.19733).
     """
     objective_B = torch.zeros_like(terms.chosen_B)

@@ -25,7 +25,7 @@ def sorted_partners(objective: Objective, scored: Sequence[tuple[MicroBatch, Pai
     """Partners of this rank's pairs in a global batch, micro-batch by micro-batch; collective.
 
     Args:
-        objective: Says how long answers are weighed.
+        objective: Says how the tail of a longer response is weighed.
         scored: This rank's micro-batches of one global batch with their forward passes.
     """
     mine = [pair for micro_batch, policy in scored for pair in _sort_values(objective, micro_batch, policy)]

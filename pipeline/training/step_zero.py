@@ -102,7 +102,7 @@ class StepZeroProof:
             self._max = torch.maximum(self._max, distances_S.max())
 
     def figures(self) -> StepZeroFigures:
-        """Bring the ranks together; collective, and the same answer on all of them."""
+        """Bring the ranks together; collective, with the same result on all of them."""
         sums, worst = self._sums.clone(), self._max.clone()
         dist.all_reduce(sums)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)

@@ -30,7 +30,7 @@ from ..training.train_config import TrainConfig
 
 KEYS = ("cache", "output", "build", "train", "grid", "points")
 LONGEST_NAME = 100
-OF_THE_SWEEP = {
+SET_BY_THE_SWEEP = {
     "cache": "all points train from the `cache` at the top of the file: give each cache its own sweep",
     "output": "each point gets its own folder under the `output` at the top of the file",
     "resume": "leave it out: points resume automatically",
@@ -202,10 +202,10 @@ def _resolve_points(
     for options in own_options:
         name = point_name(options)
         values = {**fixed, **options}
-        refused = sorted(values.keys() & OF_THE_SWEEP.keys())
+        refused = sorted(values.keys() & SET_BY_THE_SWEEP.keys())
         if refused:
             where = f"the axis {refused[0]}" if refused[0] in options else f"train: {refused[0]}"
-            raise DpoCacheError(f"{where} cannot be set in a sweep", next_step=OF_THE_SWEEP[refused[0]])
+            raise DpoCacheError(f"{where} cannot be set in a sweep", next_step=SET_BY_THE_SWEEP[refused[0]])
         with _blamed_on(f"point {name}"):
             points.append(
                 SweepPoint(name=name, options=options, config=TrainConfig(cache=cache, output=output / name, **values))

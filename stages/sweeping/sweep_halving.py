@@ -49,7 +49,7 @@ def margins_compare(points: Sequence[SweepPoint]) -> bool:
 
 
 def separations_compare(points: Sequence[SweepPoint]) -> bool:
-    """Whether margin / beta of these points can be compared: all in nats per answer, or all in nats per token."""
+    """Whether margin / beta of these points can be compared: all in nats per response, or all in nats per token."""
     objectives = [point.config.resolved_objective() for point in points]
     kinds = {(each.averages, each.f_divergence, each.f_alpha, each.ld_alpha) for each in objectives}
     return len(kinds) == 1

@@ -14,7 +14,7 @@ from ..training.train_report import FILE as SUMMARY
 from ..training.train_report import TrainReport
 from .sweep_grid import SweepPoint
 
-HOW_IT_IS_RUN = {
+IRRELEVANT_TO_RESULTS = {
     *("cache", "output", "resume", "stop_after_steps", "num_gpus", "tokens_per_microbatch"),
     *("checkpointing_steps", "keep_last_n_checkpoints", "logging_steps"),
     *("with_tracking", "wandb_project", "wandb_entity", "wandb_tags", "with_tensorboard", "run_name"),
@@ -28,8 +28,8 @@ class Score:
     """The rewards of a run at some update; a figure that an objective does not have, or that is not finite, is None.
 
     Attributes:
-        accuracy: Share of the pairs whose chosen answer has the higher reward.
-        margin: Mean reward of the chosen answers less that of the rejected ones.
+        accuracy: Share of the pairs whose chosen response has the higher reward.
+        margin: Mean reward of the chosen responses less that of the rejected ones.
         separation: The margin divided by beta, in nats or nats per token. It breaks ties of the accuracy, which the
             margin itself must not do: it grows with beta.
     """
@@ -128,7 +128,7 @@ class SweepRun:
         different = [
             f"{name} was {settings.get(name)!r} and is {now.get(name)!r}"
             for name in sorted(settings.keys() | now.keys())
-            if name not in HOW_IT_IS_RUN and settings.get(name) != now.get(name)
+            if name not in IRRELEVANT_TO_RESULTS and settings.get(name) != now.get(name)
         ]
         different += [
             f"{what} is another one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.mixture import Mixture
@@ -43,9 +44,6 @@ def model_card(
     if base.commit is not None:
         header.append(f"base_model: {base.name}")
     header += ["tags:", "- dpo", "- dpo-cache"]
-    numbers = {key: value for key, value in recipe.to_json().items() if key not in NOT_RECIPE}
-    identity = cache.identity
-    template = (mixture.tokenization.get("chat_template") or {}).get("name")
     return "\n".join(
         [
             "---",
@@ -60,25 +58,38 @@ def model_card(
             "## Recipe",
             "",
             "```json",
-            json.dumps(numbers, indent=2),
+            json.dumps(_numbers(recipe), indent=2),
             "```",
             "",
             "## Reference and pairs",
             "",
-            "| | |",
-            "|---|---|",
-            f"| reference | {public_name(RecordedReference.of(cache.recorded).model or base.name)} |",
-            f"| cache identity | `{cache.reference_id}` |",
-            f"| reference weights, SHA-256 | `{identity.weights_sha256}` |",
-            f"| scored in | {identity.precision}, {identity.attention} attention |",
-            f"| mixture | {mixture.name}, {mixture.num_pairs} pairs, digest `{mixture.digest}` |",
-            *([f"| chat template | {template} |"] if template not in (None, "tokenizer") else []),
+            *_table(_origin(base, cache, mixture)),
             "",
             "## Metrics",
             "",
-            "| | |",
-            "|---|---|",
-            *(f"| {field} | {value:.6g} |" for field, value in {**last_line, **(evaluation or {})}.items()),
+            *_table({field: f"{value:.6g}" for field, value in {**last_line, **(evaluation or {})}.items()}),
             "",
         ]
     )
+
+
+def _numbers(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in recipe.to_json().items() if key not in NOT_RECIPE}
+
+
+def _origin(base: ModelFolder, cache: ReferenceCache, mixture: Mixture) -> dict[str, str]:
+    """What the policy was held to and trained on."""
+    identity = cache.identity
+    template = (mixture.tokenization.get("chat_template") or {}).get("name")
+    return {
+        "reference": public_name(RecordedReference.of(cache.recorded).model or base.name),
+        "cache identity": f"`{cache.reference_id}`",
+        "reference weights, SHA-256": f"`{identity.weights_sha256}`",
+        "scored in": f"{identity.precision}, {identity.attention} attention",
+        "mixture": f"{mixture.name}, {mixture.num_pairs} pairs, digest `{mixture.digest}`",
+        **({"chat template": template} if template not in (None, "tokenizer") else {}),
+    }
+
+
+def _table(rows: Mapping[str, str]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]

@@ -24,8 +24,8 @@ from .run_checkpoints import RunCheckpoints
 from .train_config import TrainConfig
 from .training_cache import TrainingCache, training_cache
 
-WHERE_THINGS_LIE = {"cache", "model"}
-"""Settings that may differ from machine to machine: what lies there is compared by its digests."""
+PATHS_OF_A_MACHINE = {"cache", "model"}
+"""Settings that may differ between the machines of a run: what is found there is compared by its digests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -107,7 +107,7 @@ def write_config(run: PreparedRun) -> None:
 def _open_pairs(config: TrainConfig, ranks: Ranks, cache_folder: Path, held: ExitStack) -> tuple[TrainingCache, Recipe]:
     is_main = ranks.rank == 0
     settings = asdict(config)
-    refuse_other_settings({name: value for name, value in settings.items() if name not in WHERE_THINGS_LIE})
+    refuse_other_settings({name: value for name, value in settings.items() if name not in PATHS_OF_A_MACHINE})
     all_or_none(require_tensorboard, on=is_main and config.with_tensorboard)
     all_or_none(lambda: _claim_output(config, held), on=is_main)
     pairs = held.enter_context(training_cache(config, cache_folder, ranks))

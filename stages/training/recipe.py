@@ -82,8 +82,8 @@ class Recipe:
             total_steps=self.total_steps,
         )
 
-    def must_stay(self, policy_sha256: str) -> dict[str, Any]:
-        """What has to be the same for a run to go on exactly; the number of ranks may change.
+    def resume_fingerprint(self, policy_sha256: str) -> dict[str, Any]:
+        """What has to be the same for a run to be resumed exactly; the number of ranks may change.
 
         Args:
             policy_sha256: Of the weights that the policy started from.

@@ -1,4 +1,4 @@
-"""The checkpoints of one run, in ``checkpoints/`` of its folder: which to go on from, loading it, saving the next."""
+"""The checkpoints of one run, in ``checkpoints/`` of its folder: finding one to resume from, loading, saving."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...pipeline.training.checkpoint_folder import (
     held_bytes,
     newest_checkpoint,
     open_checkpoint,
-    remove_later,
+    remove_later_than,
     remove_unfinished,
 )
 from ...pipeline.training.checkpoints import convert_checkpoint, load_checkpoint, needs_conversion, save_checkpoint
@@ -30,11 +30,11 @@ from .recipe import Recipe
 from .train_config import TrainConfig
 
 CONVERTED = "converted"
-"""A checkpoint in the form that any number of ranks can load; it lies here only while it is loaded."""
+"""A checkpoint in the form that any number of ranks can load; it is here only while it is loaded."""
 
 
 class RunCheckpoints:
-    """What all ranks do together about checkpoints.
+    """Finds, loads and saves the checkpoints of a run; all ranks call its methods together.
 
     Args:
         config: The settings.
@@ -47,16 +47,16 @@ class RunCheckpoints:
         self._config = config
         self._recipe = recipe
         self._ranks = ranks
-        self._must_stay = recipe.must_stay(policy_sha256)
+        self._fingerprint = recipe.resume_fingerprint(policy_sha256)
         self._folder = config.output / "checkpoints"
         self._keep_last = None if config.keep_last_n_checkpoints == -1 else config.keep_last_n_checkpoints
 
     def find(self) -> Checkpoint | None:
-        """The checkpoint to go on from, the same on all ranks; None for a fresh start.
+        """The checkpoint to resume from, the same on all ranks; None for a fresh start.
 
         Raises:
-            DpoCacheError: It is not complete, or of a run that differs in what has to stay; or the run is finished and
-                its checkpoints are gone. On all ranks alike.
+            DpoCacheError: It is not complete, or belongs to a run with other settings; or the run is finished and its
+                checkpoints are gone. On all ranks alike.
         """
         if self._config.resume is None:
             return None
@@ -90,16 +90,16 @@ class RunCheckpoints:
         if self._ranks.rank == 0:
             shutil.rmtree(converted, ignore_errors=True)
 
-    def forget_later(self, step: int) -> None:
+    def remove_later(self, step: int) -> None:
         """Remove the checkpoints of updates past ``step``, which will be done again."""
         if self._ranks.rank != 0:
             return
-        removed = [path.name for path in remove_later(self._folder, than=step)]
+        removed = [path.name for path in remove_later_than(step, self._folder)]
         if removed:
             say(f"removed the checkpoints past update {step}: {', '.join(removed)}")
 
     def check_free_space(self, engine: PolicyEngine, saved_dtype: torch.dtype) -> None:
-        """Before hours are spent on what could not be saved.
+        """Check that the disk has room for checkpoints and models, before any time is spent on training.
 
         Args:
             engine: The policy.
@@ -126,7 +126,7 @@ class RunCheckpoints:
     def save(
         self, engine: PolicyEngine, *, updates_done: int, unlogged: Mapping[str, float], tracking_run_id: str | None
     ) -> None:
-        """Save everything to go on from; collective."""
+        """Save everything that a resumed run needs; collective."""
         save_checkpoint(
             engine,
             self._folder,
@@ -134,7 +134,7 @@ class RunCheckpoints:
                 step=updates_done,
                 num_ranks=self._ranks.num_ranks,
                 zero_stage=self._config.zero_stage,
-                run=self._must_stay,
+                run=self._fingerprint,
                 tracking_run_id=tracking_run_id,
                 unlogged=unlogged,
             ),
@@ -144,7 +144,7 @@ class RunCheckpoints:
     def _choose(self, resume: str) -> Checkpoint | None:
         checkpoint = newest_checkpoint(self._folder) if resume == "latest" else open_checkpoint(Path(resume))
         if checkpoint is not None:
-            check_same_run(checkpoint, run=self._must_stay, zero_stage=self._config.zero_stage)
+            check_same_run(checkpoint, run=self._fingerprint, zero_stage=self._config.zero_stage)
         elif (self._config.output / "model").exists():
             raise DpoCacheError(
                 f"the run in {self._config.output} is finished, and its checkpoints are gone",

@@ -11,7 +11,7 @@ from ...pipeline.scoring.pair_scorer import PairScorer
 from ...pipeline.scoring.scoring_batch import Layout
 from ...pipeline.training.checkpoint_folder import Checkpoint
 from ...pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
-from ...pipeline.training.host_memory import set_large_blocks_apart
+from ...pipeline.training.host_memory import fix_mmap_threshold
 from ...pipeline.training.policy_engine import PolicyEngine
 from ...pipeline.training.tensor_headers import checkpoint_dtype
 from ..console.terminal import say
@@ -27,7 +27,7 @@ class StartedRun:
     """A run that can train.
 
     Attributes:
-        checkpoint: What it goes on from, already loaded; None for a fresh start.
+        checkpoint: What it resumed from, already loaded; None for a fresh start.
         engine: The policy.
         loop: Updates and evaluations.
         models: Saves the policy for others to load.
@@ -49,7 +49,7 @@ def start_run(run: PreparedRun, checkpoint: Checkpoint | None) -> StartedRun:
 
     Args:
         run: What was prepared.
-        checkpoint: What to go on from; None for a fresh start.
+        checkpoint: What to resume from; None for a fresh start.
 
     Raises:
         DpoCacheError: The model cannot be trained, there is too little room on the disk, or the checkpoint cannot be
@@ -73,7 +73,7 @@ def start_run(run: PreparedRun, checkpoint: Checkpoint | None) -> StartedRun:
 
 def _start_engine(run: PreparedRun, checkpoint: Checkpoint | None) -> PolicyEngine:
     config, recipe, model = run.config, run.recipe, run.origin.model
-    set_large_blocks_apart()
+    fix_mmap_threshold()
     if config.offload_optimizer:
         share_cores(run.ranks.ranks_per_node)
     model_config = load_config(model.folder, trust_remote_code=config.trust_remote_code)

@@ -9,7 +9,7 @@ from .started_run import StartedRun
 
 
 def prove_step_zero(run: PreparedRun, started: StartedRun) -> StepZeroFigures | None:
-    """How far policy and cache were apart before the first update; collective.
+    """Measure how far policy and cache are apart before the first update; a resumed run reads its record. Collective.
 
     Returns:
         The figures, the same on all ranks; None for a resumed run whose record is gone.

@@ -265,19 +265,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         self.resolved_objective()  # says what is wrong with it before anything is opened
-        per_device = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
-        if self.global_batch_size is not None and per_device != (None, None):
-            raise DpoCacheError(
-                "--global-batch-size is given together with --per-device-train-batch-size or "
-                "--gradient-accumulation-steps",
-                expected="one way to give the pairs per update",
-            )
-        if self.use_qlora and self.zero_stage == 3:
-            raise DpoCacheError(
-                "--use-qlora is given with --zero-stage 3 (the default), which cannot partition quantized weights",
-                expected="stage 0, 1 or 2; every GPU then holds all the weights, quantized to a quarter of their size",
-                next_step="add --zero-stage 2",
-            )
+        self._refuse_ignored_options()
+        self._refuse_contradictions()
+        if self.keep_last_n_checkpoints == 0:
+            raise DpoCacheError("--keep-last-n-checkpoints is 0", expected="1 or more, or -1 to keep all")
+
+    def _refuse_ignored_options(self) -> None:
+        """Refuse options without the one that gives them a meaning."""
         self._refuse_without(
             "use_lora" if not self.use_qlora else "use_qlora",
             lora_rank=self.lora_rank is not None,
@@ -302,16 +296,32 @@ class TrainConfig:
         self._refuse_without(
             "eval_mixture", eval_steps=self.eval_steps is not None, keep_best=self.keep_best is not None
         )
-        if self.keep_best is not None and not self.resolved_objective().uses_reference:
-            raise DpoCacheError(
-                f"--keep-best judges by rewards, and --loss {self.loss} has none", expected="a loss with a reference"
-            )
         refuse_idle_partitions(
             zero_stage=self.zero_stage,
             offload_optimizer=self.offload_optimizer,
             offload_parameters=self.offload_parameters,
             hierarchical_partition_size=self.zero_hpz_partition_size,
         )
+
+    def _refuse_contradictions(self) -> None:
+        """Refuse options that cannot be given together."""
+        per_device = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        if self.global_batch_size is not None and per_device != (None, None):
+            raise DpoCacheError(
+                "--global-batch-size is given together with --per-device-train-batch-size or "
+                "--gradient-accumulation-steps",
+                expected="one way to give the pairs per update",
+            )
+        if self.use_qlora and self.zero_stage == 3:
+            raise DpoCacheError(
+                "--use-qlora is given with --zero-stage 3 (the default), which cannot partition quantized weights",
+                expected="stage 0, 1 or 2; every GPU then holds all the weights, quantized to a quarter of their size",
+                next_step="add --zero-stage 2",
+            )
+        if self.keep_best is not None and not self.resolved_objective().uses_reference:
+            raise DpoCacheError(
+                f"--keep-best judges by rewards, and --loss {self.loss} has none", expected="a loss with a reference"
+            )
         if self.gradient_checkpointing and self.activation_memory_budget is not None:
             raise DpoCacheError(
                 "--gradient-checkpointing and --activation-memory-budget are given together",
@@ -320,8 +330,6 @@ class TrainConfig:
             )
         if self.plan and self.dry_run:
             raise DpoCacheError("--plan and --dry-run are given together", expected="one of them")
-        if self.keep_last_n_checkpoints == 0:
-            raise DpoCacheError("--keep-last-n-checkpoints is 0", expected="1 or more, or -1 to keep all")
 
     def _refuse_without(self, needed: str, **given: bool) -> None:
         """Refuse options that are given and would be ignored."""

@@ -1,4 +1,4 @@
-"""The loop of stage two, told in the order a step happens."""
+"""The loop of stage two, in the order of a training step."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class MicroBatches:
     def read(self, shares: Sequence[npt.NDArray[np.int64]]) -> Iterator[MicroBatch]:
         """Read each share of rows and lay it out on the device, the next one while the last one is worked on.
 
-        A share without rows gives a batch that only takes part.
+        A share without rows gives an empty batch, with which the rank still joins the collectives.
         """
         with ReadAhead(map(self._laid_out, shares)) as micro_batches:
             for micro_batch in micro_batches:
@@ -79,7 +79,7 @@ class MicroBatches:
         return micro_batch.pin_memory() if self._device.type == "cuda" else micro_batch
 
     def tokens(self, rows: npt.NDArray[np.int64]) -> int:
-        """What these rows cost, in tokens: each prompt once, or of the longer answer with it where rows are padded."""
+        """What these pairs cost, in tokens: prompt and both responses, or if padded, prompt and longer response."""
         return int(self._lengths[rows].sum())
 
     def longest(self, rows: npt.NDArray[np.int64]) -> int:
@@ -89,7 +89,7 @@ class MicroBatches:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Evaluation:
-    """What the held-out pairs said.
+    """The result of an evaluation on the held-out pairs.
 
     Attributes:
         line: The fields to log.
@@ -127,10 +127,10 @@ class TrainingLoop:
         self._training = training
         self._evaluation = evaluation
         self._plan = global_batches(training.mixture, recipe.global_batch_size, recipe.seed)
-        self.count_as_ties(0.0)
+        self.set_tie_margin(0.0)
 
-    def count_as_ties(self, tie_margin: float) -> None:
-        """Say which difference of a pair's two sides, in nats per token, is rounding; metrics start anew."""
+    def set_tie_margin(self, tie_margin: float) -> None:
+        """Set which difference of a pair's two sides, in nats per token, counts as a tie; this resets the metrics."""
         self._tie_margin = tie_margin
         self._metrics = self._new_metrics()
 
@@ -168,14 +168,14 @@ class TrainingLoop:
             grad_norm=grad_norm,
         )
 
-    def unlogged(self) -> dict[str, float]:
-        """What the next line already knows; all ranks call this."""
-        return self._metrics.unlogged()
+    def unlogged_sums(self) -> dict[str, float]:
+        """The metrics' sums since the last line, for a checkpoint; all ranks call this."""
+        return self._metrics.unlogged_sums()
 
-    def go_on_from(self, unlogged: Mapping[str, float]) -> None:
-        """Let the next line count what was done before a resumed run stopped; all ranks call this."""
+    def restore_sums(self, unlogged: Mapping[str, float]) -> None:
+        """Restore the sums of a checkpoint, so that the next line is what it would have been; all ranks call this."""
         if self._engine.rank == 0:
-            self._metrics.go_on_from(unlogged)
+            self._metrics.restore_sums(unlogged)
 
     def evaluate(self, updates_done: int) -> Evaluation:
         """Score all held-out pairs; all ranks call this."""

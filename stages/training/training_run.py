@@ -102,10 +102,10 @@ def run_dry(config: TrainConfig, ranks: Ranks, device: torch.device, cache_folde
 
 def _train(run: PreparedRun, started: StartedRun, began: float) -> TrainReport:
     step_zero = prove_step_zero(run, started)
-    started.loop.count_as_ties(step_zero.tie_margin if step_zero else 0.0)
+    started.loop.set_tie_margin(step_zero.tie_margin if step_zero else 0.0)
     if started.checkpoint is not None and started.checkpoint.state.unlogged:
-        started.loop.go_on_from(started.checkpoint.state.unlogged)
-    run.checkpoints.forget_later(started.first_step)
+        started.loop.restore_sums(started.checkpoint.state.unlogged)
+    run.checkpoints.remove_later(started.first_step)
     log = _open_log(run, started)
     best = BestModel(run.config.output, by=run.config.keep_best, last_step=started.first_step)
     wait_for_all()  # all ranks have read what rank 0 is about to write

@@ -66,7 +66,7 @@ class TrainingUpdates:
                 self._run.checkpoints.save(
                     self._started.engine,
                     updates_done=done,
-                    unlogged=self._loop.unlogged(),
+                    unlogged=self._loop.unlogged_sums(),
                     tracking_run_id=self._log.tracking_run_id,
                 )
             if stop:

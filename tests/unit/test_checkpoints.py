@@ -24,7 +24,7 @@ from dpo_cache.pipeline.training.checkpoint_folder import (
     held_bytes,
     newest_checkpoint,
     open_checkpoint,
-    remove_later,
+    remove_later_than,
     remove_unfinished,
 )
 from dpo_cache.pipeline.training.checkpoints import (
@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_from_before_others_saves_as_if_they_had_never_been(t
     for step in (2, 4, 6):
         _saved(tmp_path, step)
     (tmp_path / "step_8").mkdir()  # what a kill left
-    assert [path.name for path in remove_later(tmp_path, than=2)] == ["step_8", "step_6", "step_4"]
+    assert [path.name for path in remove_later_than(2, tmp_path)] == ["step_8", "step_6", "step_4"]
     _saved(tmp_path, 3, keep_last=1)
     assert [path.name for path in tmp_path.glob("step_*")] == ["step_3"]
 

@@ -26,7 +26,7 @@ def block(mib):
     return address
 
 libc.free(block(30))  # from here on glibc itself would keep blocks of up to 30 MiB on the heap
-with {limits}() if "returned" in "{limits}" else __import__("contextlib").nullcontext({limits}()):
+with {limits}() if "low" in "{limits}" else __import__("contextlib").nullcontext({limits}()):
     before = resident_mib()
     for _ in range(20):
         large, small = block({mib}), block(1)
@@ -35,7 +35,7 @@ with {limits}() if "returned" in "{limits}" else __import__("contextlib").nullco
 """
 
 
-@pytest.mark.parametrize(("limits", "mib"), [("set_large_blocks_apart", 17), ("large_blocks_returned", 2)])
+@pytest.mark.parametrize(("limits", "mib"), [("fix_mmap_threshold", 17), ("low_mmap_threshold", 2)])
 def test_freed_blocks_leave_no_holes(limits: str, mib: int) -> None:
     script = SCRIPT.format(limits=limits, mib=mib)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

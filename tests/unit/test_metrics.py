@@ -169,7 +169,7 @@ def test_a_line_begun_before_a_stop_is_ended_after_it() -> None:
     for micro_batch in (PAIRS[:2], PAIRS[2:]):
         whole.add(_scored(micro_batch, aux_loss=0.5))
     first.add(_scored(PAIRS[:2], aux_loss=0.5))
-    second.go_on_from(first.unlogged())
+    second.restore_sums(first.unlogged_sums())
     second.add(_scored(PAIRS[2:], aux_loss=0.5))
     ours, theirs = second.reduce(), whole.reduce()
     assert ours.keys() == theirs.keys()
