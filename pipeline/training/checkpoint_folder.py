@@ -42,7 +42,7 @@ class TrainerState:
         zero_stage: Their ZeRO stage.
         run: The fingerprint of the run, which has to be the same for a resume to be exact: the mixture's digest,
             seed, global batch size and so on, under their options' names.
-        tracking_run_id: Of Weights & Biases, so that the curve goes on.
+        tracking_run_id: The run's id at Weights & Biases, so that its curve continues.
         unlogged: Sums over the updates since the last log line, so that the next line is what it would have been.
     """
 

@@ -145,7 +145,7 @@ def load_checkpoint(engine: PolicyEngine, checkpoint: Checkpoint, *, converted: 
 
     Args:
         engine: Made with ``load_universal`` where ``converted`` is given.
-        checkpoint: What to go on from.
+        checkpoint: What to resume from.
         converted: The folder that :func:`convert_checkpoint` filled, where it was needed.
     """
     with _plainly_named(converted or checkpoint.path) as folder:

@@ -1,4 +1,4 @@
-"""How ``dpo-sweep`` goes about the points of a grid; what they are stands in the grid's file."""
+"""The settings of ``dpo-sweep``: how the points of a grid are trained. The points are in the grid's file."""
 
 from __future__ import annotations
 

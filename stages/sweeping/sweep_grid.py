@@ -152,7 +152,7 @@ def _text(file: Mapping[str, Any], key: str, path: Path) -> str:
 def _options(config_class: type[Any], given: Any, *, where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise DpoCacheError(f"{where} is {given!r}", expected="option names with values")
-    with _blamed_on(where):
+    with _faults_located(where):
         return values_from_file(config_class, given)
 
 
@@ -168,7 +168,7 @@ def _builds(given: Any, cache: Location, path: Path) -> Iterator[BuildConfig]:
         refused = sorted(values.keys() & {"cache", "dry_run"})
         if refused:
             raise DpoCacheError(f"{where} sets {refused[0]}, which the sweep sets itself")
-        with _blamed_on(where):
+        with _faults_located(where):
             missing = [name for name in ("model", "dataset") if name not in values]
             if missing:
                 raise DpoCacheError(f"{missing[0]} is missing")
@@ -206,15 +206,15 @@ def _resolve_points(
         if refused:
             where = f"the axis {refused[0]}" if refused[0] in options else f"train: {refused[0]}"
             raise DpoCacheError(f"{where} cannot be set in a sweep", next_step=SET_BY_THE_SWEEP[refused[0]])
-        with _blamed_on(f"point {name}"):
+        with _faults_located(f"point {name}"):
             points.append(
                 SweepPoint(name=name, options=options, config=TrainConfig(cache=cache, output=output / name, **values))
             )
-    _refuse_twins(points)
+    _refuse_duplicates(points)
     return tuple(points)
 
 
-def _refuse_twins(points: list[SweepPoint]) -> None:
+def _refuse_duplicates(points: list[SweepPoint]) -> None:
     names: set[str] = set()
     runs: dict[tuple[str, ...], str] = {}
     for point in points:
@@ -227,8 +227,8 @@ def _refuse_twins(points: list[SweepPoint]) -> None:
 
 
 @contextmanager
-def _blamed_on(where: str) -> Iterator[None]:
-    """Say in which part of the file a fault lies."""
+def _faults_located(where: str) -> Iterator[None]:
+    """Put the part of the file in front of the message of a fault."""
     try:
         yield
     except DpoCacheError as fault:

@@ -1,9 +1,9 @@
-"""Successive halving: all points train for a share of their updates, the better ones go on for longer.
+"""Successive halving: all points train for a share of their updates, and the better ones train further.
 
 With 8 points, a factor of 2 and 3 rungs: 8 points for a quarter of their updates, 4 to the half, 2 to the end. The
 schedule of the learning rate is the whole run's at every rung, so a point that is not given up ends where it would
-have ended without halving. (Jamieson and Talwalkar 2016, arXiv 1502.07943; there the budget of a rung is spent anew,
-here a run goes on from its checkpoint.)
+have ended without halving. (Jamieson and Talwalkar 2016, arXiv 1502.07943; there each rung trains from the
+start, here a run resumes from its checkpoint.)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def refuse_points_without_margin(points: Sequence[SweepPoint]) -> None:
 
 
 def default_figure(points: Sequence[SweepPoint]) -> str:
-    """What decides who goes on where nobody says: margins tell more than accuracies do, but only in one unit."""
+    """The figure that decides by default: margins tell more than accuracies do, but only if all have one unit."""
     return "margin" if margins_compare(points) else "accuracy"
 
 
@@ -76,11 +76,11 @@ def rung_steps(share: float, total_steps: int) -> int:
 
 
 def better_ones(scores: Mapping[str, Score], *, factor: float, by: str) -> list[str]:
-    """The points that go on, in the order they had: one in ``factor``, rounded up; of equals the earlier ones.
+    """The points that continue, in their given order: one in ``factor``, rounded up; of equals the earlier ones.
 
     Args:
-        scores: Of each point, by name.
-        factor: One in so many goes on.
+        scores: The score of each point, by name.
+        factor: One point in this many continues.
         by: ``accuracy`` or ``margin``.
     """
     kept = sorted(scores, key=lambda name: scores[name].key(by), reverse=True)[: math.ceil(len(scores) / factor)]
@@ -88,7 +88,7 @@ def better_ones(scores: Mapping[str, Score], *, factor: float, by: str) -> list[
 
 
 def given_up_on_a_tie(scores: Mapping[str, Score], kept: Collection[str], *, by: str) -> list[str]:
-    """The points given up although one that goes on has no better figure: only the second figure told them apart."""
+    """The points given up although a point that continues has no better figure: only the second figure decided."""
     figures = {name: score.key(by)[0] for name, score in scores.items()}
     lowest = min(figures[name] for name in kept)
     return [name for name in scores if name not in kept and figures[name] == lowest]

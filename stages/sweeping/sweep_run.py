@@ -1,4 +1,4 @@
-"""One point of a sweep on the disk: how far its run has come, and how good it is."""
+"""One point of a sweep on the disk: how far its run has got, and how well it does."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class SweepRun:
         return float(json.loads(proof.read_text(encoding="utf-8"))["loss"]) if proof.exists() else None
 
     def has_begun(self) -> bool:
-        """Whether there is anything to go on from."""
+        """Whether there is anything to resume from."""
         return (self.folder / SUMMARY).exists() or any((self.folder / "checkpoints").glob("step_*"))
 
     def held_out_score(self, step: int) -> Score | None:
@@ -115,7 +115,7 @@ class SweepRun:
         )
 
     def refuse_other_settings(self) -> None:
-        """Refuse to count, or to go on with, a run of the same name that was begun with other settings.
+        """Refuse to count or to resume a run of the same name that was begun with other settings.
 
         Raises:
             DpoCacheError: Naming each setting that differs.

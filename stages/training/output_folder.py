@@ -27,7 +27,7 @@ def refuse_overwriting(output: Path) -> None:
         raise DpoCacheError(f"--output {output} is a file", expected="a folder, or a name that is free")
     held = sorted(set(os.listdir(output)) - BEFORE_FIRST_STEP)
     if held:
-        if (output / LOCK).exists():  # a run that is still going cannot be gone on with
+        if (output / LOCK).exists():  # a run that is still training cannot be resumed
             with output_lock(output):
                 pass
         raise DpoCacheError(
