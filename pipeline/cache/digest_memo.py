@@ -19,7 +19,7 @@ TensorDigest = tuple[str, str, list[int], str]
 
 MAX_FILES = 512
 _MAX_BYTES = 64 << 20
-_SETTLED_NS = 2_000_000_000
+SETTLED_NS = 2_000_000_000
 """A file younger than this could still change within one tick of its clock, so it is not remembered."""
 
 
@@ -43,7 +43,7 @@ class DigestMemo:
         """Add files and write the memo; a folder that cannot be written is left alone."""
         files = self._read()  # again: another build may have added its own meanwhile
         for path, (status, tensors) in digests.items():
-            if time.time_ns() - max(status.st_ctime_ns, status.st_mtime_ns) > _SETTLED_NS:
+            if time.time_ns() - max(status.st_ctime_ns, status.st_mtime_ns) > SETTLED_NS:
                 files.pop(str(path), None)
                 files[str(path)] = {"state": file_state(status), "tensors": tensors, "at": time.time_ns()}
         newest = sorted(files.items(), key=lambda item: int(item[1].get("at", 0)))[-MAX_FILES:]

@@ -188,7 +188,7 @@ class ScoringWorker:
 
     def _laid_out(self) -> Iterator[LaidOutBatch]:
         """Batches of one unit after another, made in the reading thread."""
-        for number in self._drawing.units(take_over=self._partitioned is None):
+        for number in self._drawing.units(process_name(os.getpid()), take_over=self._partitioned is None):
             unit = self._plan.units[number]
             pairs = self._spool.read(self._plan.order[unit.start : unit.stop])
             batches = self._split(pairs)

@@ -12,7 +12,6 @@ own name, with its own heart, in the place of the dead one's.
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from dataclasses import asdict
 from torch._C._distributed_c10d import Store
 
 from ..building.left_out import UnusablePair
-from ..processes.heartbeat import HeartMonitor, process_name
+from ..processes.heartbeat import HeartMonitor
 
 IDLE_POLL_S = 0.25
 
@@ -36,17 +35,17 @@ class UnitQueue:
     def __init__(self, store: Store, num_units: int) -> None:
         self.num_units = num_units
         self._store = store
-        self._owner = process_name(os.getpid())
         self._hearts = HeartMonitor(store)
         self._stopped = threading.Event()
         self._num_drawn = 0
         self._unfinished: list[int] = []
         """Of the units drawn so far, those that were not done when last looked at."""
 
-    def units(self, *, take_over: bool = True) -> Iterator[int]:
+    def units(self, owner: str, *, take_over: bool = True) -> Iterator[int]:
         """Yield the units this process is to score, until all units of the build are done.
 
         Args:
+            owner: This process, by the name of its :class:`~..processes.heartbeat.Heartbeat`.
             take_over: Wait for the units of others and score those that a dead process left; else end when none is
                 left to draw.
 
@@ -54,10 +53,10 @@ class UnitQueue:
             A unit's number; it is marked done by :meth:`finish`.
         """
         while not self._stopped.is_set() and (unit := self._store.add("units/drawn", 1) - 1) < self.num_units:
-            if self._claim(unit, from_owner=""):  # else somebody thought us dead since we drew it
+            if self._claim(unit, owner, from_owner=""):  # else somebody thought us dead since we drew it
                 yield unit
         if take_over:
-            yield from self._abandoned_units()
+            yield from self._abandoned_units(owner)
 
     def stop(self) -> None:
         """Let :meth:`units` end soon; the one method that another thread may call."""
@@ -105,12 +104,14 @@ class UnitQueue:
         told = [json.loads(self._store.get(f"unusable/{n}").decode()) for n in range(self.add("unusable", 0))]
         return [UnusablePair(**by_key) for _, by_key in sorted({pair["key"]: pair for pair in told}.items())]
 
-    def _abandoned_units(self) -> Iterator[int]:
+    def _abandoned_units(self, owner: str) -> Iterator[int]:
         """Wait until every unit is done, taking over those whose owner's heart has stopped."""
         while self.num_finished < self.num_units and not self._stopped.is_set():
             for unit in list(self._unfinished):
-                owner = self._owner_of(unit)
-                if self._hearts.has_stopped(owner or f"nobody-yet-{unit}") and self._claim(unit, from_owner=owner):
+                last_owner = self._owner_of(unit)
+                if not self._hearts.has_stopped(last_owner or f"nobody-yet-{unit}"):
+                    continue
+                if self._claim(unit, owner, from_owner=last_owner):
                     yield unit
             self._stopped.wait(IDLE_POLL_S)
 
@@ -127,7 +128,7 @@ class UnitQueue:
         key = f"units/{unit}/owner"
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
-    def _claim(self, unit: int, *, from_owner: str) -> bool:
-        """Become the unit's owner, unless another process was quicker; its owner is known to be as given."""
-        owner: bytes = self._store.compare_set(f"units/{unit}/owner", from_owner, self._owner)
-        return owner.decode() == self._owner
+    def _claim(self, unit: int, owner: str, *, from_owner: str) -> bool:
+        """Make ``owner`` the unit's owner in place of ``from_owner``; False where another process was quicker."""
+        owner_now: bytes = self._store.compare_set(f"units/{unit}/owner", from_owner, owner)
+        return owner_now.decode() == owner

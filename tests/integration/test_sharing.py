@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -467,18 +466,13 @@ def test_a_full_disk_ends_a_pull_at_once(web: FileServer, tmp_path: Path, monkey
             pull(f"{web.url}/cache", tmp_path / "copy", revision=None)
     assert not web.shard_requests()
 
-    tries = 0
 
-    def refuse(_remote: str, _local: str, **_: Any) -> None:
-        nonlocal tries
-        tries += 1
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+def test_a_disk_that_fills_up_meanwhile_is_no_reason_to_try_again(web: FileServer) -> None:
+    make_shared(web.folder / "cache")
     files = remote_files.RemoteFiles.open(f"{web.url}/cache")
-    monkeypatch.setattr(files._filesystem, "get_file", refuse)
-    with pytest.raises(DpoCacheError, match=r"cannot write .*x: No space left on device"):
-        files.fetch("cache.json", tmp_path / "x", max_bytes=1 << 20)
-    assert tries == 1
+    with pytest.raises(DpoCacheError, match="cannot write /dev/full: No space left on device"):
+        files.fetch("cache.json", Path("/dev/full"), max_bytes=1 << 20)
+    assert web.requests["/cache/cache.json"] == 1
 
 
 def test_a_pull_mends_a_shard_that_has_gone_bad_here(web: FileServer, tmp_path: Path) -> None:

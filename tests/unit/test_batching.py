@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from dpo_cache.pipeline.data.token_pair import TokenPair
-from dpo_cache.pipeline.scoring import batching
-from dpo_cache.pipeline.scoring.batching import plan_batches
+from dpo_cache.pipeline.scoring.batching import plan_batches, split_group
 from dpo_cache.pipeline.scoring.layouts import padded_batch
-from dpo_cache.pipeline.scoring.prompt_group import PromptGroup, group_by_prompt, prompt_group
+from dpo_cache.pipeline.scoring.prompt_group import group_by_prompt
 from dpo_cache.pipeline.scoring.scoring_batch import Layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,12 +25,12 @@ def some_pairs(seed: int, prompts: int, pairs_of_prompt: int) -> list[TokenPair]
     for _ in range(prompts):
         prompt, baseline = token_ids(random, random.randint(1, 30)), token_ids(random, random.randint(1, 20))
         for _ in range(random.randint(1, pairs_of_prompt + 1)):
-            answer = token_ids(random, random.randint(1, 20))
-            pairs.append(TokenPair(prompt_ids=prompt, chosen_ids=baseline, rejected_ids=answer))
+            rejected = token_ids(random, random.randint(1, 20))
+            pairs.append(TokenPair(prompt_ids=prompt, chosen_ids=baseline, rejected_ids=rejected))
     return [pairs[index] for index in random.permutation(len(pairs))]
 
 
-def computed_tokens(pairs: list[TokenPair], layout: Layout) -> int:
+def computed_tokens(pairs: Sequence[TokenPair], layout: Layout) -> int:
     """Tokens as the budget counts them."""
     if layout is Layout.PADDED:
         return padded_batch(pairs).input_ids_RT.numel()
@@ -71,33 +71,35 @@ def test_pairs_of_a_prompt_stay_together_and_their_shared_response_is_counted_on
     assert plan_batches(pairs, Layout.PACKED, tokens_per_batch=group.num_tokens) == [list(group.pairs)]
 
 
+class CountedPairs(list[TokenPair]):
+    """Pairs that count how often one of them is looked at."""
+
+    def __init__(self, pairs: Iterable[TokenPair]) -> None:
+        super().__init__(pairs)
+        self.looks = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.looks += 1
+        return super().__getitem__(index)
+
+
 @pytest.mark.parametrize("layout", Layout)
-def test_a_prompt_with_very_many_pairs_is_split_by_looking_at_each_pair_a_few_times(
-    layout: Layout, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Parts are filled as if each next pair had been tried, without going through the part again."""
+def test_a_prompt_with_very_many_pairs_is_split_by_looking_at_each_pair_a_few_times(layout: Layout) -> None:
+    """Each part takes pairs as long as the next one fits, without going through the part again for each."""
     prompt = np.arange(5, dtype=np.int32)
-    answers = [np.full(3, number, dtype=np.int32) for number in range(801)]
-    pairs = [
-        TokenPair(prompt_ids=prompt, chosen_ids=answers[number], rejected_ids=answers[number + 1])
-        for number in range(800)
-    ]
+    responses = [np.full(3, number, dtype=np.int32) for number in range(801)]
+    pairs = CountedPairs(
+        TokenPair(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
+        for chosen, rejected in pairwise(responses)
+    )
     [group] = group_by_prompt(pairs)
-    looked_at: list[int] = []
-    make_group = prompt_group
-
-    def counted(pairs: Sequence[TokenPair], indices: Iterable[int]) -> PromptGroup:
-        looked_at.extend(indices := tuple(indices))
-        return make_group(pairs, indices)
-
-    monkeypatch.setattr(batching, "prompt_group", counted)
-    parts = batching.split_group(group, pairs, layout, tokens_per_batch=1024)
+    pairs.looks = 0
+    parts = split_group(group, pairs, layout, tokens_per_batch=1024)
+    assert 800 <= pairs.looks <= 4 * 800
     assert [index for part in parts for index in part.pairs] == list(range(800))
-    assert len(looked_at) == 800
     for part, following in pairwise(parts):
-        assert batching._computed_tokens(part, layout) <= 1024
-        grown = make_group(pairs, [*part.pairs, following.pairs[0]])
-        assert batching._computed_tokens(grown, layout) > 1024
+        assert computed_tokens([pairs[index] for index in part.pairs], layout) <= 1024
+        assert computed_tokens([pairs[index] for index in (*part.pairs, following.pairs[0])], layout) > 1024
 
 
 @pytest.mark.parametrize("layout", [Layout.PACKED, Layout.PREFIX_SHARED])

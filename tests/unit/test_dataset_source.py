@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from datasets import Dataset
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.data import dataset_source
 from dpo_cache.pipeline.data.dataset_source import DatasetSource, DatasetSpec, open_dataset
@@ -263,8 +264,7 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
 # ---- hub ----
 
 
-def test_a_hub_dataset_is_recorded_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    local = opened(write(tmp_path / "data.jsonl"))
+def test_a_hub_dataset_is_recorded_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def load_dataset_builder(path: str, **options: Any) -> Any:
@@ -273,7 +273,7 @@ def test_a_hub_dataset_is_recorded_by_its_commit(tmp_path: Path, monkeypatch: py
             config=SimpleNamespace(data_files={"train_prefs": [], "test_prefs": []}),
             hash="0123abc",
             download_and_prepare=lambda: None,
-            as_dataset=lambda split: local._dataset,
+            as_dataset=lambda split: Dataset.from_list(ROWS),
         )
 
     monkeypatch.setattr(dataset_source, "load_dataset_builder", load_dataset_builder)

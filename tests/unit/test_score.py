@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,18 @@ from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.cache_json import CacheDescription
 from dpo_cache.pipeline.cache.pair_spool import PairSpoolWriter
 from dpo_cache.pipeline.cache.reference_identity import identify_reference
+from dpo_cache.pipeline.cache.shard_folder import ShardFolder
 from dpo_cache.pipeline.data.token_pair import TokenPair
+from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
+from dpo_cache.pipeline.scoring.scoring_batch import ScoringBatch
 from dpo_cache.stages.building.build_plan import ScoringPlan, Unit
 from dpo_cache.stages.processes.job_store import JobStore
 from dpo_cache.stages.scoring import score
+from dpo_cache.stages.scoring.planned_reference import load_planned_reference
 from dpo_cache.stages.scoring.score import ScoringWorker
 from dpo_cache.stages.scoring.unit_queue import UnitQueue
 from tiny_model import write_tiny_model
+from torch import nn
 
 CPU = torch.device("cpu")
 
@@ -73,60 +80,73 @@ def plan_in(folder: Path, model_folder: Path, token_pairs: list[TokenPair], *, t
     )
 
 
-def scored_values(plan: ScoringPlan, run: Any = None) -> tuple[dict[bytes, tuple[float, float]], int]:
+@dataclass
+class Device:
+    """The memory of the device that references are loaded onto, counted in the tokens of a forward pass.
+
+    Attributes:
+        fits: Tokens of the largest pass that it holds.
+        refused: The sizes of the passes that ran out of it.
+    """
+
+    fits: float = math.inf
+    refused: list[int] = field(default_factory=list)
+
+    def load(self, plan: ScoringPlan, device: torch.device) -> PairScorer:
+        """Load a plan's reference."""
+        scorer = load_planned_reference(plan, device)
+        scorer.register_forward_pre_hook(self._make_room)
+        return scorer
+
+    def _make_room(self, _scorer: nn.Module, arguments: tuple[ScoringBatch]) -> None:
+        if (num_tokens := arguments[0].input_ids_RT.numel()) > self.fits:
+            self.refused.append(num_tokens)
+            raise torch.OutOfMemoryError
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """What workers score on; it holds everything until a test makes it smaller."""
+    device = Device()
+    monkeypatch.setattr(score, "load_planned_reference", device.load)
+    return device
+
+
+def scored_values(plan: ScoringPlan) -> tuple[dict[bytes, tuple[float, float]], int]:
     """Key to values of all shards, and the forward passes it took."""
     job = JobStore(None)
-    worker = ScoringWorker(plan, job.address, CPU)
-    if run is not None:
-        run(worker)
-    worker.run()
+    ScoringWorker(plan, job.address, CPU).run()
     queue = UnitQueue(job.store, len(plan.units))
     assert queue.num_finished == len(plan.units)
     return logps_by_key(Path(plan.cache)), queue.add("forwards", 0)
 
 
 def test_a_batch_that_does_not_fit_is_scored_in_parts_and_the_budget_stays_halved(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: Device, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(score, "CPU_FILL_TOKENS", None)
     token_pairs = pairs(40)
     whole, _ = scored_values(plan_in(tmp_path / "whole", model_folder, token_pairs, tokens_per_batch=8192))
-    refused: list[int] = []
-
-    def small_memory(worker: ScoringWorker) -> None:
-        forward = worker._forward
-
-        def limited(tensors: Any) -> Any:
-            if tensors.input_ids_RT.numel() > 200:
-                refused.append(tensors.input_ids_RT.numel())
-                raise torch.OutOfMemoryError
-            return forward(tensors)
-
-        monkeypatch.setattr(worker, "_forward", limited)
-
-    parts, forwards = scored_values(
-        plan_in(tmp_path / "parts", model_folder, token_pairs, tokens_per_batch=8192), small_memory
-    )
+    device.fits = 200
+    parts, forwards = scored_values(plan_in(tmp_path / "parts", model_folder, token_pairs, tokens_per_batch=8192))
     assert parts.keys() == whole.keys()
     for key, values in whole.items():
         assert parts[key] == pytest.approx(values, rel=1e-5)
-    assert len(refused) >= 2
+    assert len(device.refused) >= 2
     assert forwards > 5
     # Once the budget has shrunk, what is laid out anew fits: only batches that were waiting already failed.
-    assert len(refused) < 12
+    assert len(device.refused) < 12
 
 
 def test_a_single_pair_that_does_not_fit_is_a_fault_that_says_so(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: Device, model_folder: Path, tmp_path: Path
 ) -> None:
-    def no_memory(worker: ScoringWorker) -> None:
-        def fails(tensors: Any) -> Any:
-            raise torch.OutOfMemoryError
-
-        monkeypatch.setattr(worker, "_forward", fails)
-
+    plan = plan_in(tmp_path / "cache", model_folder, pairs(4), tokens_per_batch=8192)
+    job = JobStore(None)
+    worker = ScoringWorker(plan, job.address, CPU)
+    device.fits = 0
     with pytest.raises(DpoCacheError, match=r"a single pair of \d+ tokens does not fit"):
-        scored_values(plan_in(tmp_path / "cache", model_folder, pairs(4), tokens_per_batch=8192), no_memory)
+        worker.run()
 
 
 def test_a_shard_that_cannot_be_written_stops_the_worker_and_finishes_nothing(
@@ -139,7 +159,7 @@ def test_a_shard_that_cannot_be_written_stops_the_worker_and_finishes_nothing(
     def full(*_: Any, **__: Any) -> Any:
         raise DpoCacheError("the disk is full")
 
-    monkeypatch.setattr(worker._cache.shards, "write", full)
+    monkeypatch.setattr(ShardFolder, "write", full)
     with pytest.raises(DpoCacheError, match="the disk is full"):
         worker.run()
     assert UnitQueue(job.store, 2).num_finished == 0

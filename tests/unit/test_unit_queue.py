@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
@@ -13,9 +14,9 @@ from dpo_cache.stages.scoring.unit_queue import UnitQueue
 from torch._C._distributed_c10d import HashStore
 
 
-def drain(queue: UnitQueue) -> list[int]:
+def drain(queue: UnitQueue, owner: str = "worker") -> list[int]:
     done = []
-    for unit in queue.units():
+    for unit in queue.units(owner):
         queue.finish(unit)
         done.append(unit)
     return done
@@ -33,15 +34,13 @@ def test_one_worker_gets_every_unit_once() -> None:
 
 def test_two_workers_share_the_units() -> None:
     store = HashStore()
-    first, second = UnitQueue(store, 4).units(), UnitQueue(store, 4).units()
+    first, second = UnitQueue(store, 4).units("first"), UnitQueue(store, 4).units("second")
     assert [next(first), next(second), next(first), next(second)] == [0, 1, 2, 3]
 
 
 def test_the_unit_of_a_worker_whose_heart_stopped_is_taken_over() -> None:
     store = HashStore()
-    dead = UnitQueue(store, 3)
-    dead._owner = "dead"
-    assert next(dead.units()) == 0
+    assert next(UnitQueue(store, 3).units("dead")) == 0
     survivor = UnitQueue(store, 3)
     assert drain(survivor) == [1, 2, 0]
     assert survivor.num_finished == 3
@@ -55,7 +54,7 @@ def test_a_unit_drawn_by_a_worker_that_died_before_claiming_it_is_not_lost() -> 
 
 def test_a_unit_finished_twice_counts_once() -> None:
     queue = UnitQueue(HashStore(), 2)
-    assert next(queue.units()) == 0
+    assert next(queue.units("worker")) == 0
     queue.finish(0)
     queue.finish(0)
     assert queue.num_finished == 1
@@ -107,27 +106,43 @@ def test_a_worker_may_die_between_any_two_calls_to_the_store(calls: int, monkeyp
     """It draws and finishes units, then takes over one that a dead process left; the survivor finishes the rest."""
     monkeypatch.setattr(heartbeat, "STALE_AFTER_S", 3600.0)
     store = HashStore()
-    left_behind = UnitQueue(store, 4)
-    left_behind._owner = "dead long ago"
-    assert next(left_behind.units()) == 0
+    assert next(UnitQueue(store, 4).units("dead long ago")) == 0
     mortal = UnitQueue(cast(HashStore, _MortalStore(store, calls)), 4)
-    mortal._owner = "mortal"
     survivor = UnitQueue(store, 4)
     for name in ("dead long ago", "mortal", *(f"nobody-yet-{unit}" for unit in range(4))):
         survivor.declare_dead(name)
     with suppress(_DeadError):
-        drain(mortal)
+        drain(mortal, "mortal")
     done = drain(survivor)
     assert survivor.num_finished == 4
     assert len(done) == len(set(done))
 
 
+class _HeldUpStore:
+    """A store whose user is held up before it claims the unit that it drew."""
+
+    def __init__(self, store: HashStore, meanwhile: Callable[[], object]) -> None:
+        self._store = store
+        self._meanwhile = meanwhile
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "compare_set":
+            self._meanwhile()
+        return getattr(self._store, name)
+
+
+def test_a_unit_that_was_taken_over_before_its_drawer_claimed_it_is_left_to_its_new_owner() -> None:
+    store = HashStore()
+    quick = UnitQueue(store, 1)
+    slow = UnitQueue(cast(HashStore, _HeldUpStore(store, lambda: drain(quick, "quick"))), 1)
+    assert drain(slow, "slow") == []
+    assert slow.num_finished == 1
+
+
 def test_the_unit_of_a_worker_declared_dead_is_taken_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "STALE_AFTER_S", 3600.0)
     store = HashStore()
-    dead = UnitQueue(store, 3)
-    dead._owner = "dead"
-    assert next(dead.units()) == 0
+    assert next(UnitQueue(store, 3).units("dead")) == 0
     survivor = UnitQueue(store, 3)
     survivor.declare_dead("dead")
     assert drain(survivor) == [1, 2, 0]
@@ -135,10 +150,10 @@ def test_the_unit_of_a_worker_declared_dead_is_taken_over_at_once(monkeypatch: p
 
 def test_a_worker_that_is_told_to_stop_waits_for_nobody() -> None:
     store = HashStore()
-    slow = UnitQueue(store, 2).units()
+    slow = UnitQueue(store, 2).units("slow")
     assert next(slow) == 0
     queue = UnitQueue(store, 2)
-    units = queue.units()
+    units = queue.units("stopped")
     assert next(units) == 1
     queue.stop()
     assert list(units) == []

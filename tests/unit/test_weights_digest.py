@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.cache import weights_digest as module
+from dpo_cache.pipeline.cache import digest_memo
 from dpo_cache.pipeline.cache.canonical_json import canonical_bytes
 from dpo_cache.pipeline.cache.digest_memo import DigestMemo
 from dpo_cache.pipeline.cache.weights_digest import weights_digest
@@ -97,20 +97,21 @@ def test_any_change_of_the_weights_makes_another_digest(
 
 def test_unchanged_files_are_not_read_again_and_changed_ones_are(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    hash_range = module._hash_range
+    open_path = Path.open
 
-    def recording(file: Path, start: int, stop: int) -> str:
-        read.append(file)
-        return hash_range(file, start, stop)
+    def recording(path: Path, *arguments: Any, **options: Any) -> Any:
+        read.append(path)
+        return open_path(path, *arguments, **options)
 
-    monkeypatch.setattr(module, "_hash_range", recording)
-    monkeypatch.setattr("dpo_cache.pipeline.cache.digest_memo._SETTLED_NS", -1)
-    first = weights_digest(model)
-    assert len(read) == len(TENSORS)
-    assert weights_digest(model) == first
-    assert len(read) == len(TENSORS)
-    # Overwritten under the same name, with the same size and the same modification time.
+    monkeypatch.setattr(Path, "open", recording)
+    monkeypatch.setattr(digest_memo, "SETTLED_NS", -1)
     path = model / "model.safetensors"
+    first = weights_digest(model)
+    assert path in read
+    read.clear()
+    assert weights_digest(model) == first
+    assert path not in read
+    # Overwritten under the same name, with the same size and the same modification time.
     status = path.stat()
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -128,7 +129,7 @@ def test_a_file_that_changed_a_moment_ago_is_not_remembered(model: Path) -> None
 def test_a_damaged_memo_counts_as_empty_and_is_replaced(
     model: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cache.pipeline.cache.digest_memo._SETTLED_NS", -1)
+    monkeypatch.setattr(digest_memo, "SETTLED_NS", -1)
     first = weights_digest(model)
     DigestMemo().path.write_bytes(content)
     assert weights_digest(model) == first
@@ -138,7 +139,7 @@ def test_a_damaged_memo_counts_as_empty_and_is_replaced(
 
 def test_a_memo_that_cannot_be_written_is_no_fault(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    monkeypatch.setattr("dpo_cache.pipeline.cache.digest_memo._SETTLED_NS", -1)
+    monkeypatch.setattr(digest_memo, "SETTLED_NS", -1)
     assert len(weights_digest(model)) == 64
 
 
