@@ -92,9 +92,9 @@ def info_command(cache: Location, as_json: bool) -> None:
       dpo-cache info tulu3-cache
     """
     with command_run():
-        from .stages.inspect import inspect_cache
+        from .stages.info import cache_info
 
-        report = inspect_cache(cache)
+        report = cache_info(cache)
     print_report(report, as_json)
 
 

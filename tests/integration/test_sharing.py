@@ -29,7 +29,7 @@ from dpo_cache.stages.addresses.local_copy import local_copy
 from dpo_cache.stages.compact import compact
 from dpo_cache.stages.gc import collect_garbage
 from dpo_cache.stages.hub.hub_dataset import HubDataset
-from dpo_cache.stages.inspect import inspect_cache
+from dpo_cache.stages.info import cache_info
 from dpo_cache.stages.pull import pull
 from dpo_cache.stages.push import push
 from dpo_cache.stages.show import show
@@ -525,7 +525,7 @@ def test_processes_that_ask_at_once_fetch_once(web: FileServer) -> None:
 def test_looking_reads_no_more_than_it_shows(web: FileServer) -> None:
     make_shared(web.folder / "cache")
     address = f"{web.url}/cache"
-    report = inspect_cache(address)
+    report = cache_info(address)
     assert (report.shards, report.mixtures["train"].num_pairs) == (5, ROWS)
     assert report.to_json()["path"] == address
     assert not web.shard_requests()
@@ -574,7 +574,7 @@ def test_a_bucket_is_read_as_a_folder_is(tmp_path: Path, monkeypatch: pytest.Mon
         bucket.mkdir("pairs")
         bucket.put(str(tmp_path / "ours"), "pairs/caches/tulu", recursive=True)
         assert content(local_copy("s3://pairs/caches/tulu", ["train"])) == content(tmp_path / "ours")
-        assert inspect_cache("s3://pairs/caches/tulu").shards == 5
+        assert cache_info("s3://pairs/caches/tulu").shards == 5
         with pytest.raises(DpoCacheError, match="no mixture 'other'") as missing:
             local_copy("s3://pairs/caches/tulu", ["other"])
         assert missing.value.expected == "one of: train"

@@ -71,7 +71,7 @@ class CacheReport:
         return "\n".join(lines)
 
 
-def inspect_cache(location: Location) -> CacheReport:
+def cache_info(location: Location) -> CacheReport:
     """Read what a cache says of itself; no row is read and nothing is verified.
 
     Raises:
