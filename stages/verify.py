@@ -26,7 +26,8 @@ from ..pipeline.cache.unreadable_file import UnreadableFileError
 from .addresses.local_copy import local_copy
 from .addresses.location import Location, is_address
 from .console.progress import Progress
-from .verifying.rescore import RescoreReport, RescoreSettings, rescore
+from .verifying.rescore import RescoreSettings, rescore
+from .verifying.rescore_report import RescoreReport
 from .verifying.verify_report import Finding, FindingKind, Repair, VerifyReport
 
 WITHOUT_CACHE_JSON = (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,7 @@ from ..hub.model_folder import find_model_folder
 from ..hub.model_identity import identity_to_compare
 from ..hub.recorded_reference import RecordedReference
 from ..processes.devices import device_of_rank, memory_explained
+from .rescore_report import RescoreReport, Spread
 
 TOKENS_PER_BATCH = 4096
 """Another budget than any build has by default, so that batches have other shapes."""
@@ -64,62 +64,6 @@ class RescoreSettings:
             if is_given:
                 raise DpoCacheError(f"{option} has no effect without --rescore", next_step="add --rescore N")
         return None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
-    """How far values are from the cached ones: ``|ours − cached| / scored tokens`` of a side, in nats.
-
-    Attributes:
-        way: How the pairs were batched.
-        mean_per_token: Over all sides.
-        max_per_token: Of the worst side.
-        max_in_bounds: The worst side in units of the bound that training's step-0 proof sets.
-    """
-
-    way: str
-    mean_per_token: float
-    max_per_token: float
-    max_in_bounds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RescoreReport:
-    """The noise floor of a cache.
-
-    Attributes:
-        pairs: Pairs scored again.
-        dtype: Precision of the reference.
-        bound_per_token: What training's step-0 proof allows.
-        spreads: One for each way of batching.
-        outliers: Keys of pairs beyond the bound, by the digest of the shard that holds them.
-    """
-
-    pairs: int
-    dtype: str
-    bound_per_token: float
-    spreads: list[Spread]
-    outliers: dict[str, list[bytes]]
-
-    def to_json(self) -> dict[str, Any]:
-        """One object for ``--json``."""
-        outliers = {shard: [key.hex() for key in keys] for shard, keys in self.outliers.items()}
-        return {**asdict(self), "outliers": outliers}
-
-    def text(self) -> str:
-        """For an 80-column terminal."""
-        width = 2 + max(len(spread.way) for spread in self.spreads)
-        lines = [
-            f"scored {self.pairs} pairs again in {self.dtype}: difference in nats per token",
-            f"{'':{width}}{'mean':>10}{'max':>10}{'max / bound':>13}",
-        ]
-        for spread in self.spreads:
-            lines.append(
-                f"{'  ' + spread.way:{width}}{spread.mean_per_token:10.2e}{spread.max_per_token:10.2e}"
-                f"{spread.max_in_bounds:13.4f}"
-            )
-        lines.append(f"  the bound is that of training's check at step 0, {self.bound_per_token:g}")
-        return "\n".join(lines)
 
 
 @memory_explained("verify on a machine with more GPU memory, or on the CPU: CUDA_VISIBLE_DEVICES= dpo-cache verify …")

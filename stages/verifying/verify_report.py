@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console.counted_noun import counted
-from .rescore import RescoreReport
+from .rescore_report import RescoreReport
 
 TEXT_WIDTH = 80
 MAX_DETAIL_LINES = 5

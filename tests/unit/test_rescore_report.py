@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dpo_cache.stages.verifying.rescore import RescoreReport, Spread
+from dpo_cache.stages.verifying.rescore_report import RescoreReport, Spread
 
 
 def test_the_columns_of_the_table_stand_under_their_titles() -> None:
