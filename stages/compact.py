@@ -74,10 +74,9 @@ def compact(path: Path) -> CompactReport:
     """
     cache = ReferenceCache.open(path)
     with cache.maintaining("compacting"):
-        survey = cache.shards.survey()
-        if survey.unusable:
+        if unusable := cache.shards.unusable():
             raise DpoCacheError(
-                f"{len(survey.unusable)} shards of {path} cannot be used, the first: {survey.unusable[0].reason}",
+                f"{len(unusable)} shards of {path} cannot be used, the first: {unusable[0].reason}",
                 next_step=f"dpo-cache verify {path} --repair",
             )
         index = cache.shards.key_index()

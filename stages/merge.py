@@ -93,7 +93,7 @@ def merge(source_paths: Sequence[Path], path: Path) -> MergeReport:
             copied, left = _copy_shards(source, cache)
             shards += copied
             warnings += left
-        index = cache.shards.key_index(without=[shard.path for shard in cache.shards.survey().unusable])
+        index = cache.shards.key_index(without=[shard.path for shard in cache.shards.unusable()])
         for name, content in contents.items():
             if content.is_new:
                 content.write(cache, name, key_index=index)

@@ -13,6 +13,7 @@ from dpo_cache.pipeline.cache.mixture import Mixture
 from dpo_cache.pipeline.cache.mixture_rows import MixtureRows
 from dpo_cache.pipeline.cache.reference_identity import ReferenceIdentity
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
+from dpo_cache.pipeline.cache.shard_file import ShardReader, read_shard_rows
 from dpo_cache.pipeline.data.token_pair import TokenPair
 
 
@@ -95,6 +96,13 @@ def mixture_rows(rows: Sequence[ScoredPair], *, source: int = 0) -> MixtureRows:
         sources=np.full(len(rows), source, dtype=np.int32),
         source_rows=np.arange(len(rows), dtype=np.int64),
     )
+
+
+def read_shard(path: Path) -> list[ScoredPair]:
+    """All rows of a shard, in order."""
+    with ShardReader(path) as shard:
+        num_rows = shard.num_rows
+    return read_shard_rows(path, range(num_rows))
 
 
 def fill_cache(cache: ReferenceCache, rows: Sequence[ScoredPair], *, shard_rows: int, name: str = "train") -> Mixture:

@@ -93,7 +93,7 @@ def next_build_fails(cache: Path) -> list[str]:
         found = read_everything(cache)["train"]
         if set(found.tolist()) != {row.key.rstrip(b"\0") for row in ROWS} or len(found) != len(ROWS):
             return ["the next build is not complete"]
-        return [f"{built.path.name}: {reason.reason}" for reason in built.shards.survey().unusable]
+        return [f"{built.path.name}: {reason.reason}" for reason in built.shards.unusable()]
     except DpoCacheError as error:
         return [f"the next build fails: {error.found}"]
 
@@ -452,7 +452,7 @@ def read_as_a_stranger(cache: Path) -> bool:
     """Go through everything that opens a cache; False where it was refused as it must be."""
     try:
         opened = ReferenceCache.open(cache)
-        opened.shards.survey()
+        opened.shards.unusable()
         opened.shards.key_index()
         read_everything(cache)
     except DpoCacheError:
@@ -521,7 +521,7 @@ def stray_shards(folder: Path) -> Trials:
         stray = other.shards.write(ROWS[start : start + 4])
         shutil.copy(other.path / "shards" / stray.file_name, folder / "ours" / "shards")
         ours = ReferenceCache.open(folder / "ours")
-        said = [] if len(ours.shards.survey().unusable) == start // 4 + 1 else ["not noticed"]
+        said = [] if len(ours.shards.unusable()) == start // 4 + 1 else ["not noticed"]
         try:
             read_everything(ours.path)
         except DpoCacheError as error:

@@ -52,14 +52,14 @@ class StubBuild:
         cache = make_cache(self.cache)
         claimed(["cache"])
         with cache.building(self.mixture):
-            unusable = [shard.path for shard in cache.shards.survey().unusable]
+            unusable = [shard.path for shard in cache.shards.unusable()]
             known = cache.shards.key_index(without=unusable)
             places = known.find(keys_array([row.key for row in self.rows]))
             missing = [row for row, place in zip(self.rows, places, strict=True) if place < 0]
             for start in range(0, len(missing), self.unit_rows):
                 shard = cache.shards.write(missing[start : start + self.unit_rows])
                 claimed(["shard", shard.sha256])
-            if not self._is_up_to_date(cache, {shard.sha256 for shard in cache.shards.survey().usable}):
+            if not self._is_up_to_date(cache):
                 self._point_at(cache, len(self.rows) // 2, unusable, claimed)
                 self._point_at(cache, len(self.rows), unusable, claimed)
             claimed(["mixture", self.mixture, cache.read_mixture(self.mixture).digest])
@@ -73,13 +73,15 @@ class StubBuild:
         rows = mixture_rows(self.rows[:num_rows])
         return training_set_digest(rows.example_keys[np.lexsort((rows.example_keys, rows.prompt_hashes))])
 
-    def _is_up_to_date(self, cache: ReferenceCache, usable: set[str]) -> bool:
+    def _is_up_to_date(self, cache: ReferenceCache) -> bool:
         try:
             mixture = cache.read_mixture(self.mixture)
             mixture.table.verify()
         except DpoCacheError:
             return False
-        return mixture.digest == self._digest(len(self.rows)) and usable >= {shard.sha256 for shard in mixture.shards}
+        usable = set(cache.shards.paths()) - {shard.path for shard in cache.shards.unusable()}
+        named = set(map(cache.shards.path_of, mixture.shards))
+        return mixture.digest == self._digest(len(self.rows)) and named <= usable
 
     def _point_at(self, cache: ReferenceCache, num_rows: int, unusable: list[Path], claimed: Claimed) -> None:
         mixture = cache.write_mixture(
@@ -126,7 +128,7 @@ def faults_of(path: Path, claims: list[Claim], *, later: list[Claim] | None = No
     found: list[str] = []
     try:
         cache = ReferenceCache.open(path)
-        found += [shard.reason for shard in cache.shards.survey().unusable]
+        found += [shard.reason for shard in cache.shards.unusable()]
         read_everything(path)
         digests = {name: cache.read_mixture(name).digest for name in cache.mixture_names()}
     except DpoCacheError as error:

@@ -134,14 +134,14 @@ class ShardReader:
         self.close()
 
 
-def read_shard_rows(path: Path, rows: Sequence[int] | None = None) -> list[ScoredPair]:
-    """Rows of a shard by number in the order asked for, all of them by default; keys are as stored.
+def read_shard_rows(path: Path, rows: Sequence[int]) -> list[ScoredPair]:
+    """Rows of a shard by number, in the order asked for; keys are as stored.
 
     Raises:
         DpoCacheError: The shard cannot be read, or has no such row.
     """
     with ShardReader(path) as shard:
-        wanted = np.arange(shard.num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
+        wanted = np.asarray(rows, dtype=np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < shard.num_rows:
             raise DpoCacheError(f"{path} has {shard.num_rows} rows; row {int(wanted.max())} was asked for")
         groups = shard.row_group_of(wanted)

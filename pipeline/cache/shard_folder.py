@@ -30,14 +30,6 @@ class UnusableShard:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardSurvey:
-    """What a look at every byte of ``shards/`` found."""
-
-    usable: list[ShardRef]
-    unusable: list[UnusableShard]
-
-
 class ShardFolder:
     """The shards of a cache; reading needs no lock and no write.
 
@@ -75,17 +67,14 @@ class ShardFolder:
             )
         return shard
 
-    def survey(self) -> ShardSurvey:
-        """Hash every shard and open it: which ones can be relied on, and what is wrong with the others.
+    def unusable(self) -> list[UnusableShard]:
+        """Hash and open every file of ``shards/``: those that cannot be relied on, and what is wrong with each.
 
         Raises:
             UnreadableFileError: The system could not read one: that is no reason to score its rows again.
         """
-        found = [self._examine(path) for path in self._entries()]
-        return ShardSurvey(
-            usable=[shard for shard in found if isinstance(shard, ShardRef)],
-            unusable=[shard for shard in found if isinstance(shard, UnusableShard)],
-        )
+        faults = ((path, self._fault_of(path)) for path in self._entries())
+        return [UnusableShard(path=path, reason=fault) for path, fault in faults if fault is not None]
 
     # ---- where each key stands ----
 
@@ -93,15 +82,14 @@ class ShardFolder:
         """Where each key stands. Of the shards only footers and keys are read.
 
         Args:
-            without: Shards that :meth:`survey` found unusable. One that has been written anew since, as scoring its
-                rows again does, counts.
+            without: Shards that :meth:`unusable` named. One that has been written anew since, as scoring its rows
+                again does, counts.
             with_token_logps: Only of shards with log-probabilities per token.
 
         Raises:
-            DpoCacheError: A shard cannot be read or belongs to another reference; :meth:`survey` finds those that
-                can.
+            DpoCacheError: A shard cannot be read or belongs to another reference; :meth:`unusable` finds them.
         """
-        usable = (path for path in self.paths() if path not in without or isinstance(self._examine(path), ShardRef))
+        usable = (path for path in self.paths() if path not in without or self._fault_of(path) is None)
         return self.index_of(usable, with_token_logps=with_token_logps)
 
     def index_of(self, paths: Iterable[Path], *, with_token_logps: bool = False) -> KeyIndex:
@@ -158,14 +146,16 @@ class ShardFolder:
         adopt_durably(fetched, self._folder / fetched.name)
         return shard
 
-    def _examine(self, path: Path) -> ShardRef | UnusableShard:
+    def _fault_of(self, path: Path) -> str | None:
+        """What is wrong with a shard; None where it can be used."""
         try:
             verify_shard(path)
-            return self._ref(path)
+            self.open(path).close()
         except UnreadableFileError:
             raise
         except DpoCacheError as error:
-            return UnusableShard(path=path, reason=error.found)
+            return error.found
+        return None
 
     def _ref(self, path: Path) -> ShardRef:
         with self.open(path) as shard:

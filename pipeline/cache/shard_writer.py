@@ -55,7 +55,7 @@ def write_shard(
     assert rows
     row_groups = list(_row_group_bounds(rows))
     assert len(row_groups) <= MAX_ROW_GROUPS, "rows are cut into units first"
-    _refuse_unusable_values(rows)
+    refuse_unusable_values(rows)
     has_token_logps = {row.has_token_logps for row in rows}
     assert len(has_token_logps) == 1, "all rows of a shard have log-probabilities per token, or none"
     content = parquet_bytes(
@@ -76,7 +76,12 @@ def write_shard(
     return shard
 
 
-def _refuse_unusable_values(rows: Sequence[ScoredPair]) -> None:
+def refuse_unusable_values(rows: Sequence[ScoredPair]) -> None:
+    """Refuse values that no reference can have given.
+
+    Raises:
+        DpoCacheError: Naming the pairs.
+    """
     values = values_of(rows)
     if unusable_values(values).any():
         raise DpoCacheError(unusable_in_words(keys_array([row.key for row in rows]), values))

@@ -25,7 +25,7 @@ from ...errors import DpoCacheError, first_line
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _OPTIONS = ("split", "config", "revision", "amount")
 _SPEC = "PATH_OR_ID[,split=…][,config=…][,revision=…][,amount=…]"
-_READ_ROWS = 1000
+READ_ROWS = 1000
 MOST_ROWS = 2_000_000_000
 """An amount that comes to more is a slip of the keyboard; its row numbers alone would not fit into memory."""
 
@@ -138,9 +138,9 @@ class DatasetSource:
             yield from ({} for _ in row_numbers)
             return
         dataset = self._dataset.select_columns(names)
-        for start in range(0, len(row_numbers), _READ_ROWS):
+        for start in range(0, len(row_numbers), READ_ROWS):
             try:
-                batch = dataset[row_numbers[start : start + _READ_ROWS].tolist()]
+                batch = dataset[row_numbers[start : start + READ_ROWS].tolist()]
             except UnicodeDecodeError as error:
                 raise DpoCacheError(
                     f"--dataset {self.spec} holds text that is not UTF-8: {error}",

@@ -64,10 +64,10 @@ def recorded_environment(reference: BuildReference) -> dict[str, Any]:
 
 def damaged_shards(cache: ReferenceCache) -> list[Path]:
     """Shards that cannot be relied on, each named; their pairs are scored again."""
-    survey = cache.shards.survey()
-    for shard in survey.unusable:
+    unusable = cache.shards.unusable()
+    for shard in unusable:
         say(f"warning: {shard.path.name} is not used: {shard.reason}")
-    return [shard.path for shard in survey.unusable]
+    return [shard.path for shard in unusable]
 
 
 def wait_until_visible(cache: ReferenceCache, shards: Collection[str]) -> None:

@@ -20,7 +20,6 @@ class Progress:
         total: How much there is to do, in ``unit``; None where nobody knows.
         unit: What is counted.
         title: What is being done.
-        shown: Whether this process shows it.
         done_before: How much of it an earlier process did.
         notes_hold_rate: Whether the notes say how quick it is, in a better unit.
     """
@@ -31,7 +30,6 @@ class Progress:
         *,
         unit: str,
         title: str,
-        shown: bool = True,
         done_before: int = 0,
         notes_hold_rate: bool = False,
     ) -> None:
@@ -43,7 +41,6 @@ class Progress:
             unit_scale=unit in ("tok", "B"),
             desc=_short(title),
             file=sys.stderr if terminal else _LogLines(sys.stderr),
-            disable=not shown,
             mininterval=0.2 if terminal else LOG_INTERVAL_S,
             dynamic_ncols=terminal,
             bar_format=WITHOUT_RATE if notes_hold_rate else None,
@@ -57,8 +54,7 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print a line without tearing the bar."""
-        if not self._bar.disable:
-            self._bar.write(message, file=sys.stderr)
+        self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
         """Leave it standing as it is."""

@@ -19,7 +19,7 @@ from typing import Any
 import dpo_cache as dpo_cache_package
 import numpy as np
 import pytest
-from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
+from cache_factory import fill_cache, make_cache, make_rows, mixture_rows, read_shard
 from commands import assert_same_logps, dpo_cache, dpo_train, logps_by_key, run
 from commands_in_process import invoke, refusal, report
 from dpo_cache.cli import dpo_cache as command
@@ -28,7 +28,6 @@ from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import read_sealed_json, write_sealed_json
 from dpo_cache.pipeline.cache.example_key import prompt_hash_prefix
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
-from dpo_cache.pipeline.cache.shard_file import read_shard_rows
 from tiny_model import message_pairs, rendered_pair, write_rows, write_tiny_model
 
 from .conftest import NUM_PAIRS
@@ -37,7 +36,7 @@ ROWS_A_SHARD = 10
 
 
 def rows_of(cache: Path) -> list[ScoredPair]:
-    return [row for path in ReferenceCache.open(cache).shards.paths() for row in read_shard_rows(path)]
+    return [row for path in ReferenceCache.open(cache).shards.paths() for row in read_shard(path)]
 
 
 def rewrite(cache: Path, rows: Sequence[ScoredPair], *, rows_a_shard: int = ROWS_A_SHARD) -> None:
@@ -114,7 +113,7 @@ def forge_value(cache: Path) -> None:
     rows = rows_of(cache)
     rows[3] = replace(rows[3], ref_chosen_logps=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_writer, "_refuse_unusable_values", lambda rows: None)
+        patch.setattr(shard_writer, "refuse_unusable_values", lambda rows: None)
         rewrite(cache, rows)
 
 
@@ -425,7 +424,7 @@ def test_compact_joins_the_shards_of_many_small_builds_and_changes_no_row(cache:
     for path in opened.shards.paths():
         with opened.shards.open(path) as shard:
             sizes["imported" in shard.recorded] = shard.num_rows
-            prompts = [prompt_hash_prefix(row.pair.prompt_ids) for row in read_shard_rows(path)]
+            prompts = [prompt_hash_prefix(row.pair.prompt_ids) for row in read_shard(path)]
             assert prompts == sorted(prompts)
     assert sizes == {True: NUM_PAIRS // 4, False: NUM_PAIRS - NUM_PAIRS // 4}
     assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
@@ -439,7 +438,7 @@ def test_a_shard_all_of_whose_rows_stand_elsewhere_goes_and_the_other_stays(cach
     (whole,) = opened.shards.paths()
     with opened.shards.open(whole) as shard:
         recorded = shard.recorded
-    opened.shards.write(read_shard_rows(whole)[::-1], recorded=recorded)
+    opened.shards.write(read_shard(whole)[::-1], recorded=recorded)
     assert report("compact", cache)["dropped_rows"] == NUM_PAIRS
     assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
     assert len(opened.shards.paths()) == 1

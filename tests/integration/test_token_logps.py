@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_factory import fill_cache, make_cache, make_rows
+from cache_factory import fill_cache, make_cache, make_rows, read_shard
 from commands import dpo_cache, run
 from commands_in_process import invoke, refusal, report
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import read_sealed_json, write_sealed_json
-from dpo_cache.pipeline.cache.shard_file import read_shard_rows
 from tiny_model import message_pairs, plain_token_logps, write_rows
 
 from .conftest import NUM_PAIRS
@@ -70,7 +69,7 @@ def test_a_build_without_them_leaves_them_and_compact_drops_the_rows_without(
     assert report("compact", cache)["dropped_rows"] == NUM_PAIRS
     opened = ReferenceCache.open(cache)
     assert opened.read_mixture("train").has_token_logps
-    assert all(row.has_token_logps for path in opened.shards.paths() for row in read_shard_rows(path))
+    assert all(row.has_token_logps for path in opened.shards.paths() for row in read_shard(path))
     assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
     more = write_rows(tmp_path / "more.jsonl", message_pairs(3, seed=8))
     command = dpo_cache("build", "--model", reference, "--dataset", more, "--cache", cache, "--extend")

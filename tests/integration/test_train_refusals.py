@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cache_factory import read_shard
 from click.testing import CliRunner
 from dpo_cache.cli import dpo_train
 from dpo_cache.pipeline.cache import shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
-from dpo_cache.pipeline.cache.shard_file import read_shard_rows
 from dpo_cache.stages.training import policy, recipe
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
@@ -96,9 +96,9 @@ def forge(path: Path, value: float, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """Put a value in the place of a chosen logp, as a writer without our checks would; the key of that pair."""
     cache = ReferenceCache.open(path)
     mixture = cache.read_mixture("train")
-    first, *rest = read_shard_rows(a_shard(path))
+    first, *rest = read_shard(a_shard(path))
     a_shard(path).unlink()
-    monkeypatch.setattr(shard_writer, "_refuse_unusable_values", lambda rows: None)
+    monkeypatch.setattr(shard_writer, "refuse_unusable_values", lambda rows: None)
     cache.shards.write([replace(first, ref_chosen_logps=value), *rest])
     cache.write_mixture(
         "train",

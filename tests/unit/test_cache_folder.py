@@ -163,7 +163,7 @@ def test_a_cache_is_read_without_writing_a_byte_or_taking_a_lock(tmp_path: Path)
     with cache.maintaining("a test"):
         opened = ReferenceCache.open(cache.path)
         check_mixture(opened, opened.read_mixture("train"))
-        opened.shards.survey()
+        opened.shards.unusable()
     after = {path: path.stat().st_mtime_ns for path in cache.path.rglob("*") if path.suffix != ".lock"}
     assert {path: time_ns for path, time_ns in before.items() if path in after and path.name != "tmp"} == {
         path: time_ns for path, time_ns in after.items() if path.name != "tmp"
@@ -322,9 +322,8 @@ def test_builders_that_start_at_once_make_one_cache_and_lose_no_row(tmp_path: Pa
     ]
     assert [process.wait() for process in processes] == [0] * 4
     cache = ReferenceCache.open(tmp_path / "cache")
-    survey = cache.shards.survey()
-    assert survey.unusable == []
-    assert len(survey.usable) == 5  # the shard all of them wrote is one file
+    assert cache.shards.unusable() == []
+    assert len(cache.shards.paths()) == 5  # the shard all of them wrote is one file
     index = cache.shards.key_index()
     assert (len(index), index.num_duplicates) == (100, 0)
 

@@ -129,7 +129,7 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path, name: str) -> No
 def test_rows_come_in_the_order_asked_for_with_the_columns_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset_source, "_READ_ROWS", 2)
+    monkeypatch.setattr(dataset_source, "READ_ROWS", 2)
     source = opened(write(tmp_path / "data.jsonl"))
     rows = list(source.rows(np.array([5, 0, 5, 3, 6]), columns=["score", "tools"]))
     assert rows == [{"score": number} for number in (5, 0, 5, 3, 6)]

@@ -58,7 +58,7 @@ def test_a_rank_of_gpus_that_fails_alone_does_not_wait_for_the_others(
     monkeypatch.setattr(process_group, "device_of_rank", lambda _: torch.device(device))
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: None)
     monkeypatch.setattr(process_group, "open_host_group", lambda: None)
-    monkeypatch.setattr(process_group, "_part", lambda: parted.append(True))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: parted.append(True))
     ranks = Ranks(rank=0, num_ranks=num_ranks, rank_of_node=0, ranks_per_node=num_ranks)
     with pytest.raises(DpoCacheError, match="alone"), process_group.process_group(ranks):
         raise DpoCacheError("alone")

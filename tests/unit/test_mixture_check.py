@@ -34,7 +34,7 @@ def hashing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def unchecked_shard(cache: ReferenceCache, rows: list[ScoredPair], monkeypatch: pytest.MonkeyPatch) -> ShardRef:
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer, "_refuse_unusable_values", lambda rows: None)
+        patch.setattr(shard_writer, "refuse_unusable_values", lambda rows: None)
         return cache.shards.write(rows)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from cache_factory import make_pair, make_row, make_rows
+from cache_factory import make_pair, make_row, make_rows, read_shard
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import shard_writer
 from dpo_cache.pipeline.cache.example_key import example_key, key_at
@@ -78,7 +79,7 @@ def fields_of(row: ScoredPair) -> dict[str, Any]:
 def test_rows_come_back_as_they_were(folder: Path, seed: int, num_rows: int, token_logps: bool) -> None:
     rows = make_rows(num_rows, seed=seed, token_logps=token_logps)
     path = write(folder, rows)
-    assert [fields_of(row) for row in read_shard_rows(path)] == [fields_of(row) for row in rows]
+    assert [fields_of(row) for row in read_shard(path)] == [fields_of(row) for row in rows]
     assert [fields_of(row) for row in checked_rows(path)] == [fields_of(row) for row in rows]
     with ShardReader(path) as shard:
         keys = shard.keys()
@@ -191,7 +192,7 @@ def test_a_sum_of_zero_is_a_missing_value_but_a_common_part_may_be_certain() -> 
 
 def test_a_common_part_that_nobody_knows_comes_back_as_such(folder: Path) -> None:
     row = dataclasses.replace(make_rows(1)[0], ref_chosen_common_logps=float("nan"))
-    (read,) = read_shard_rows(write(folder, [row]))
+    (read,) = read_shard(write(folder, [row]))
     assert np.isnan(read.ref_chosen_common_logps)
     assert read.ref_rejected_common_logps == row.ref_rejected_common_logps
 
@@ -250,7 +251,7 @@ def ids(*values: int) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 
 def test_rows_that_contradict_themselves_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_writer, "_refuse_unusable_values", lambda rows: None)
+    monkeypatch.setattr(shard_writer, "refuse_unusable_values", lambda rows: None)
     pair = TokenPair(prompt_ids=ids(1, 2), chosen_ids=ids(3, 4), rejected_ids=ids(5))
     tokens: dict[str, Any] = {
         "chosen_token_logps": np.full(2, -1, np.float32),
@@ -286,7 +287,7 @@ def test_values_per_token_that_the_footer_keeps_quiet_about_are_refused(
 ) -> None:
     monkeypatch.setattr(shard_writer, "TOKEN_LOGPS_KEY", "dpo_cache.something_else")
     with pytest.raises(DpoCacheError, match="against what the footer says"):
-        read_shard_rows(write(folder, make_rows(3, token_logps=True)))
+        read_shard(write(folder, make_rows(3, token_logps=True)))
 
 
 def test_a_shard_has_values_per_token_for_all_of_its_rows_or_for_none(folder: Path) -> None:
@@ -299,7 +300,7 @@ def test_what_is_not_a_shard_is_refused_by_name(folder: Path) -> None:
     with pytest.raises(DpoCacheError, match="its name is not a SHA-256"):
         verify_shard(folder / "notes.txt")
     missing = folder / ShardRef(sha256="0" * 64, num_rows=1, num_bytes=1).file_name
-    for read in (verify_shard, ShardReader, read_shard_rows):
+    for read in (verify_shard, ShardReader, partial(read_shard_rows, rows=[0])):
         with pytest.raises(DpoCacheError, match=f"{missing.name} is missing"):
             read(missing)
 

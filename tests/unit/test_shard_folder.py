@@ -1,4 +1,4 @@
-"""The shards of a cache: surveyed, replaced, taken over."""
+"""The shards of a cache: looked over, replaced, taken over."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.mixture_check import check_mixture
 
 
-def test_a_survey_tells_usable_shards_from_damaged_foreign_and_stray_ones(tmp_path: Path) -> None:
+def test_damaged_foreign_and_stray_files_are_named_and_can_be_left_out(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache")
     fill_cache(cache, make_rows(30), shard_rows=10)
     damaged = cache.shards.paths()[1]
@@ -20,15 +20,13 @@ def test_a_survey_tells_usable_shards_from_damaged_foreign_and_stray_ones(tmp_pa
         (tmp_path / "other" / "shards" / foreign.file_name).read_bytes()
     )
     (cache.path / "shards" / "notes.txt").write_text("x")
-    survey = cache.shards.survey()
-    assert len(survey.usable) == 2
-    assert all(shard.num_rows == 10 for shard in survey.usable)
-    reasons = {entry.path.name: entry.reason for entry in survey.unusable}
+    unusable = cache.shards.unusable()
+    reasons = {shard.path.name: shard.reason for shard in unusable}
     assert reasons.keys() == {damaged.name, foreign.file_name, "notes.txt"}
     assert "is damaged" in reasons[damaged.name]
     assert "belongs to the reference" in reasons[foreign.file_name]
     assert "not a shard" in reasons["notes.txt"]
-    assert len(cache.shards.key_index(without=[entry.path for entry in survey.unusable])) == 20
+    assert len(cache.shards.key_index(without=[shard.path for shard in unusable])) == 20
     with pytest.raises(DpoCacheError):
         cache.shards.key_index()
 
@@ -39,7 +37,7 @@ def test_a_damaged_shard_that_is_scored_again_is_whole_again(tmp_path: Path) -> 
     fill_cache(cache, make_rows(20), shard_rows=10)
     damaged = cache.shards.paths()[0]
     damaged.write_bytes(damaged.read_bytes()[:-3])
-    unusable = [entry.path for entry in cache.shards.survey().unusable]
+    unusable = [shard.path for shard in cache.shards.unusable()]
     assert len(cache.shards.key_index(without=unusable)) == 10
     for start in (0, 10):
         cache.shards.write(make_rows(20)[start : start + 10])
