@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 from command_line import add_pairs, add_threads, add_trl, benchmark_parser
-from dpo_cache.pipeline.data.dataset_source import DatasetSpec, open_dataset
+from dpo_cache.pipeline.data.dataset_source import open_dataset
+from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
 from dpo_cache.pipeline.data.tokenized_rows import tokenize_rows

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from command_line import benchmark_parser
-from dpo_cache.pipeline.data.dataset_source import DatasetSpec, open_dataset
+from dpo_cache.pipeline.data.dataset_source import open_dataset
+from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
 from dpo_cache.pipeline.data.tokenized_rows import tokenize_rows

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from dpo_cache.pipeline.data.dataset_source import DatasetSpec, open_dataset
+from dpo_cache.pipeline.data.dataset_source import open_dataset
+from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -14,11 +14,13 @@ from dpo_cache.pipeline.cache.example_key import example_key
 from dpo_cache.pipeline.cache.key_index import KeyIndex
 from dpo_cache.pipeline.cache.pair_spool import PairSpool
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
-from dpo_cache.pipeline.data.dataset_source import DatasetSpec, open_dataset
+from dpo_cache.pipeline.data.dataset_source import open_dataset
+from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
 from dpo_cache.stages.building.build_plan import cut_units
-from dpo_cache.stages.building.pair_collection import CollectedPairs, collect_pairs
+from dpo_cache.stages.building.pair_collection import CollectedPairs
+from dpo_cache.stages.building.pair_collector import collect_pairs
 from tiny_model import WORDS, tiny_tokenizer
 
 PAIRS, TOKENIZER, CACHE = "pairs.jsonl", "tokenizer", "cache"

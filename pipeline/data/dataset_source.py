@@ -1,4 +1,4 @@
-"""Where preference rows come from: local files, folders and Hub datasets, and how many rows of each are taken."""
+"""Where preference rows come from: local files, folders and Hub datasets."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import glob
 import gzip
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,74 +19,10 @@ import zstandard
 from datasets import Dataset, load_dataset_builder
 
 from ...errors import DpoCacheError, first_line
+from .dataset_spec import DatasetSpec
 
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_OPTIONS = ("split", "config", "revision", "amount")
-_SPEC = "PATH_OR_ID[,split=…][,config=…][,revision=…][,amount=…]"
 READ_ROWS = 1000
-MOST_ROWS = 2_000_000_000
-"""An amount that comes to more is a slip of the keyboard; its row numbers alone would not fit into memory."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DatasetSpec:
-    """Which rows a person asked for.
-
-    Attributes:
-        path: A ``.jsonl``, ``.json`` or ``.parquet`` file (also ``.gz``, ``.zst``), a folder of those, or a Hub id.
-        split: Split, slices such as ``train[:10%]`` included; None for ``train``, or for the only one there is.
-        config: Configuration of a Hub dataset.
-        revision: Branch, tag or commit of a Hub dataset.
-        amount: A share of the rows where it has a dot, a count where it has none; more than there are repeats rows.
-    """
-
-    path: str
-    split: str | None = None
-    config: str | None = None
-    revision: str | None = None
-    amount: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise DpoCacheError(f"--dataset {self} names no dataset", expected=_SPEC)
-        if self.amount is not None and not re.fullmatch(r"\d+\.?\d*|\.\d+", self.amount):
-            raise DpoCacheError(
-                f"--dataset {self}: {self.amount} is no amount",
-                expected="a share with a dot (0.5, 2.0) or a count without (1000)",
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read ``PATH_OR_ID[,split=…][,config=…][,revision=…][,amount=…]``.
-
-        Raises:
-            DpoCacheError: An unknown or repeated key, an amount that is none, or no path.
-        """
-        path, *parts = text.split(",")
-        options: dict[str, str] = {}
-        for part in parts:
-            key, _, value = part.partition("=")
-            if key not in _OPTIONS or key in options or not value:
-                has_comma = Path(f"{path},{part}").exists()
-                raise DpoCacheError(
-                    f"--dataset {text}: {part!r} is not understood",
-                    expected=_SPEC,
-                    next_step="a path with a comma cannot be given: rename it, or make a link to it"
-                    if has_comma
-                    else None,
-                )
-            options[key] = value
-        return cls(path=path, **options)
-
-    def __str__(self) -> str:
-        options = [f",{key}={getattr(self, key)}" for key in _OPTIONS if getattr(self, key) is not None]
-        return self.path + "".join(options)
-
-    def num_picked(self, num_rows: int) -> int:
-        """How many rows the amount means, of a dataset with this many."""
-        if self.amount is None:
-            return num_rows
-        return int(float(self.amount) * num_rows) if "." in self.amount else int(self.amount)
 
 
 class DatasetSource:
@@ -106,7 +40,7 @@ class DatasetSource:
     def __init__(self, spec: DatasetSpec, dataset: Dataset, provenance: dict[str, Any]) -> None:
         self.spec = spec
         self.num_rows: int = dataset.num_rows
-        self.picked_rows = _pick_rows(spec, self.num_rows)
+        self.picked_rows = spec.pick_rows(self.num_rows)
         self._dataset = dataset
         self._provenance = provenance
 
@@ -304,23 +238,7 @@ def _split_files(builder: Any, split: str) -> list[Path]:
     return [Path(file) for file in builder.config.data_files[_base_split(split)]]
 
 
-# ---- what was read, and how much of it ----
-
-
-def _pick_rows(spec: DatasetSpec, num_rows: int) -> npt.NDArray[np.int64]:
-    """Whole repeats in order, then the remainder drawn without replacement by a fixed seed, as open-instruct does.
-
-    Fewer rows than there are is a remainder alone, hence a draw, not the first rows.
-    """
-    num_picked = spec.num_picked(num_rows)
-    if num_picked == 0:
-        raise DpoCacheError(f"--dataset {spec}: an amount of {spec.amount} picks none of {num_rows} rows")
-    if num_picked > MOST_ROWS:
-        raise DpoCacheError(f"--dataset {spec}: an amount of {spec.amount} picks {num_picked} rows of {num_rows}")
-    repeats, remainder = divmod(num_picked, num_rows)
-    whole = np.tile(np.arange(num_rows, dtype=np.int64), repeats)
-    drawn = np.random.RandomState(42).choice(num_rows, size=remainder, replace=False)
-    return np.concatenate([whole, drawn.astype(np.int64)])
+# ---- what was read ----
 
 
 def _spec_record(spec: DatasetSpec, split: str) -> dict[str, Any]:

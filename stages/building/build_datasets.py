@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...pipeline.cache.key_index import KeyIndex
-from ...pipeline.data.dataset_source import DatasetSource, DatasetSpec, open_dataset
+from ...pipeline.data.dataset_source import DatasetSource, open_dataset
+from ...pipeline.data.dataset_spec import DatasetSpec
 from ..console.terminal import say
 from .build_config import BuildConfig
 from .build_reference import BuildReference
-from .pair_collection import CollectedPairs, collect_pairs
+from .pair_collection import CollectedPairs
+from .pair_collector import collect_pairs
 
 SPOOL = "pairs.arrow"
 

@@ -16,7 +16,7 @@ from ...pipeline.cache.key_index import KeyIndex
 from ...pipeline.cache.mixture import Mixture
 from ...pipeline.cache.mixture_rows import MixtureRows
 from ...pipeline.cache.unreadable_file import UnreadableFileError
-from ...pipeline.data.dataset_source import DatasetSpec
+from ...pipeline.data.dataset_spec import DatasetSpec
 from .build_config import BuildConfig
 from .left_out import recorded_keys
 from .mixture_content import MixtureContent

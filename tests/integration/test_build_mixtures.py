@@ -7,7 +7,8 @@ from pathlib import Path
 
 from commands import logps_by_key
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
-from dpo_cache.pipeline.data.dataset_source import DatasetSpec, open_dataset
+from dpo_cache.pipeline.data.dataset_source import open_dataset
+from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
 from dpo_cache.stages.build import build
 from dpo_cache.stages.building.build_config import BuildConfig
 from tiny_model import message_pairs, write_rows

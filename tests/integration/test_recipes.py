@@ -22,7 +22,7 @@ from cache_factory import make_cache, make_rows, mixture_rows
 from click.testing import CliRunner, Result
 from commands import metrics
 from dpo_cache.cli import build_command, dpo_train
-from dpo_cache.pipeline.data.dataset_source import DatasetSpec
+from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
 from dpo_cache.stages.processes.child_processes import free_port
 from tiny_model import message_pairs, write_rows, write_tiny_model
 from transformers import AutoTokenizer

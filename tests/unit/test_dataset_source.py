@@ -1,4 +1,4 @@
-"""Rows by number from every kind of file, and which of them an amount picks."""
+"""Rows by number from every kind of file, and from the Hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ import zstandard
 from datasets import Dataset
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.data import dataset_source
-from dpo_cache.pipeline.data.dataset_source import DatasetSource, DatasetSpec, open_dataset
+from dpo_cache.pipeline.data.dataset_source import DatasetSource, open_dataset
+from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
 
 ROWS = [{"chosen": f"yes {number}", "rejected": "no", "score": number} for number in range(7)]
 
@@ -62,44 +63,6 @@ def opened(path: Path | str, **options: str) -> DatasetSource:
 
 def all_rows(source: DatasetSource) -> list[dict[str, Any]]:
     return list(source.rows(np.arange(source.num_rows)))
-
-
-# ---- spec ----
-
-
-@pytest.mark.parametrize(
-    ("text", "spec"),
-    [
-        ("data.jsonl", DatasetSpec(path="data.jsonl")),
-        ("org/name,split=test,amount=0.5", DatasetSpec(path="org/name", split="test", amount="0.5")),
-        ("org/name,split=train[:10%]", DatasetSpec(path="org/name", split="train[:10%]")),
-        (
-            "org/name,split=a,config=b,revision=c,amount=1000",
-            DatasetSpec(path="org/name", split="a", config="b", revision="c", amount="1000"),
-        ),
-    ],
-)
-def test_a_spec_is_read_and_given_back(text: str, spec: DatasetSpec) -> None:
-    assert DatasetSpec.parse(text) == spec
-    assert str(spec) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a,speed=1", "'speed=1' is not understood"),
-        ("a,split=", "'split=' is not understood"),
-        ("a,amount=1,amount=2", "'amount=2' is not understood"),
-        ("a,b", "'b' is not understood"),
-        ("a,amount=half", "half is no amount"),
-        ("a,amount=-1", "-1 is no amount"),
-        ("a,amount=1e3", "1e3 is no amount"),
-        (",split=test", "names no dataset"),
-    ],
-)
-def test_a_spec_that_makes_no_sense_is_refused(text: str, message: str) -> None:
-    with pytest.raises(DpoCacheError, match=message):
-        DatasetSpec.parse(text)
 
 
 # ---- files ----
@@ -233,8 +196,6 @@ def test_what_cannot_be_read_is_an_error_of_ours(
         ({"revision": "main"}, "a local dataset has no revision"),
         ({"config": "default"}, "a single file has no config"),
         ({"split": "test"}, "there is no split test"),
-        ({"amount": "0.1"}, "picks none of 7 rows"),
-        ({"amount": "1000000000000"}, "picks 1000000000000 rows of 7"),
     ],
 )
 def test_options_that_a_file_does_not_have_are_refused(tmp_path: Path, options: dict[str, str], message: str) -> None:
@@ -248,17 +209,29 @@ def test_text_that_is_not_utf8_is_an_error_of_ours(tmp_path: Path) -> None:
         all_rows(opened(tmp_path / "data.jsonl"))
 
 
-def test_a_path_with_a_comma_is_told_from_an_option(tmp_path: Path) -> None:
-    write(tmp_path / "a,b.jsonl")
-    with pytest.raises(DpoCacheError, match="is not understood") as error:
-        DatasetSpec.parse(f"{tmp_path}/a,b.jsonl")
-    assert "a path with a comma" in str(error.value.next_step)
-
-
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(DpoCacheError, match="no such file") as missing:
         opened(tmp_path / "missing.jsonl.gz")
     assert missing.value.next_step is None  # `ls` is something that everybody knows
+
+
+@pytest.mark.parametrize("name", ["pairs[1].jsonl", "pairs*.jsonl", "run[2]/train.jsonl", "a::b/train.jsonl"])
+def test_a_file_whose_name_could_be_a_pattern_means_itself(tmp_path: Path, name: str) -> None:
+    rows = '{"chosen": "Hi: yes", "rejected": "Hi: no"}\n'
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(rows)
+    (tmp_path / "pairs1.jsonl").write_text(rows * 2)
+    source = open_dataset(DatasetSpec(path=str(tmp_path / name)))
+    assert source.num_rows == 1
+    assert [record["name"] for record in source.provenance()["files"]] == [(tmp_path / name).name]
+
+
+def test_a_folder_whose_name_could_be_a_pattern_is_refused(tmp_path: Path) -> None:
+    for name in ("run[2]", "a*b", "a::b"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(DpoCacheError, match="a folder whose path has") as refused:
+            open_dataset(DatasetSpec(path=str(tmp_path / name)))
+        assert "rename it" in str(refused.value.next_step)
 
 
 # ---- hub ----
@@ -292,48 +265,13 @@ def test_a_dataset_that_is_neither_here_nor_on_the_hub_is_named() -> None:
     assert "hf auth login" in str(missing.value.next_step)
 
 
-# ---- amounts ----
-
-
-@pytest.mark.parametrize(
-    ("amount", "num_picked"),
-    [(None, 7), ("3", 3), ("1", 1), ("7", 7), ("16", 16), ("0.5", 3), ("1.0", 7), ("2.0", 14), (".3", 2), ("1.", 7)],
-)
-def test_an_amount_is_a_share_with_a_dot_and_a_count_without(
-    tmp_path: Path, amount: str | None, num_picked: int
-) -> None:
-    source = open_dataset(DatasetSpec(path=str(write(tmp_path / "data.jsonl")), amount=amount))
-    assert len(source.picked_rows) == num_picked
-    assert source.picked_rows.dtype == np.int64
-
-
-def test_more_rows_than_there_are_repeat_whole_and_then_draw(tmp_path: Path) -> None:
+def test_repeated_rows_are_picked_as_often_as_asked_and_distinct_once(tmp_path: Path) -> None:
     source = opened(write(tmp_path / "data.jsonl"), amount="16")
-    # numpy freezes this generator's stream: RandomState(42).choice(7, size=2, replace=False)
     assert source.picked_rows.tolist() == [*range(7), *range(7), 0, 1]
     assert source.distinct_rows.tolist() == list(range(7))
+    assert source.provenance()["picked_rows"] == 16
 
 
-def test_fewer_rows_than_there_are_are_drawn_not_the_first(tmp_path: Path) -> None:
+def test_distinct_rows_keep_the_order_in_which_they_are_picked(tmp_path: Path) -> None:
     source = opened(write(tmp_path / "data.jsonl"), amount="4")
-    assert source.picked_rows.tolist() == [0, 1, 5, 2]
-    assert source.distinct_rows.tolist() == [0, 1, 5, 2]
-
-
-@pytest.mark.parametrize("name", ["pairs[1].jsonl", "pairs*.jsonl", "run[2]/train.jsonl", "a::b/train.jsonl"])
-def test_a_file_whose_name_could_be_a_pattern_means_itself(tmp_path: Path, name: str) -> None:
-    rows = '{"chosen": "Hi: yes", "rejected": "Hi: no"}\n'
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text(rows)
-    (tmp_path / "pairs1.jsonl").write_text(rows * 2)
-    source = open_dataset(DatasetSpec(path=str(tmp_path / name)))
-    assert source.num_rows == 1
-    assert [record["name"] for record in source.provenance()["files"]] == [(tmp_path / name).name]
-
-
-def test_a_folder_whose_name_could_be_a_pattern_is_refused(tmp_path: Path) -> None:
-    for name in ("run[2]", "a*b", "a::b"):
-        (tmp_path / name).mkdir()
-        with pytest.raises(DpoCacheError, match="a folder whose path has") as refused:
-            open_dataset(DatasetSpec(path=str(tmp_path / name)))
-        assert "rename it" in str(refused.value.next_step)
+    assert source.distinct_rows.tolist() == source.picked_rows.tolist() == [0, 1, 5, 2]

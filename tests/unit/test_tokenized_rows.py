@@ -18,7 +18,8 @@ import pytest
 from byte_tokenizer_factory import CHATML, marked, write_byte_tokenizer
 from datasets import Dataset, Image
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.data.dataset_source import DatasetSource, DatasetSpec, open_dataset
+from dpo_cache.pipeline.data.dataset_source import DatasetSource, open_dataset
+from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
 from dpo_cache.pipeline.data.preference_format import PreferenceFormat
 from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
 from dpo_cache.pipeline.data.tokenized_rows import TokenizedChunk, source_format, tokenize_rows
@@ -137,7 +138,8 @@ def test_a_worker_that_is_killed_is_an_error_with_its_exit_code(tmp_path: Path, 
 
 PARENT = """
 import multiprocessing, sys, time
-from dpo_cache.pipeline.data.dataset_source import DatasetSpec, open_dataset
+from dpo_cache.pipeline.data.dataset_source import open_dataset
+from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
 from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
 from dpo_cache.pipeline.data.tokenized_rows import tokenize_rows
 
