@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -13,33 +12,32 @@ import numpy.typing as npt
 
 from ...errors import DpoCacheError
 from ..data.token_pair import TokenPair
-from .cache_json import (
-    WRITE_AGAIN,
-    CacheDescription,
-    has_description,
-    read_description,
-    salvaged_identity,
-    write_description,
-)
+from .cache_json import WRITE_AGAIN, CacheDescription, has_description, read_description, write_description
 from .canonical_json import JsonObject
 from .digest_named_file import write_digest_named
 from .durable_file import make_folder_durably, remove_durably, settle_folder
 from .example_key import KEY_BYTES, example_key
+from .folder_content import (
+    SUBFOLDERS,
+    files_of_shards,
+    refuse_linked_subfolders,
+    refuse_other_content,
+    refuse_shards_of_others,
+)
 from .folder_lock import building_lock, creation_lock, fetching_lock, maintenance_lock, reading_lock
 from .key_index import KeyIndex
-from .mixture import MIXTURE_NAME, Mixture, check_name, read_mixture, write_mixture, write_pointer
+from .mixture import MIXTURE_NAME, Mixture, check_name
+from .mixture_pointer import read_pointer, write_pointer
 from .mixture_rows import MixtureRows
+from .mixture_writer import write_mixture
 from .pair_lookup import PairLookup
 from .pair_order import epoch_order
 from .pair_stream import PairStream
 from .parquet_file import reading
 from .reference_identity import ReferenceIdentity, differences, differences_in_words
 from .scored_pair import ScoredPair
-from .shard_file import ShardReader
 from .shard_folder import ShardFolder, verified_chunks
-from .unreadable_file import UnreadableFileError
 
-_SUBFOLDERS = ("shards", "mixtures", "tmp")
 _READ_PAIRS = 1024
 
 
@@ -78,13 +76,12 @@ class ReferenceCache:
                 field that differs, where that can be known), or cannot be written.
         """
         refuse_other_content(path)
-        make_folder_durably(path)
-        for name in _SUBFOLDERS:
-            _refuse_link(path / name)
-            make_folder_durably(path / name)
+        refuse_linked_subfolders(path)
+        for folder in (path, *(path / name for name in SUBFOLDERS)):
+            make_folder_durably(folder)
         with creation_lock(path / "tmp"):
             if not has_description(path):
-                _refuse_shards_of_others(path, description.identity)
+                refuse_shards_of_others(path, description.identity)
                 write_description(path, description)
         cache = cls.open(path)
         cache.require_reference(description.identity)
@@ -104,7 +101,7 @@ class ReferenceCache:
             cache = cls.open(path)
             cache.require_reference(description.identity)
             return cache
-        _refuse_shards_of_others(path, description.identity)
+        refuse_shards_of_others(path, description.identity)
         return cls(path, description) if path.exists() else None
 
     @classmethod
@@ -116,14 +113,13 @@ class ReferenceCache:
         """
         path = Path(path)
         if not (path / "cache.json").exists():
-            if _shards_in(path):
+            if files_of_shards(path):
                 raise DpoCacheError(f"cache.json of {path} is missing", next_step=WRITE_AGAIN)
             raise DpoCacheError(
                 f"there is no cache in {path}: cache.json is missing",
                 next_step=f"make one with: dpo-cache build --cache {path} --model … --dataset …",
             )
-        for name in _SUBFOLDERS:
-            _refuse_link(path / name)
+        refuse_linked_subfolders(path)
         return cls(path, read_description(path))
 
     def require_reference(self, identity: ReferenceIdentity) -> None:
@@ -232,7 +228,7 @@ class ReferenceCache:
             return [path.stem for path in pointers if MIXTURE_NAME.fullmatch(path.stem)]
 
     def read_mixture(self, name: str) -> Mixture:
-        """Read a mixture's pointer; see :func:`~.mixture.read_mixture`.
+        """Read a mixture's pointer; see :func:`~.mixture_pointer.read_pointer`.
 
         Raises:
             DpoCacheError: There is none of that name (naming those there are), or it is not to be trusted.
@@ -245,7 +241,7 @@ class ReferenceCache:
                 expected=f"one of: {there_are}",
                 next_step=f"build it with: dpo-cache build --cache {self.path} --mixture {name} …",
             )
-        mixture = read_mixture(self.path, name)
+        mixture = read_pointer(self.path, name)
         if mixture.reference_id != self.reference_id:
             raise DpoCacheError(f"mixture {name} of {self.path} belongs to another reference")
         return mixture
@@ -260,7 +256,7 @@ class ReferenceCache:
         sources: list[JsonObject],
         dropped: JsonObject,
     ) -> Mixture:
-        """Write a mixture, pointer last; see :func:`~.mixture.write_mixture`."""
+        """Write a mixture, pointer last; see :func:`~.mixture_writer.write_mixture`."""
         return write_mixture(
             self.path,
             name,
@@ -329,69 +325,3 @@ class ReferenceCache:
         """The lock of what deletes; see :func:`~.folder_lock.maintenance_lock`."""
         make_folder_durably(self.path / "tmp")  # a copy of a cache may lack a folder that was empty
         return maintenance_lock(self.path / "tmp", work)
-
-
-def refuse_other_content(path: Path) -> None:
-    """Refuse a folder that is neither empty nor a cache: it was named by mistake.
-
-    Raises:
-        DpoCacheError: It holds something else, or is a file.
-    """
-    if not path.exists() or (path / "cache.json").exists():
-        return
-    try:
-        strange = sorted(set(os.listdir(path)) - set(_SUBFOLDERS))
-    except OSError as error:
-        raise DpoCacheError(f"{path} cannot be a cache: {error.strerror}", expected="a folder") from error
-    if strange:
-        raise DpoCacheError(
-            f"{path} is not a cache and not empty: it holds {', '.join(strange[:5])}",
-            expected="a cache, an empty folder, or a folder that does not exist yet",
-        )
-
-
-def _refuse_shards_of_others(path: Path, identity: ReferenceIdentity) -> None:
-    """Refuse a folder without a readable ``cache.json`` whose shards are not, or not all, of this reference.
-
-    A shard says whose it is. One that cannot be read says nothing: its rows are scored again.
-
-    Raises:
-        DpoCacheError: Naming the other reference, and the fields that differ where a damaged ``cache.json`` still
-            says what it is.
-    """
-    others = sorted({_reference_of(shard) for shard in _shards_in(path)} - {identity.digest, None}, key=str)
-    if not others:
-        return
-    state = "damaged" if (path / "cache.json").exists() else "missing"
-    salvaged = salvaged_identity(path)
-    fields = ""
-    if salvaged is not None and salvaged.digest in others:
-        fields = f" ({differences_in_words(differences(salvaged, identity))})"
-    raise DpoCacheError(
-        f"cache.json of {path} is {state}, and its shards hold values of the reference {str(others[0])[:16]}…; this "
-        f"one is {identity.digest[:16]}…{fields}",
-        next_step="build once with the reference that they are of, which writes cache.json again and keeps them; for "
-        "this one, use another --cache folder",
-    )
-
-
-def _shards_in(path: Path) -> list[Path]:
-    folder = path / "shards"
-    with reading(folder):
-        return sorted(folder.iterdir()) if folder.exists() else []
-
-
-def _reference_of(shard: Path) -> str | None:
-    try:
-        with ShardReader(shard) as reader:
-            return reader.reference_id
-    except UnreadableFileError:
-        raise
-    except DpoCacheError:
-        return None
-
-
-def _refuse_link(path: Path) -> None:
-    """A link in the place of a subfolder would let a cache from elsewhere write outside itself."""
-    if path.is_symlink():
-        raise DpoCacheError(f"{path} is a symbolic link", expected="a folder; link the whole cache instead")

@@ -17,8 +17,9 @@ from pathlib import Path
 from ...errors import DpoCacheError
 from .cache_folder import ReferenceCache
 from .cache_json import MAX_CACHE_JSON_BYTES, CacheDescription
-from .mixture import MAX_POINTER_BYTES, MIXTURE_NAME, Mixture, check_name
+from .mixture import MIXTURE_NAME, Mixture, check_name
 from .mixture_check import check_mixture
+from .mixture_pointer import MAX_POINTER_BYTES
 from .remote_files import MissingRemoteFileError, RemoteFiles, UnreachableError
 from .shard_file import ShardRef, verify_shard
 

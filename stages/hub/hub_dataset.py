@@ -12,7 +12,8 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from ...errors import DpoCacheError
 from ...pipeline.cache.cache_folder import ReferenceCache
-from ...pipeline.cache.mixture import Mixture, pointer_bytes
+from ...pipeline.cache.mixture import Mixture
+from ...pipeline.cache.mixture_pointer import pointer_bytes
 from ...pipeline.cache.remote_cache import RemoteCache, num_bytes
 from ...pipeline.cache.remote_files import RemoteFiles
 from ...pipeline.cache.shard_file import ShardRef, verify_shard
