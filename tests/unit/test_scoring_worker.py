@@ -22,9 +22,9 @@ from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.scoring.scoring_batch import ScoringBatch
 from dpo_cache.stages.building.build_plan import ScoringPlan, Unit
 from dpo_cache.stages.processes.job_store import JobStore
-from dpo_cache.stages.scoring import score
+from dpo_cache.stages.scoring import scoring_worker
 from dpo_cache.stages.scoring.planned_reference import load_planned_reference
-from dpo_cache.stages.scoring.score import ScoringWorker
+from dpo_cache.stages.scoring.scoring_worker import ScoringWorker
 from dpo_cache.stages.scoring.unit_queue import UnitQueue
 from tiny_model import write_tiny_model
 from torch import nn
@@ -108,7 +108,7 @@ class Device:
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     """What workers score on; it holds everything until a test makes it smaller."""
     device = Device()
-    monkeypatch.setattr(score, "load_planned_reference", device.load)
+    monkeypatch.setattr(scoring_worker, "load_planned_reference", device.load)
     return device
 
 
@@ -124,7 +124,7 @@ def scored_values(plan: ScoringPlan) -> tuple[dict[bytes, tuple[float, float]], 
 def test_a_batch_that_does_not_fit_is_scored_in_parts_and_the_budget_stays_halved(
     device: Device, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score, "CPU_FILL_TOKENS", None)
+    monkeypatch.setattr(scoring_worker, "CPU_FILL_TOKENS", None)
     token_pairs = pairs(40)
     whole, _ = scored_values(plan_in(tmp_path / "whole", model_folder, token_pairs, tokens_per_batch=8192))
     device.fits = 200
