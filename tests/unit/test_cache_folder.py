@@ -6,7 +6,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -342,8 +341,6 @@ def test_what_a_cache_holds_is_told_from_pointers_alone(tmp_path: Path) -> None:
     fill_cache(cache, make_rows(20), shard_rows=5)
     for path in [*cache.shards.paths(), *(cache.path / "mixtures").glob("*.parquet")]:
         path.unlink()
-    start = time.perf_counter()
     mixture = ReferenceCache.open(cache.path).read_mixture("train")
     assert mixture.num_pairs == 20
     assert sum(shard.num_rows for shard in mixture.shards) == 20
-    assert time.perf_counter() - start < 1
