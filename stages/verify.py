@@ -165,10 +165,9 @@ class _Walk:
                 FindingKind.WRONG_KEYS, shard.path, f"{len(wrong)} of {shard.num_rows} rows: {', '.join(wrong[:10])}"
             )
             return
-        ref = ShardRef(sha256=shard.path.stem, num_rows=shard.num_rows, num_bytes=shard.num_bytes)
-        self.shards.append((ref, shard.keys()))
+        self.shards.append((shard.ref, shard.keys()))
         if shard.has_token_logps:
-            self.with_token_logps.add(ref.sha256)
+            self.with_token_logps.add(shard.ref.sha256)
 
     def _rescore(self, cache: ReferenceCache, settings: RescoreSettings) -> None:
         self.rescored = rescore(cache, self.index, settings)

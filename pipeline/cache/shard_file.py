@@ -83,6 +83,11 @@ class ShardReader:
         self.group_starts = self._parquet.group_starts
 
     @property
+    def ref(self) -> ShardRef:
+        """What a mixture says of it."""
+        return ShardRef(sha256=self.path.stem, num_rows=self.num_rows, num_bytes=self.num_bytes)
+
+    @property
     def has_token_logps(self) -> bool:
         """Whether all rows have log-probabilities per token; else none has."""
         return self._parquet.metadata.get(TOKEN_LOGPS_KEY) == "true"

@@ -105,7 +105,7 @@ class ShardFolder:
                     detailed.add(path.stem)
                 elif with_token_logps:
                     continue
-                indexed.append((_ref_of(shard), shard.keys()))
+                indexed.append((shard.ref, shard.keys()))
         return build_key_index(indexed, with_token_logps=detailed)
 
     # ---- new shards ----
@@ -159,15 +159,11 @@ class ShardFolder:
 
     def _ref(self, path: Path) -> ShardRef:
         with self.open(path) as shard:
-            return _ref_of(shard)
+            return shard.ref
 
     def _entries(self) -> list[Path]:
         with reading(self._folder):
             return sorted(self._folder.iterdir()) if self._folder.exists() else []
-
-
-def _ref_of(shard: ShardReader) -> ShardRef:
-    return ShardRef(sha256=shard.path.stem, num_rows=shard.num_rows, num_bytes=shard.num_bytes)
 
 
 def verified_chunks(source: Path) -> Iterator[bytes]:
