@@ -42,7 +42,7 @@ _READ_PAIRS = 1024
 
 
 class ReferenceCache:
-    """An existing cache folder. Made by :meth:`create` or :meth:`open`; reading needs no lock and no write.
+    """An existing cache folder, from :meth:`create` or :meth:`open`. Reading needs no lock and writes nothing.
 
     Attributes:
         path: The folder.
@@ -66,7 +66,7 @@ class ReferenceCache:
 
     @classmethod
     def create(cls, path: Path, description: CacheDescription) -> ReferenceCache:
-        """Make a cache, or open the one that stands there if it is of the same reference.
+        """Make a cache, or open the one that is there if it is of the same reference.
 
         Once this returns, everything visible in it survives a power cut, whoever wrote it. A ``cache.json`` that is
         damaged or missing is written anew where the shards say that the cache is of this reference.
@@ -174,7 +174,7 @@ class ReferenceCache:
             stream.close()
 
     def find(self, key: bytes) -> ScoredPair | None:
-        """The pair of this key (32 bytes), of whatever mixture; None where the cache has none.
+        """The pair with this key (32 bytes), whatever its mixture; None if the cache does not hold it.
 
         The first call reads the keys of all shards, 40 bytes a pair of memory; shards written later are not seen.
 
@@ -194,7 +194,7 @@ class ReferenceCache:
         rejected_ids: npt.ArrayLike,
         scored_mask: npt.ArrayLike | None = None,
     ) -> ScoredPair | None:
-        """The pair of exactly these tokens, as :meth:`find` does.
+        """The pair with exactly these tokens, found as :meth:`find` does.
 
         Args:
             prompt_ids: Token ids that both answers begin with.
@@ -221,7 +221,7 @@ class ReferenceCache:
     # ---- mixtures and locks ------------------------------------------------------------------------------------------
 
     def mixture_names(self) -> list[str]:
-        """Names of the mixtures that have a pointer, sorted; files of other names are none of ours."""
+        """Names of the mixtures that have a pointer, sorted; files with other names are ignored."""
         folder = self.path / "mixtures"
         with reading(folder):
             pointers = sorted(folder.glob("*.json")) if folder.exists() else []

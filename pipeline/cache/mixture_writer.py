@@ -31,8 +31,8 @@ def write_mixture(
     """Write a mixture's table, then its pointer. Rows are put into mixture order here.
 
     Raises:
-        DpoCacheError: A name that is none, no pairs, or pairs that no shard holds, with their count and first
-            keys.
+        DpoCacheError: The name cannot name a mixture, there are no pairs, or no shard holds some of them (with their
+            number and first keys).
     """
     check_name(name)
     if not len(rows):

@@ -20,7 +20,7 @@ _SPEC = "PATH_OR_ID[,split=…][,config=…][,revision=…][,amount=…]"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetSpec:
-    """Which rows a person asked for.
+    """Which rows of which dataset are asked for.
 
     Attributes:
         path: A ``.jsonl``, ``.json`` or ``.parquet`` file (also ``.gz``, ``.zst``), a folder of those, or a Hub id.
@@ -50,7 +50,7 @@ class DatasetSpec:
         """Read ``PATH_OR_ID[,split=…][,config=…][,revision=…][,amount=…]``.
 
         Raises:
-            DpoCacheError: An unknown or repeated key, an amount that is none, or no path.
+            DpoCacheError: A key is unknown or repeated, the amount is no number, or the path is missing.
         """
         path, *parts = text.split(",")
         options: dict[str, str] = {}

@@ -173,7 +173,7 @@ class _Collector:
         )
 
     def _refuse_unknown_token(self, pair: TokenPair, where: str) -> None:
-        """On a GPU, looking up an embedding that is not there takes the whole process down, without a word on why."""
+        """Refuse a token without an embedding: on a GPU, looking it up ends the process without saying why."""
         largest = max(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
         if self._vocab_size is not None and largest >= self._vocab_size:
             raise DpoCacheError(
@@ -184,7 +184,10 @@ class _Collector:
             )
 
     def _spool_unknown(self, pairs: Sequence[TokenPair], columns: MixtureRows) -> None:
-        """A pair that stands in the data twice is spooled twice: to know better here would take each key in memory."""
+        """Spool the pairs that the cache lacks.
+
+        A pair that occurs twice in the data is spooled twice: to avoid that, all keys would have to stay in memory.
+        """
         keys = columns.example_keys
         is_unknown = np.ones(len(keys), bool) if self._known is None else self._known.find(keys) < 0
         unknown = np.flatnonzero(is_unknown)
@@ -214,7 +217,7 @@ def _refuse_many_unusable(collected: CollectedPairs, max_share: float) -> None:
 
 
 def _too_long_advice(dropped: dict[str, int]) -> str | None:
-    """What helps where length is what most of the unusable rows fail at."""
+    """What helps if most of the unusable rows are too long; else None."""
     if 2 * dropped.get("too-long", 0) < sum(dropped.values()):
         return None
     return "raise --max-seq-length, or cut them with --truncation truncate-response-right"

@@ -76,7 +76,7 @@ class PairValues:
 
 
 ScoredUnit = dict[int, tuple[TokenPair, PairValues]]
-"""What is known of a unit so far: by their places in it, its pairs and what the reference says of each."""
+"""What has been scored of a unit: each pair and its values, by the pair's place in the unit."""
 
 
 class ScoringWorker:

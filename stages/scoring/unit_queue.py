@@ -67,7 +67,7 @@ class UnitQueue:
         self._hearts.declare_dead(process)
 
     def finish(self, unit: int, shard: str = "") -> None:
-        """Mark a unit done: the shard of this name, if it came to one, is durable."""
+        """Mark a unit done: its shard of this name is durable; no name if all of its pairs were refused."""
         self._store.set(f"units/{unit}/done", shard)
 
     @property
@@ -76,7 +76,7 @@ class UnitQueue:
         return self._look() - len(self._unfinished)
 
     def finished_shards(self) -> list[str]:
-        """Names of the shards that finished units came to."""
+        """Names of the shards of finished units."""
         keys = [f"units/{unit}/done" for unit in range(self.num_units)]
         names = [self._store.get(key).decode() for key in keys if self._store.check([key])]
         return [name for name in names if name]
@@ -116,7 +116,7 @@ class UnitQueue:
             self._stopped.wait(IDLE_POLL_S)
 
     def _look(self) -> int:
-        """See which units are done by now; how many have been drawn."""
+        """Update which drawn units are unfinished; returns how many have been drawn."""
         drawn = min(self._store.add("units/drawn", 0), self.num_units)
         self._unfinished += range(self._num_drawn, drawn)
         self._num_drawn = drawn
