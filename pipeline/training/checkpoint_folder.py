@@ -43,7 +43,8 @@ class TrainerState:
         run: The fingerprint of the run, which has to be the same for a resume to be exact: the mixture's digest,
             seed, global batch size and so on, under their options' names.
         tracking_run_id: The run's id at Weights & Biases, so that its curve continues.
-        unlogged: Sums over the updates since the last log line, so that the next line is what it would have been.
+        unlogged: Sums over the updates since the last log line and the seconds they took, so that the next line is what
+            it would have been.
     """
 
     step: int

@@ -112,18 +112,20 @@ class PairMetrics:
         return torch.where(tie_B, 0.5, (chosen_rewards_B > rejected_rewards_B).double())
 
     def unlogged_sums(self) -> dict[str, float]:
-        """The sums since the last line, over all ranks; they are not reset. All ranks call this."""
+        """The sums since the last line, over all ranks, and the seconds; nothing is reset. All ranks call this."""
         counts = torch.tensor(list(self._counts.values()), dtype=torch.float64, device=self._device)
         reduced = torch.cat([self._sums, counts])
         dist.all_reduce(reduced)
-        return dict(zip((*_SUMS, *_COUNTS), reduced.tolist(), strict=True))
+        sums = dict(zip((*_SUMS, *_COUNTS), reduced.tolist(), strict=True))
+        return {**sums, "seconds": time.perf_counter() - self._since}
 
     def restore_sums(self, unlogged: Mapping[str, float]) -> None:
-        """Add the sums of a run that stopped between two lines; called on one rank only."""
+        """Add the sums and the seconds of a run that stopped between two lines; called on one rank only."""
         self._sums += torch.tensor([unlogged[name] for name in _SUMS], dtype=torch.float64, device=self._device)
         for name in _COUNTS:
             self._counts[name] += int(unlogged[name])
         self._has_aux_loss |= unlogged["aux_loss"] != 0
+        self._since -= unlogged["seconds"]
 
     def reduce(self) -> dict[str, float]:
         """The fields of a line over all pairs since the last one, on all ranks alike; then start over.

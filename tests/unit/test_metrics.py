@@ -177,6 +177,20 @@ def test_a_line_begun_before_a_stop_is_ended_after_it() -> None:
         assert ours[name] == pytest.approx(theirs[name], rel=1e-12), name
 
 
+def test_the_speed_of_a_line_begun_before_a_stop_is_over_the_time_before_it_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([0.0, 30.0, 1000.0, 1010.0, 1010.0])  # begin, stop; begin again, line, next line begins
+    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: next(clock))
+    first = _metrics()
+    first.add(_scored(PAIRS[:2]))
+    unlogged = first.unlogged_sums()
+    second = _metrics()
+    second.restore_sums(unlogged)
+    second.add(_scored(PAIRS[2:]))
+    assert second.reduce()["perf/pairs_per_second"] == len(PAIRS) / (30 + 10)
+
+
 def test_ties_and_differences_within_rounding_count_half() -> None:
     metrics = _metrics(tie_margin=1e-3)
     metrics.add(_scored([(-5.0, -6.0, -5.0, -6.0), (-5.0, -6.0, -5.001, -6.0), (-5.0, -6.0, -5.1, -6.0)]))
