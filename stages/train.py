@@ -17,8 +17,9 @@ from .addresses.local_copy import glance, local_copy
 from .console.counted_noun import counted
 from .console.library_output import quiet_libraries
 from .hub.hub_model import HubTarget, upload_model
-from .processes.child_processes import free_port, is_child, python_command, run_children, threads_for
+from .processes.child_processes import is_child, python_command, run_children, threads_for
 from .processes.ranks import Ranks, ranks_from_environment
+from .processes.rendezvous import hosted_rendezvous
 from .setting import command_line_of
 from .training.recipe import resolve_recipe
 from .training.train_config import TrainConfig
@@ -83,18 +84,14 @@ def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport | Dry
             f"--num-gpus is {num_ranks}", expected=f"at most {torch.cuda.device_count()}, the GPUs here"
         )
     _cache_folder(config)  # the ranks find there what is fetched once, with one bar
-    rendezvous = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        **threads_for(num_ranks),
-    }
-    run_children(
-        [python_command("train", *command_line_of(config))] * num_ranks,
-        [{**rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)],
-        grace_s=SAVING_GRACE_S,
-    )
+    sizes = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    with hosted_rendezvous() as rendezvous:
+        shared = {**rendezvous, **sizes, **threads_for(num_ranks)}
+        run_children(
+            [python_command("train", *command_line_of(config))] * num_ranks,
+            [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)],
+            grace_s=SAVING_GRACE_S,
+        )
     return DryRunReport.read(config.output) if config.dry_run else TrainReport.read(config.output)
 
 

@@ -34,7 +34,7 @@ def run_ranks(function: Callable[..., Any], *args: Any, num_ranks: int, timeout_
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             _start(Path(folder), file, function.__name__, args, rank=rank, num_ranks=num_ranks, port=port)
-            for port in [_free_port()]
+            for port in [free_port()]
             for rank in range(num_ranks)
         ]
         deadline = time.monotonic() + timeout_s
@@ -77,7 +77,8 @@ def _start(
         )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of the loopback interface that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

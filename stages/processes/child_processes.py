@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -169,14 +168,6 @@ def leave_fault(message: str) -> bool:
 def python_command(*arguments: str) -> list[str]:
     """This interpreter running this package's command line."""
     return [sys.executable, "-m", __package__.partition(".")[0], *arguments]
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def threads_for(num_processes: int) -> dict[str, str]:

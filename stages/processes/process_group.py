@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -17,9 +17,9 @@ import torch.distributed as dist
 from ...errors import DpoCacheError
 from ...pipeline.training.host_group import forget_host_group, host_group, open_host_group
 from ..console.terminal import say
-from .child_processes import free_port
 from .devices import device_of_rank
 from .ranks import Ranks, rendezvous_environment
+from .rendezvous import hosted_rendezvous
 
 TIMEOUT = timedelta(minutes=30)
 Result = TypeVar("Result")
@@ -61,17 +61,17 @@ def _part() -> None:
 def _rendezvous(ranks: Ranks, device: torch.device) -> Iterator[None]:
     """The variables that say which rank this is; processes that this one starts later are no ranks of this job."""
     rendezvous = rendezvous_environment(ranks)
-    if ranks.num_ranks == 1 and "MASTER_PORT" not in os.environ:
-        rendezvous["MASTER_PORT"] = str(free_port())  # alone: two runs on one machine must not meet
     if device.type == "cuda":
         rendezvous["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
     before = dict(os.environ)
-    os.environ.update(rendezvous)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    # A rank that is alone meets nobody: it needs no port that another run on this machine may have.
+    with hosted_rendezvous() if ranks.num_ranks == 1 else nullcontext({}) as hosted:
+        os.environ.update({**rendezvous, **hosted})
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def all_or_none(work: Callable[[], Result], *, on: bool = True) -> Result | None:

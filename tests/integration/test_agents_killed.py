@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 from commands import dpo_cache, logps_by_key, run
-from dpo_cache.stages.processes.child_processes import free_port
+from distributed_run import free_port
 from tiny_model import message_pairs, write_rows
 
 NUM_PAIRS = 1600  # five units of work

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import torch
 from commands import assert_same_logps, dpo_cache, logps_by_key, run
+from distributed_run import free_port
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
-from dpo_cache.stages.processes.child_processes import free_port
 from peft import LoraConfig, get_peft_model
 from tiny_model import message_pairs, write_rows, write_tiny_model
 from transformers import AutoModelForCausalLM

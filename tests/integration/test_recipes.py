@@ -21,9 +21,9 @@ from byte_tokenizer_factory import CHATML, write_byte_tokenizer
 from cache_factory import make_cache, make_rows, mixture_rows
 from click.testing import CliRunner, Result
 from commands import metrics
+from distributed_run import free_port
 from dpo_cache.cli import build_command, dpo_train
 from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
-from dpo_cache.stages.processes.child_processes import free_port
 from tiny_model import message_pairs, write_rows, write_tiny_model
 from transformers import AutoTokenizer
 

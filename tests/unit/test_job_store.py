@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from distributed_run import free_port
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.processes import heartbeat, job_store
-from dpo_cache.stages.processes.child_processes import free_port
 from dpo_cache.stages.processes.job_store import JobStore
 from dpo_cache.stages.processes.ranks import Ranks
 
