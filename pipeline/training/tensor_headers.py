@@ -70,10 +70,10 @@ def check_headers(folder: Path, expected: Mapping[str, TensorHeader]) -> None:
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype:
-    """The dtype most of a checkpoint's numbers are in.
+    """The dtype most of a checkpoint's numbers are in, which the trained model is written in too.
 
     Raises:
-        DpoCacheError: No safetensors file there.
+        DpoCacheError: There is no safetensors file, or most of the numbers are quantized weights (FP8, integers).
     """
     numbers: Counter[str] = Counter()
     for header in read_headers(folder).values():
@@ -81,4 +81,11 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
     if not numbers:
         raise DpoCacheError(f"{folder} holds no safetensors file")
     name = numbers.most_common(1)[0][0]
-    return next(dtype for dtype, known in _SAFETENSORS_DTYPES.items() if known == name)
+    trainable = {known: dtype for dtype, known in _SAFETENSORS_DTYPES.items() if dtype.is_floating_point}
+    if name not in trainable:
+        raise DpoCacheError(
+            f"most weights of {folder} are {name}, a dtype of quantized weights, which cannot be trained",
+            expected="a checkpoint in BF16, F16 or F32",
+            next_step="take the model that it was made from, or convert it to one of those, and build a cache with that",
+        )
+    return trainable[name]

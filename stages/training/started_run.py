@@ -55,8 +55,9 @@ def start_run(run: PreparedRun, checkpoint: Checkpoint | None) -> StartedRun:
         DpoCacheError: The model cannot be trained, there is too little room on the disk, or the checkpoint cannot be
             loaded; on all ranks alike.
     """
+    saved_dtype = checkpoint_dtype(run.origin.model.folder)  # may refuse the model, so before it is loaded
     engine = _start_engine(run, checkpoint)
-    run.checkpoints.check_free_space(engine, checkpoint_dtype(run.origin.model.folder))
+    run.checkpoints.check_free_space(engine, saved_dtype)
     layout = choose_layout(engine.deepspeed, device=run.device)
     if checkpoint is not None:
         run.checkpoints.load(engine, checkpoint)

@@ -32,3 +32,11 @@ def test_the_dtype_of_a_checkpoint_is_that_of_most_of_its_numbers(tmp_path: Path
     (tmp_path / "empty").mkdir()
     with pytest.raises(DpoCacheError, match="holds no safetensors file"):
         checkpoint_dtype(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.uint8, "U8")])
+def test_a_checkpoint_of_8_bit_numbers_is_refused(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
+    save_file({"a": torch.zeros(9, dtype=dtype), "b": torch.zeros(8)}, tmp_path / "x.safetensors")
+    with pytest.raises(DpoCacheError, match=f"most weights of {tmp_path} are {name}") as refused:
+        checkpoint_dtype(tmp_path)
+    assert refused.value.expected == "a checkpoint in BF16, F16 or F32"
