@@ -86,6 +86,6 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
         raise DpoCacheError(
             f"most weights of {folder} are {name}, a dtype of quantized weights, which cannot be trained",
             expected="a checkpoint in BF16, F16 or F32",
-            next_step="take the model that it was made from, or convert it to one of those, and build a cache with that",
+            next_step="build a cache with the model that it was made from, or convert it to one of those first",
         )
     return trainable[name]

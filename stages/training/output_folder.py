@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,11 @@ from pathlib import Path
 from ...errors import DpoCacheError
 
 LOCK = ".lock"
-BEFORE_FIRST_STEP = {LOCK, "config.json", "step0.json", "dry-run.json"}
+TRIAL_MODEL = "model.dry-run"
+"""What a dry run saves to measure it, and removes again."""
+LEFT_OF_TRIALS = {TRIAL_MODEL, f"{TRIAL_MODEL}.tmp"}
+"""What a dry run leaves that is killed while it saves."""
+BEFORE_FIRST_STEP = {LOCK, "config.json", "step0.json", "dry-run.json", *LEFT_OF_TRIALS}
 """What a run that failed before its first update leaves: nothing to lose, nothing to resume."""
 
 
@@ -62,3 +67,9 @@ def output_lock(output: Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def remove_trial_models(output: Path) -> None:
+    """Remove what a dry run that was killed has left in a folder that is locked: it may be as large as the model."""
+    for name in LEFT_OF_TRIALS:
+        shutil.rmtree(output / name, ignore_errors=True)

@@ -18,6 +18,7 @@ from ..processes.devices import memory_explained
 from ..processes.ranks import Ranks
 from ..processes.stop_request import stop_requests
 from .best_model import BestModel
+from .output_folder import TRIAL_MODEL
 from .prepared_run import PreparedRun, prepare_run, prepare_upload, write_config
 from .started_run import StartedRun, start_run
 from .step_zero_proof import prove_step_zero
@@ -84,7 +85,7 @@ def run_dry(config: TrainConfig, ranks: Ranks, device: torch.device, cache_folde
         run = prepare_run(config, ranks, device, cache_folder, held)
         started = start_run(run, None)
         seconds_per_step = started.loop.time_heaviest_batches()
-        trial = config.output / "model.dry-run"
+        trial = config.output / TRIAL_MODEL
         saving = time.monotonic()
         started.models.write(trial, {}, None)
         report = DryRunReport(
@@ -126,6 +127,7 @@ def _train(run: PreparedRun, started: StartedRun, began: float) -> TrainReport:
         eval_before=eval_before,
         eval_after=eval_after,
         last=last_line,
+        best=best.kept,
     )
     if run.is_main:
         report.write()

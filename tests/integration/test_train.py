@@ -244,6 +244,7 @@ def test_a_run_evaluates_logs_and_saves_a_model_that_loads(reference: Path, tmp_
     by_step = {line["training_step"]: line["eval/rewards/margin"] for line in lines if "eval/loss" in line}
     best = json.loads((output / "best.json").read_text(encoding="utf-8"))
     assert best["training_step"] == max((2, 4, 6), key=by_step.__getitem__)
+    assert report["best"] == best
     assert (output / "best/model.safetensors").exists()
     for folder in ("best", "model"):
         tokenizer = AutoTokenizer.from_pretrained(output / folder)
@@ -296,11 +297,21 @@ def test_a_plan_and_a_dry_run_train_nothing(shared_cache: Path, tmp_path: Path) 
     plan = run(train(shared_cache, output, "--plan", "--num-gpus", 4))
     assert (plan["total_steps"], plan["global_batch_size"], plan["num_ranks"]) == (5, BATCH, 4)
     assert not output.exists()
+    leave_half_a_trial_model(output)
     report = run(train(shared_cache, output, "--dry-run"))
     assert report["steps"] == 5
     assert report["peak_memory_gib"] > 0
-    assert not {"checkpoints", "model", "metrics.jsonl"} & {path.name for path in output.iterdir()}
+    assert {path.name for path in output.iterdir()} == {".lock", "dry-run.json"}
+    leave_half_a_trial_model(output)
     run(train(shared_cache, output, "--max-steps", 1))
+    assert not list(output.glob("model.dry-run*"))
+
+
+def leave_half_a_trial_model(output: Path) -> None:
+    """As a dry run that is killed while it saves."""
+    half_saved = output / "model.dry-run.tmp"
+    half_saved.mkdir(parents=True)
+    (half_saved / "model.safetensors").write_bytes(b"half")
 
 
 LAUNCHERS = {
