@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from ...pipeline.training.run_file import write_run_json
 
@@ -24,26 +25,30 @@ class BestModel:
     def __init__(self, output: Path, *, by: str | None, last_step: int) -> None:
         self._path = output / FILE
         self._field = FIELDS[by] if by else None
-        self._best: float | None = None
+        self._kept: dict[str, Any] | None = None
         if self._path.exists():
             record = json.loads(self._path.read_text(encoding="utf-8"))
             if record["training_step"] <= last_step and record["field"] == self._field:
-                self._best = _number(record["value"])
+                self._kept = record
+
+    @property
+    def kept(self) -> dict[str, Any] | None:
+        """What ``best.json`` says of the model in ``best/``: field, value and update; None while there is none."""
+        return self._kept
 
     def is_beaten_by(self, line: dict[str, float]) -> bool:
         """Whether an evaluation after at least one update is better than all before; the first of equals stays."""
         if self._field is None or line["training_step"] == 0:
             return False
         value = _number(line.get(self._field, math.nan))  # a line read back leaves out what was not a number
-        return value is not None and (self._best is None or value > self._best)
+        return value is not None and (self._kept is None or value > self._kept["value"])
 
     def remember(self, line: dict[str, float], *, is_main: bool) -> None:
         """This evaluation's model has been saved."""
         assert self._field is not None
-        self._best = line[self._field]
+        self._kept = {"field": self._field, "value": line[self._field], "training_step": line["training_step"]}
         if is_main:
-            record = {"field": self._field, "value": self._best, "training_step": line["training_step"]}
-            write_run_json(self._path, record)
+            write_run_json(self._path, self._kept)
 
 
 def _number(value: float) -> float | None:

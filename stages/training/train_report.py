@@ -11,6 +11,7 @@ from typing import Any
 from ...pipeline.training.run_file import write_run_json
 from ..console.counted_noun import counted
 from ..hub.hub_model import HubUpload
+from .best_model import FIELDS
 
 FILE = "summary.json"
 
@@ -29,6 +30,7 @@ class TrainReport:
         eval_before: Evaluation before the first update, where there is one.
         eval_after: Evaluation after the last.
         last: The last logged line.
+        best: With ``--keep-best``, what ``best.json`` says of the model in ``best/``; None where none is kept.
         hub: The result of ``--push-to-hub``; None without it.
     """
 
@@ -41,6 +43,7 @@ class TrainReport:
     eval_before: dict[str, float] | None
     eval_after: dict[str, float] | None
     last: dict[str, float]
+    best: dict[str, Any] | None = None
     hub: HubUpload | None = None
 
     @property
@@ -83,6 +86,10 @@ class TrainReport:
             lines.append(f"model: {self.output}/model")
         else:
             lines.append(f"stopped after {self.steps} of {self.total_steps} updates; --resume continues from there")
+        if self.best:
+            update, value = self.best["training_step"], self.best["value"]
+            figure = f"accuracy {value:.1%}" if self.best["field"] == FIELDS["accuracy"] else f"margin {value:.3g}"
+            lines.append(f"best model: {self.output}/best, after update {update}: held-out reward {figure}")
         if self.hub:
             lines.append(self.hub.summary())
         page = Path(self.output) / "report.html"

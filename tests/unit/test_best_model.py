@@ -41,6 +41,10 @@ def test_the_field_is_the_one_asked_for(tmp_path: Path) -> None:
 
 def test_a_resumed_run_knows_the_best_before_and_forgets_what_comes_again(tmp_path: Path) -> None:
     best_steps(BestModel(tmp_path, by="accuracy", last_step=0), [line(2, 0.6), line(4, 0.8)])
+    kept = {"field": "eval/rewards/accuracy", "value": 0.8, "training_step": 4}
+    assert BestModel(tmp_path, by="accuracy", last_step=4).kept == kept
+    assert BestModel(tmp_path, by="accuracy", last_step=3).kept is None
+    assert BestModel(tmp_path, by="margin", last_step=4).kept is None
     assert best_steps(BestModel(tmp_path, by="accuracy", last_step=4), [line(6, 0.7), line(8, 0.9)]) == [8]
     # Killed after the evaluation of update 8, resumed from a checkpoint at 6.
     assert best_steps(BestModel(tmp_path, by="accuracy", last_step=6), [line(8, 0.9)]) == [8]

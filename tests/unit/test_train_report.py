@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from dpo_cache.stages.training.train_report import TrainReport
 
 BEFORE = {"training_step": 0.0, "eval/rewards/accuracy": 0.5, "eval/rewards/margin": 0.0}
 
 
-def report(eval_after: dict[str, float]) -> TrainReport:
+def report(eval_after: dict[str, float], best: dict[str, Any] | None = None) -> TrainReport:
     return TrainReport(
         output="run",
         steps=4,
@@ -18,6 +21,7 @@ def report(eval_after: dict[str, float]) -> TrainReport:
         eval_before=BEFORE,
         eval_after=eval_after,
         last={},
+        best=best,
     )
 
 
@@ -26,3 +30,15 @@ def test_held_out_figures_are_told_where_they_are_numbers() -> None:
     assert told in report({**BEFORE, "eval/rewards/accuracy": 0.75, "eval/rewards/margin": 0.2}).summary()
     # Of a finished run that is resumed, what was not a number is left out.
     assert "held out" not in report({"training_step": 4.0, "eval/rewards/accuracy": 0.0}).summary()
+
+
+@pytest.mark.parametrize(
+    ("by", "value", "figure"), [("accuracy", 0.75, "accuracy 75.0%"), ("margin", 0.2, "margin 0.2")]
+)
+def test_the_best_model_that_was_kept_is_told_with_its_update_and_its_figure(
+    by: str, value: float, figure: str
+) -> None:
+    best = {"field": f"eval/rewards/{by}", "value": value, "training_step": 2}
+    told = f"best model: run/best, after update 2: held-out reward {figure}"
+    assert told in report(BEFORE, best).summary().splitlines()
+    assert "best model" not in report(BEFORE).summary()
