@@ -40,8 +40,7 @@ def choose_layout(scorer: nn.Module, *, device: torch.device | str, pairs: Seque
         pairs: Real pairs to prove the layout on, besides a built-in probe of a few tokens.
 
     Raises:
-        DpoCacheError: The model's vocabulary head does something to its logits that we do not know, or the model has
-            no finite value for any token.
+        DpoCacheError: No layout reproduces the model's own values, or the model has no finite value for any token.
     """
     pair_scorer = scorer if isinstance(scorer, PairScorer) else scorer.module
     assert isinstance(pair_scorer, PairScorer)
@@ -72,10 +71,11 @@ def choose_layout(scorer: nn.Module, *, device: torch.device | str, pairs: Seque
             tolerance,
         )
     raise DpoCacheError(
-        f"{pair_scorer.config.model_type} models cannot be scored here: in the {layout} layout their values are "
-        f"{difference:.2g} nats a token away from the model's own logits",
+        f"{pair_scorer.config.model_type} models cannot be scored here: the {layout} layout does not reproduce the "
+        f"model's own values, which are {difference:.2g} nats a token away",
         expected=f"at most {tolerance:.0e}",
-        next_step="report the model: its vocabulary head does something that this version does not know",
+        next_step="report the model: it may attend to something that a layout cannot express, or do something to its "
+        "logits that this version does not know",
     )
 
 

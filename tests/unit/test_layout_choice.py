@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.scoring import attention_masks, pair_scorer
+from dpo_cache.pipeline.scoring import attention_masks, layout_choice, pair_scorer
 from dpo_cache.pipeline.scoring.completion_head import LogitTransform
 from dpo_cache.pipeline.scoring.layout_choice import choose_layout, tree_obstacle
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
@@ -104,8 +104,23 @@ def test_a_head_that_does_more_to_its_logits_than_we_know_is_refused(name: str) 
     model = tiny_model(name)
     scorer = PairScorer(model)
     model.lm_head.transform = LogitTransform()
-    with pytest.raises(DpoCacheError, match=r"nats a token away from the model's own logits"):
+    with pytest.raises(DpoCacheError, match="does not reproduce the model's own values"):
         choose_layout(scorer, device="cpu")
+
+
+def test_where_no_layout_is_right_no_cause_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for models that choose the tokens they attend to among all of a row."""
+    monkeypatch.setattr(layout_choice._SelfTest, "mean_difference", lambda *_: 0.0032)
+    with pytest.raises(DpoCacheError) as refused:
+        choose_layout(PairScorer(tiny_model("llama")), device="cpu")
+    assert refused.value.found == (
+        "llama models cannot be scored here: the padded layout does not reproduce the model's own values, which are "
+        "0.0032 nats a token away"
+    )
+    assert refused.value.next_step == (
+        "report the model: it may attend to something that a layout cannot express, or do something to its logits "
+        "that this version does not know"
+    )
 
 
 def test_a_model_without_a_finite_value_is_refused() -> None:
