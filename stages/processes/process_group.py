@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -65,7 +65,8 @@ def _rendezvous(ranks: Ranks, device: torch.device) -> Iterator[None]:
         rendezvous["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
     before = dict(os.environ)
     # A rank that is alone meets nobody: it needs no port that another run on this machine may have.
-    with hosted_rendezvous() if ranks.num_ranks == 1 else nullcontext({}) as hosted:
+    alone: AbstractContextManager[dict[str, str]] = hosted_rendezvous() if ranks.num_ranks == 1 else nullcontext({})
+    with alone as hosted:
         os.environ.update({**rendezvous, **hosted})
         try:
             yield

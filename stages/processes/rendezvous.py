@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 
 @contextmanager

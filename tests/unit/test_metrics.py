@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def test_the_speed_of_a_line_begun_before_a_stop_is_over_the_time_before_it_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter([0.0, 30.0, 1000.0, 1010.0, 1010.0])  # begin, stop; begin again, line, next line begins
-    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     first = _metrics()
     first.add(_scored(PAIRS[:2]))
     unlogged = first.unlogged_sums()
