@@ -67,12 +67,13 @@ class MixtureRows:
         The order is (repeat number, prompt hash, key): whole passes over the distinct pairs, pairs of one prompt
         side by side, otherwise as good as random, and the same however the datasets were listed.
         """
-        rows = self.take(np.lexsort((self.source_rows, self.sources, self.example_keys)))
-        starts_run = np.ones(len(rows), dtype=np.bool_)
-        starts_run[1:] = rows.example_keys[1:] != rows.example_keys[:-1]
+        by_key = np.lexsort((self.source_rows, self.sources, self.example_keys))
+        keys = self.example_keys[by_key]
+        starts_run = np.ones(len(keys), dtype=np.bool_)
+        starts_run[1:] = keys[1:] != keys[:-1]
         repeats = places_in_runs(starts_run).astype(np.int32)
-        order = np.lexsort((rows.prompt_hashes, repeats))  # stable, so equal prompts stay in the order of keys
-        return rows.take(order), repeats[order]
+        order = np.lexsort((self.prompt_hashes[by_key], repeats))  # stable: equal prompts stay in the order of keys
+        return self.take(by_key[order]), repeats[order]
 
 
 def places_in_runs(starts_run: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
