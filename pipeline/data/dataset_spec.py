@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Self
 
@@ -74,13 +73,10 @@ class DatasetSpec:
         return self.path + "".join(options)
 
     def num_picked(self, num_rows: int) -> int:
-        """How many rows the amount means, of a dataset with this many; part of a row is none.
-
-        It is the number as it was typed: as floats, 0.29 of 100 rows would be 28.
-        """
+        """How many rows the amount means, of a dataset with this many."""
         if self.amount is None:
             return num_rows
-        return int(Fraction(self.amount) * num_rows) if "." in self.amount else int(self.amount)
+        return int(float(self.amount) * num_rows) if "." in self.amount else int(self.amount)
 
     def pick_rows(self, num_rows: int) -> npt.NDArray[np.int64]:
         """The row numbers that the amount picks from a dataset with this many rows, shape (rows picked,).

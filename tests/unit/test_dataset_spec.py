@@ -62,13 +62,6 @@ def test_an_amount_is_a_share_with_a_dot_and_a_count_without(amount: str | None,
     assert picked.dtype == np.int64
 
 
-@pytest.mark.parametrize(
-    ("amount", "num_picked"), [("0.29", 29), ("0.333", 33), ("0.999", 99), ("1.15", 115), ("0.58", 58), ("2.", 200)]
-)
-def test_a_share_is_taken_of_the_decimal_number_that_was_typed(amount: str, num_picked: int) -> None:
-    assert DatasetSpec(path="data.jsonl", amount=amount).num_picked(100) == num_picked
-
-
 def test_more_rows_than_there_are_repeat_whole_and_then_draw() -> None:
     # numpy freezes this generator's stream: RandomState(42).choice(7, size=2, replace=False)
     assert DatasetSpec(path="a", amount="16").pick_rows(7).tolist() == [*range(7), *range(7), 0, 1]
