@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dpo_cache.stages.building.build_plan import ScoringPlan
 from dpo_cache.stages.processes.job_store import JobStore
 from dpo_cache.stages.processes.ranks import Ranks
 from dpo_cache.stages.scoring import scoring_job
 from dpo_cache.stages.scoring.scoring_job import lead_scoring
+from scoring_plans import EMPTY_PLAN
 
-NOTHING = ScoringPlan(
-    cache="cache",
-    model_folder="model",
-    adapter_folder=None,
-    quantization=None,
-    dtype="float32",
-    attention="sdpa",
-    trust_remote_code=False,
-    zero_stage=3,
-    tokens_per_batch=None,
-    token_logps=False,
-    spool="spool",
-    order=[],
-    longest=None,
-    units=[],
-)
+NOTHING = replace(EMPTY_PLAN, zero_stage=3)
 
 
 def test_no_process_starts_where_nothing_is_to_be_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from dpo_cache.stages.scoring import scoring_worker
 from dpo_cache.stages.scoring.planned_reference import load_planned_reference
 from dpo_cache.stages.scoring.scoring_worker import ScoringWorker
 from dpo_cache.stages.scoring.unit_queue import UnitQueue
+from scoring_plans import EMPTY_PLAN
 from tiny_model import write_tiny_model
 from torch import nn
 
@@ -62,17 +63,11 @@ def plan_in(folder: Path, model_folder: Path, token_pairs: list[TokenPair], *, t
         for pair in token_pairs:
             writer.append(pair)
     half = len(token_pairs) // 2
-    return ScoringPlan(
+    return replace(
+        EMPTY_PLAN,
         cache=str(folder),
         model_folder=str(model_folder),
-        adapter_folder=None,
-        quantization=None,
-        dtype="float32",
-        attention="sdpa",
-        trust_remote_code=False,
-        zero_stage=0,
         tokens_per_batch=tokens_per_batch,
-        token_logps=False,
         spool=str(spool),
         order=list(range(len(token_pairs))),
         longest=0,
