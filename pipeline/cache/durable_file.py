@@ -65,7 +65,8 @@ def write_durably(path: Path, content: Bytes | Iterable[Bytes], *, temporary_fol
     Args:
         path: Where the file becomes visible. A file already there is replaced as a whole.
         content: The bytes, or chunks of them. An iterable that raises leaves nothing behind.
-        temporary_folder: On the same file system as ``path``; a killed write leaves a ``*.partial`` here.
+        temporary_folder: On the same file system as ``path``; a killed write leaves a file here, see
+            :func:`unfinished_writes`.
 
     Raises:
         DpoCacheError: The operating system refused (no space, no permission, read-only, an I/O error).
@@ -88,6 +89,11 @@ def write_durably(path: Path, content: Bytes | Iterable[Bytes], *, temporary_fol
         operations.sync_folder(path.parent)
     except OSError as error:
         raise _refused("write", path, error) from error
+
+
+def unfinished_writes(temporary_folder: Path) -> list[Path]:
+    """What killed calls of :func:`write_durably` have left in their temporary folder."""
+    return sorted(temporary_folder.glob("[0-9a-f]" * 16 + ".partial"))
 
 
 def adopt_durably(temporary: Path, path: Path) -> None:

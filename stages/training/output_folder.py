@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...errors import DpoCacheError
+from ...pipeline.cache.durable_file import unfinished_writes
 
 LOCK = ".lock"
 TRIAL_MODEL = "model.dry-run"
 """What a dry run saves to measure it, and removes again."""
-LEFT_OF_TRIALS = {TRIAL_MODEL, f"{TRIAL_MODEL}.tmp"}
-"""What a dry run leaves that is killed while it saves."""
-BEFORE_FIRST_STEP = {LOCK, "config.json", "step0.json", "dry-run.json", *LEFT_OF_TRIALS}
+BEFORE_FIRST_STEP = {LOCK, "config.json", "step0.json", "dry-run.json"}
 """What a run that failed before its first update leaves: nothing to lose, nothing to resume."""
 
 
@@ -30,7 +29,8 @@ def refuse_overwriting(output: Path) -> None:
         return
     if not output.is_dir():
         raise DpoCacheError(f"--output {output} is a file", expected="a folder, or a name that is free")
-    held = sorted(set(os.listdir(output)) - BEFORE_FIRST_STEP)
+    leftovers = {path.name for path in _leftovers(output)}
+    held = sorted(set(os.listdir(output)) - BEFORE_FIRST_STEP - leftovers)
     if held:
         if (output / LOCK).exists():  # a run that is still training cannot be resumed
             with output_lock(output):
@@ -44,7 +44,7 @@ def refuse_overwriting(output: Path) -> None:
 
 @contextmanager
 def output_lock(output: Path) -> Iterator[None]:
-    """Held while a run writes its folder.
+    """Held while a run or a sweep writes its folder; what a killed one left half-written is removed.
 
     Raises:
         DpoCacheError: Another process trains into this folder, or it cannot be written.
@@ -66,10 +66,18 @@ def output_lock(output: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        _remove_leftovers(output)
         yield
 
 
-def remove_trial_models(output: Path) -> None:
-    """Remove what a dry run that was killed has left in a folder that is locked: it may be as large as the model."""
-    for name in LEFT_OF_TRIALS:
-        shutil.rmtree(output / name, ignore_errors=True)
+def _leftovers(output: Path) -> list[Path]:
+    """What a kill in the middle of a write leaves: half a file, or a dry run's model, as large as the policy."""
+    return [output / TRIAL_MODEL, output / f"{TRIAL_MODEL}.tmp", *unfinished_writes(output)]
+
+
+def _remove_leftovers(output: Path) -> None:
+    for path in _leftovers(output):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from ..hub.hub_model import HubTarget, prepare_hub_target
 from ..processes.process_group import all_or_none, decided_by_first, refuse_other_settings
 from ..processes.ranks import Ranks
 from .held_out_overlap import overlap_warnings
-from .output_folder import output_lock, refuse_overwriting, remove_trial_models
+from .output_folder import output_lock, refuse_overwriting
 from .policy import PolicyOrigin, check_policy, find_policy
 from .recipe import Recipe, resolve_recipe, warnings_of
 from .run_checkpoints import RunCheckpoints
@@ -122,7 +122,6 @@ def _claim_output(config: TrainConfig, held: ExitStack) -> None:
     if config.resume is None:
         refuse_overwriting(config.output)
     held.enter_context(output_lock(config.output))
-    remove_trial_models(config.output)
 
 
 def _find_policy(config: TrainConfig, cache: ReferenceCache) -> PolicyOrigin:

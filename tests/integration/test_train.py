@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -297,21 +298,35 @@ def test_a_plan_and_a_dry_run_train_nothing(shared_cache: Path, tmp_path: Path) 
     plan = run(train(shared_cache, output, "--plan", "--num-gpus", 4))
     assert (plan["total_steps"], plan["global_batch_size"], plan["num_ranks"]) == (5, BATCH, 4)
     assert not output.exists()
-    leave_half_a_trial_model(output)
+    leave_half_written(output)
     report = run(train(shared_cache, output, "--dry-run"))
     assert report["steps"] == 5
     assert report["peak_memory_gib"] > 0
     assert {path.name for path in output.iterdir()} == {".lock", "dry-run.json"}
-    leave_half_a_trial_model(output)
+    leave_half_written(output)
     run(train(shared_cache, output, "--max-steps", 1))
-    assert not list(output.glob("model.dry-run*"))
+    assert not [*output.glob("model.dry-run*"), *output.glob("*.partial")]
 
 
-def leave_half_a_trial_model(output: Path) -> None:
-    """As a dry run that is killed while it saves."""
+KILLED_BEFORE_SYNC = """
+import os, signal, sys
+from pathlib import Path
+from dpo_cache.pipeline.cache import durable_file
+from dpo_cache.pipeline.training.run_file import write_run_json
+
+durable_file.operations.sync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+write_run_json(Path(sys.argv[1]) / "config.json", {})
+"""
+
+
+def leave_half_written(output: Path) -> None:
+    """What is left of a dry run that is killed while it saves, and of a run killed while it writes a file."""
     half_saved = output / "model.dry-run.tmp"
     half_saved.mkdir(parents=True)
     (half_saved / "model.safetensors").write_bytes(b"half")
+    killed = subprocess.run([sys.executable, "-c", KILLED_BEFORE_SYNC, output], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(output.glob("*.partial"))
 
 
 LAUNCHERS = {
