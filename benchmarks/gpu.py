@@ -1,19 +1,25 @@
 """What one GPU reaches in scoring and in training, with and without each of the things that make it quick.
 
-    python benchmarks/gpu.py                        # an 8B Llama shape scored, the same with LoRA and a 3B one trained
-    python benchmarks/gpu.py --score 8b --train     # scoring alone
+    python benchmarks/gpu.py                    # an 8B Llama shape scored, the same with LoRA and a 3B one trained
+    python benchmarks/gpu.py --what score-8b    # one of them
+    python benchmarks/gpu.py --trl-python TRL_ENV/bin/python     # and TRL beside them
 
 Random weights of the real shapes and pairs of realistic lengths: what the numbers are does not change how long they
 take. Everything runs as a build or a run would run it, through ``PairScorer`` and DeepSpeed's engine, without the
-files around. Rates are medians over batches after a warm-up; the rate of plain matrix products is measured first, in
-the same run. MFU follows ``pipeline/scoring/flops.py``: useful operations only, a prompt once, causal attention half,
-no padding and nothing that is computed again. A section is kept in ``benchmarks/results/gpu.md``.
+files around. Rates are medians over repetitions after a warm-up; the rate of plain matrix products is measured first,
+in the same run. MFU follows ``pipeline/scoring/flops.py``: useful operations only, a prompt once, causal attention
+half, no padding and nothing that is computed again. TRL scores and trains the same pairs in a process of its own, which
+needs peft beside it. A section for each of the models is kept in ``benchmarks/results/gpu.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +67,7 @@ SHAPES: dict[str, dict[str, int]] = {
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
     },
 }
+LORA_RANK = 64
 TITLES = ("what", "pairs/s", "tokens/s", "TFLOP/s", "of the products' rate", "MFU", "peak memory, GB")
 
 
@@ -68,29 +75,39 @@ def main() -> None:
     options = parse_options()
     device = device_of_rank(0)
     rate = matmul_rate(device, size=options.matmul_size)
-    pairs = synthetic_pairs(options.pairs, longest=options.max_seq_length)
-    rows: list[tuple[str, ...]] = []
+    pairs = synthetic_pairs(max(options.score_pairs, options.train_pairs), longest=options.max_seq_length)
     with process_group(Ranks(rank=0, num_ranks=1, rank_of_node=0, ranks_per_node=1)):
-        for way in [*scoring_ways(options), *training_ways(options)]:
-            rows.append(measured(way, options, pairs, device, rate))
-            print(" | ".join(rows[-1]), flush=True)
-    found = section(options, pairs, device, rate, rows)
-    if options.keep:
-        keep_section("gpu", found)
-    else:
-        print(found)
+        for what in options.what:
+            subject = Subject.parse(what)
+            measured_pairs = pairs[: options.train_pairs if subject.trains else options.score_pairs]
+            rows = []
+            for way in ways_of(subject, options):
+                rows.append(measured(way, options, measured_pairs, device, rate))
+                print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+            if options.trl_python:
+                free_memory(device)
+                rows += trl_rows(subject, options, measured_pairs)
+            found = section(subject, options, measured_pairs, device, rate, rows)
+            if options.keep:
+                keep_section("gpu", found)
+            else:
+                print(found, flush=True)
 
 
 def parse_options() -> argparse.Namespace:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--score", nargs="*", default=["8b"], choices=SHAPES, help="shapes to score")
-    parser.add_argument("--train", nargs="*", default=["8b-lora", "3b"], help="shapes to train, with -lora or in full")
-    parser.add_argument("--pairs", type=int, default=192, help="pairs of a measurement")
+    subjects = [f"{what}-{shape}" for shape in SHAPES for what in ("score", "train", "train-lora")]
+    parser.add_argument("--what", nargs="+", default=["score-8b", "train-lora-8b", "train-3b"], choices=subjects)
+    parser.add_argument("--score-pairs", type=int, default=192, help="pairs that are scored")
+    parser.add_argument("--train-pairs", type=int, default=64, help="pairs of an update")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-seq-length", type=int, default=2048)
     parser.add_argument("--tokens-per-batch", type=int, default=32_768, help="of a forward pass in scoring")
-    parser.add_argument("--tokens-per-microbatch", type=int, default=8192, help="of a micro-batch in training")
+    parser.add_argument("--tokens-per-microbatch", type=int, default=12_288, help="of a micro-batch in training")
     parser.add_argument("--matmul-size", type=int, default=8192)
     parser.add_argument("--zero-stage", type=int, default=2, choices=(0, 1, 2, 3))
+    parser.add_argument("--trl-python", help="an interpreter with TRL and peft; without, TRL is left out")
+    parser.add_argument("--trl-batch-sizes", type=int, nargs="+", default=[4, 16], help="in pairs")
     parser.add_argument("--keep", action=argparse.BooleanOptionalAction, default=True, help="in results/gpu.md")
     return parser.parse_args()
 
@@ -99,64 +116,81 @@ def parse_options() -> argparse.Namespace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
-    """One way to score or to train.
+class Subject:
+    """What a section of results is about.
 
     Attributes:
-        name: In the table.
         shape: A key of :data:`SHAPES`.
         trains: Whether there is a backward pass and an update.
-        layout: How pairs lie in rows.
-        attention: The kernel.
-        head_chunk_tokens: Scored tokens whose logits are held at once; None as usual.
-        liger: With Liger's layers.
         lora: An adapter is trained, not the model.
     """
 
-    name: str
     shape: str
-    trains: bool = False
-    layout: Layout = Layout.PACKED
-    attention: str = "flex_attention"
+    trains: bool
+    lora: bool
+
+    @classmethod
+    def parse(cls, what: str) -> Subject:
+        """Such as ``train-lora-8b``."""
+        kind, _, shape = what.rpartition("-")
+        return cls(shape=shape, trains=kind != "score", lora=kind == "train-lora")
+
+    def __str__(self) -> str:
+        if not self.trains:
+            return f"{self.shape.upper()} scored"
+        return f"{self.shape.upper()} trained {'with LoRA' if self.lora else 'in full'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to score or to train it.
+
+    Attributes:
+        name: In the table.
+        subject: What is scored or trained.
+        layout: How pairs lie in rows.
+        attention: The kernel.
+        zero_stage: DeepSpeed's.
+        head_chunk_tokens: Scored tokens whose logits are held at once; None as usual.
+        liger: With Liger's layers.
+        recomputes: Activations of all layers are computed again in the backward pass instead of being kept.
+    """
+
+    name: str
+    subject: Subject
+    layout: Layout
+    attention: str
+    zero_stage: int
     head_chunk_tokens: int | None = None
     liger: bool = False
-    lora: bool = False
+    recomputes: bool = False
 
 
-def scoring_ways(options: argparse.Namespace) -> Iterator[Way]:
-    for shape in options.score:
-        for layout, attention in layouts_here():
-            yield Way(name=f"score {shape}: {layout}, {attention}", shape=shape, layout=layout, attention=attention)
-
-
-def layouts_here() -> list[tuple[Layout, str]]:
-    ways = [(Layout.PREFIX_SHARED, "sdpa"), (Layout.PADDED, "sdpa")]
-    return [(Layout.PACKED, "flex_attention"), *ways] if torch.cuda.is_available() else ways
-
-
-def training_ways(options: argparse.Namespace) -> Iterator[Way]:
-    """All of it first, then all but one thing at a time."""
-    layout, attention = layouts_here()[0]
-    for named in options.train:
-        shape = named.removesuffix("-lora")
-        whole = Way(
-            name=f"train {named}: {layout}, {attention}" + (", Liger" if torch.cuda.is_available() else ""),
-            shape=shape,
-            trains=True,
-            layout=layout,
-            attention=attention,
-            liger=torch.cuda.is_available(),
-            lora=named.endswith("-lora"),
-        )
-        yield whole
-        if layout is Layout.PACKED:
-            yield replace(
-                whole, name="… without packing: prefix-shared, sdpa", layout=Layout.PREFIX_SHARED, attention="sdpa"
-            )
-        yield replace(whole, name="… without a shared prefix: padded, sdpa", layout=Layout.PADDED, attention="sdpa")
-        yield replace(whole, name="… with all logits at once", head_chunk_tokens=10**9)
-        if whole.liger:
-            yield replace(whole, name="… without Liger", liger=False)
+def ways_of(subject: Subject, options: argparse.Namespace) -> Iterator[Way]:
+    """All that makes it quick, then with one thing changed at a time."""
+    on_gpu = torch.cuda.is_available()
+    layout, attention = (Layout.PACKED, "flex_attention") if on_gpu else (Layout.PREFIX_SHARED, "sdpa")
+    liger = subject.trains and on_gpu
+    whole = Way(
+        name=f"{layout}, {attention}" + (", Liger" if liger else ""),
+        subject=subject,
+        layout=layout,
+        attention=attention,
+        zero_stage=options.zero_stage,
+        liger=liger,
+    )
+    yield whole
+    if layout is Layout.PACKED:
+        shared = replace(whole, layout=Layout.PREFIX_SHARED, attention="sdpa")
+        yield replace(shared, name="… without packing: prefix-shared, sdpa")
+    yield replace(whole, name="… without a shared prefix: padded, sdpa", layout=Layout.PADDED, attention="sdpa")
+    yield replace(whole, name="… with all logits at once", head_chunk_tokens=10**9)
+    if liger:
+        yield replace(whole, name="… without Liger", liger=False)
+    if subject.trains:
+        yield replace(whole, name="… with all layers recomputed", recomputes=True)
+        if whole.zero_stage != 3:
+            yield replace(whole, name="… at ZeRO stage 3", zero_stage=3)
 
 
 def measured(
@@ -165,7 +199,7 @@ def measured(
     """A row of the table; a way that does not fit into memory says so."""
     free_memory(device)
     try:
-        reading = (train if way.trains else score)(way, options, pairs, device)
+        reading = (train if way.subject.trains else score)(way, options, pairs, device)
     except torch.OutOfMemoryError:
         return (way.name, *["out of memory", *[""] * (len(TITLES) - 2)])
     seconds = reading.seconds
@@ -184,7 +218,7 @@ def measured(
 
 @dataclass(kw_only=True)
 class Reading:
-    """What a measurement added up to; ``seconds`` are the medians of its batches, summed."""
+    """What a measurement came to; ``seconds`` is the median of its repetitions."""
 
     pairs: int
     tokens: int
@@ -198,23 +232,20 @@ class Reading:
 
 
 def score(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], device: torch.device) -> Reading:
-    """All pairs, batch by batch, each three times."""
+    """All pairs, batch by batch."""
     model = random_model(way, device)
     scorer = PairScorer(model, head_chunk_tokens=way.head_chunk_tokens).eval()
     cost = ModelCost.of_model(model)
     plans = plan_batches(pairs, way.layout, tokens_per_batch=options.tokens_per_batch)
     batches = [scoring_batch([pairs[member] for member in members], way.layout).to(device) for members in plans]
 
-    def forward(batch: ScoringBatch) -> None:
-        with torch.inference_mode():
-            scorer(batch).chosen_logps_B.cpu()
+    def forward() -> None:
+        for batch in batches:
+            with torch.inference_mode():
+                scorer(batch).chosen_logps_B.cpu()
 
-    for batch in batches[:2]:
-        forward(batch)  # kernels are compiled
-    seconds = sum(
-        statistics.median(timed(lambda batch=batch: forward(batch), device) for _ in range(3))  # type: ignore[misc]
-        for batch in batches
-    )
+    forward()  # kernels are compiled
+    seconds = statistics.median(timed(forward, device) for _ in range(options.repeats))
     return Reading(
         pairs=len(pairs),
         tokens=sum(batch.num_tokens for batch in batches),
@@ -229,22 +260,23 @@ def score(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], dev
 
 
 def train(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], device: torch.device) -> Reading:
-    """Updates on all pairs, three after one that warms up."""
+    """Updates on all pairs."""
     model: Any = random_model(way, device)
     if way.liger:
         use_liger_layers(model)
-    if way.lora:
-        model = add_lora(model, LoraSettings(rank=64, alpha=16.0, target_modules=("all-linear",), seed=0))
-    recompute_activations(model)
+    if way.subject.lora:
+        model = add_lora(model, LoraSettings(rank=LORA_RANK, alpha=16.0, target_modules=("all-linear",), seed=0))
+    if way.recomputes:
+        recompute_activations(model)
     engine = PolicyEngine(
         PairScorer(model, head_chunk_tokens=way.head_chunk_tokens),
         config=deepspeed_config(
             EngineSettings(
-                zero_stage=options.zero_stage,
+                zero_stage=way.zero_stage,
                 dtype="bfloat16",
                 max_grad_norm=1.0,
                 num_ranks=1,
-                hidden_size=SHAPES[way.shape]["hidden_size"],
+                hidden_size=SHAPES[way.subject.shape]["hidden_size"],
                 on_gpu=device.type == "cuda",
             )
         ),
@@ -262,8 +294,8 @@ def train(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], dev
             engine.micro_step(micro_batch, num_pairs=len(pairs), is_last=number == len(micro_batches))
         engine.apply_update(1e-7)
 
-    update()
-    seconds = statistics.median(timed(update, device) for _ in range(3))
+    update()  # kernels are compiled
+    seconds = statistics.median(timed(update, device) for _ in range(options.repeats))
     reading = Reading(
         pairs=len(pairs),
         tokens=sum(micro_batch.batch.num_tokens for micro_batch in micro_batches),
@@ -276,11 +308,56 @@ def train(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], dev
     return reading
 
 
+# ---- TRL ---------------------------------------------------------------------------------------------------------
+
+
+def trl_rows(subject: Subject, options: argparse.Namespace, pairs: Sequence[TokenPair]) -> Iterator[tuple[str, ...]]:
+    """Its rows of the table, a batch size each. In full it trains without float32 master weights: no comparison."""
+    if subject.trains and not subject.lora:
+        return
+    rows = [scored(pair) for pair in pairs]
+    for batch_size in options.trl_batch_sizes:
+        job = {
+            "what": "train" if subject.trains else "score",
+            "shape": SHAPES[subject.shape],
+            "lora_rank": LORA_RANK,
+            "pairs": [
+                (
+                    *(ids.tolist() for ids in (row.pair.prompt_ids, row.pair.chosen_ids, row.pair.rejected_ids)),
+                    *(row.ref_chosen_logps, row.ref_rejected_logps),
+                )
+                for row in rows
+            ],
+            "batch_size": batch_size,
+            "accumulation": len(pairs) // batch_size,
+            "repeats": options.repeats,
+        }
+        done = subprocess.run(
+            [options.trl_python, Path(__file__).with_name("gpu_trl.py")],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        name = f"TRL, {batch_size} pairs a {'micro-batch' if subject.trains else 'batch'}, sdpa"
+        if done.returncode:
+            found = "out of memory" if "OutOfMemoryError" in done.stderr else "failed"
+            print(done.stderr[-2000:], file=sys.stderr)
+            yield (name, found, *[""] * (len(TITLES) - 2))
+            continue
+        answer = json.loads(done.stdout.splitlines()[-1])  # libraries print before
+        rate = len(pairs) / statistics.median(answer["seconds"])
+        name = name.replace("TRL", f"TRL {answer['version']}")
+        yield (name, f"{rate:.1f}", *[""] * (len(TITLES) - 3), f"{answer['memory_bytes'] / 1e9:.1f}")
+
+
 # ---- what they share ---------------------------------------------------------------------------------------------
 
 
 def random_model(way: Way, device: torch.device) -> LlamaForCausalLM:
-    config = LlamaConfig(**SHAPES[way.shape], max_position_embeddings=8192, rope_theta=500_000.0, use_cache=False)
+    config = LlamaConfig(
+        **SHAPES[way.subject.shape], max_position_embeddings=8192, rope_theta=500_000.0, use_cache=False
+    )
     config._attn_implementation = way.attention
     with torch.device(device), default_dtype(torch.bfloat16):
         return LlamaForCausalLM(config).eval()
@@ -354,12 +431,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> None:
+    gc.collect()  # an engine refers to itself
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def section(
+    subject: Subject,
     options: argparse.Namespace,
     pairs: Sequence[TokenPair],
     device: torch.device,
@@ -369,12 +448,18 @@ def section(
     """A Markdown section."""
     lengths = np.array([pair.shared_prefix_tokens for pair in pairs])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if subject.trains:
+        how = (
+            f"Updates of {len(pairs)} pairs, {options.tokens_per_microbatch:,} tokens a micro-batch, all activations "
+            f"kept, ZeRO stage {options.zero_stage}, unless said otherwise"
+        )
+    else:
+        how = f"{len(pairs)} pairs, {options.tokens_per_batch:,} tokens a batch"
     return dated_section(
-        f"{name}, bfloat16",
-        f"{len(pairs)} pairs of {lengths.mean():.0f} tokens on average, prompt once (at most {lengths.max():,}); "
-        f"{options.tokens_per_batch:,} tokens a batch in scoring, {options.tokens_per_microbatch:,} a micro-batch in "
-        f"training, all layers recomputed, ZeRO stage {options.zero_stage}, one update of all pairs. Products of "
-        f"{options.matmul_size:,} square matrices: {rate / 1e12:.0f} TFLOP/s.",
+        f"{name}, bfloat16, {subject}",
+        f"{how}; a pair has {lengths.mean():.0f} tokens on average (at most {lengths.max():,}), its prompt counted "
+        f"once. Medians of {options.repeats}. Products of {options.matmul_size:,} square matrices: "
+        f"{rate / 1e12:.0f} TFLOP/s.",
         markdown_table(TITLES, rows),
         f"{machine('torch', 'transformers', 'deepspeed', 'liger-kernel')}. Repeat with `python benchmarks/gpu.py`.",
     )

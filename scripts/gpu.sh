@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The checks and the benchmark that need a GPU, with an interpreter that has the dependencies; nothing is installed.
+# The checks and the benchmark that need a GPU, with an interpreter that the project is installed for.
 #   bash scripts/gpu.sh                    tests of tests/gpu, then benchmarks/gpu.py
 #   bash scripts/gpu.sh tests [ARGUMENTS]  the tests alone; the arguments go to pytest
 #   bash scripts/gpu.sh bench [ARGUMENTS]  the benchmark alone
@@ -7,11 +7,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-# The checkout is the package, and its folder may have any name.
-link=$(mktemp -d)
-trap 'rm -rf "$link"' EXIT
-ln -s "$PWD" "$link/dpo_cache"
-export PYTHONPATH=$link${PYTHONPATH:+:$PYTHONPATH}
 
 what=${1:-all}
 [ $# -eq 0 ] || shift

@@ -173,8 +173,7 @@ class _ChunkedLogps(torch.autograd.Function):
             if grad_hidden_NH is not None:
                 grad_hidden_NH[chunk] = linear(grad_CV, weight_VH.T)
             if wants_weight:
-                share_VH = linear(grad_CV.T, hidden_NH[chunk].T).to(wide)
-                grad_weight_VH = share_VH if grad_weight_VH is None else grad_weight_VH.add_(share_VH)
+                grad_weight_VH = _added_product(grad_weight_VH, grad_CV.T, hidden_NH[chunk], wide)
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(dim=0, dtype=wide)
         if wants_weight and grad_weight_VH is None:  # nothing was scored
@@ -197,6 +196,19 @@ def _product(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wide: 
         product_CV = torch.mm(hidden_CH, weight_VH.T, out_dtype=wide)
         return product_CV if bias_V is None else product_CV.add_(bias_V)
     return linear(hidden_CH, weight_VH, bias_V).to(wide)
+
+
+def _added_product(sum_VH: Tensor | None, grad_VC: Tensor, hidden_CH: Tensor, wide: torch.dtype) -> Tensor:
+    """``sum + grad @ hidden`` in the wide dtype, in place of the sum; None is no sum yet.
+
+    A GPU adds while it multiplies: one more pass over something as large as the head takes nearly as long as that.
+    """
+    if grad_VC.is_cuda and grad_VC.dtype != wide:
+        if sum_VH is None:
+            return torch.mm(grad_VC, hidden_CH, out_dtype=wide)
+        return torch.addmm(sum_VH, grad_VC, hidden_CH, out_dtype=wide, out=sum_VH)
+    product_VH = linear(grad_VC, hidden_CH.T).to(wide)
+    return product_VH if sum_VH is None else sum_VH.add_(product_VH)
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...errors import DpoCacheError, first_line
-from .attention_names import ATTENTION_KERNELS, GPU_KERNELS
+from .attention_names import GPU_KERNELS
 from .quantization import loading_options, prepare_quantized_layers
 
 
@@ -44,26 +43,6 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def resolve_attention(choice: str | None, config: Any, device: torch.device) -> str:
-    """The attention kernel to load a model with: ``choice``, or the quickest of those it surely runs with.
-
-    Raises:
-        DpoCacheError: ``choice`` is no kernel that we know.
-    """
-    if choice is not None:
-        if choice not in ATTENTION_KERNELS:
-            raise DpoCacheError(
-                f"--attn-implementation {choice} is not known", expected=f"one of {', '.join(ATTENTION_KERNELS)}"
-            )
-        return choice
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return "sdpa"  # code from the Hub: transformers tells on loading whether it can
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if model_class._supports_sdpa:
-        return "sdpa"
-    return "flex_attention" if device.type == "cuda" and model_class._supports_flex_attn else "eager"
-
-
 def load_causal_lm(
     path: str | Path,
     *,
@@ -83,7 +62,7 @@ def load_causal_lm(
     Args:
         path: A folder, or the id of a model on the Hub.
         dtype: Of the weights and of the computation.
-        attention: A kernel from :func:`resolve_attention`.
+        attention: A kernel from :func:`~.attention_choice.resolve_attention`.
         device: Where the weights go.
         adapter: A folder with a peft adapter to put on top; its weights can then be trained.
         quantization: What the weights are quantized to as they are read, ``nf4``; None to leave them as they are.
@@ -145,7 +124,8 @@ def _refuse_kernel_out_of_place(attention: str, device: torch.device) -> None:
     if attention in GPU_KERNELS and device.type != "cuda":
         raise DpoCacheError(
             f"--attn-implementation {attention} runs on a GPU, and this is a {device.type}",
-            next_step="--attn-implementation sdpa",
+            next_step="--attn-implementation sdpa; in training from a cache that was scored otherwise, with "
+            "--allow-numerics-mismatch",
         )
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise DpoCacheError(

@@ -20,7 +20,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ...errors import DpoCacheError
 from ..cache.durable_file import settle_folder, settle_tree
-from ..scoring.model_loading import find_causal_lm, is_noise, load_causal_lm, resolve_attention
+from ..scoring.attention_choice import resolve_attention
+from ..scoring.model_loading import find_causal_lm, is_noise, load_causal_lm
 from ..scoring.quantization import quantized_layers
 from .host_group import wait_for_all
 from .lora_adapter import (

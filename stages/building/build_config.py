@@ -44,7 +44,8 @@ class BuildConfig:
     attn_implementation: str | None = for_reference(
         None,
         help="Attention kernel.",
-        default_text="sdpa, or eager where the architecture has no other",
+        default_text="flex_attention on a GPU where GPU and model surely run it, else sdpa, or eager where the "
+        "architecture has no other",
         choices=ATTENTION_KERNELS,
     )
     trust_remote_code: bool = for_reference(False, help="Run Python code that comes with the model or the tokenizer.")

@@ -18,7 +18,7 @@ from ...pipeline.scoring.reference_scorer import load_scorer, score_pairs
 from ...pipeline.scoring.scoring_batch import Layout
 from ...pipeline.training.step_zero import BOUNDS
 from ..building.build_reference import BuildReference
-from ..processes.devices import device_of_rank, memory_explained
+from ..processes.devices import device_of_rank, gpu_explained
 from .import_config import ImportConfig
 
 
@@ -86,7 +86,7 @@ def prove_values(
     )
 
 
-@memory_explained("import on a machine with more GPU memory, or on the CPU: CUDA_VISIBLE_DEVICES= dpo-cache import …")
+@gpu_explained("import on a machine with more GPU memory, or on the CPU: CUDA_VISIBLE_DEVICES= dpo-cache import …")
 def _score(
     pairs: Sequence[TokenPair], reference: BuildReference, *, trust_remote_code: bool
 ) -> npt.NDArray[np.float64]:

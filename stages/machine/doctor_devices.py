@@ -98,12 +98,16 @@ def _collectives() -> Finding:
 def _attention_kernels() -> Iterator[Finding]:
     import torch
 
+    from ...pipeline.scoring.attention_choice import FLEX_HEAD_SIZES, gpu_surely_runs_flex
+
     on_gpu = torch.cuda.is_available()
-    yield _found("sdpa", "there, the default")
+    flex_is_default = on_gpu and gpu_surely_runs_flex(torch.device("cuda"))
+    yield _found("sdpa", "there" if flex_is_default else "there, the default")
     if on_gpu and importlib.util.find_spec("triton") is None:
         yield _found("flex_attention", "needs triton", Level.WARNING, "pip install triton")
     elif on_gpu:
-        yield _found("flex_attention", f"there, triton {metadata.version('triton')}")
+        heads = f"; the default for heads of {', '.join(map(str, FLEX_HEAD_SIZES))}" if flex_is_default else ""
+        yield _found("flex_attention", f"there, triton {metadata.version('triton')}{heads}")
     else:
         yield _found("flex_attention", "on a GPU only: it has no backward pass on a CPU", Level.NOTE)
     if importlib.util.find_spec("flash_attn") is None:

@@ -1,4 +1,4 @@
-"""Which device a process computes on, and what is said when its memory runs out."""
+"""Which device a process computes on, and what is said when it cannot do what it is asked to."""
 
 from __future__ import annotations
 
@@ -41,13 +41,25 @@ def share_cores(processes_here: int) -> None:
 
 
 @contextmanager
-def memory_explained(next_step: str) -> Iterator[None]:
-    """Turn a GPU that is full into a fault with a way out.
+def gpu_explained(less_memory: str) -> Iterator[None]:
+    """Turn what a GPU refuses into a fault with a way out.
+
+    Args:
+        less_memory: What to do about a memory that is too small.
 
     Raises:
-        DpoCacheError: The GPU's memory ran out.
+        DpoCacheError: The GPU's memory ran out, or flex_attention, all that is compiled here, cannot be for this GPU.
     """
     try:
         yield
     except torch.OutOfMemoryError as full:
-        raise DpoCacheError(f"the GPU's memory ran out: {first_line(full)}", next_step=next_step) from full
+        raise DpoCacheError(f"the GPU's memory ran out: {first_line(full)}", next_step=less_memory) from full
+    except RuntimeError as failed:
+        from torch._dynamo.exc import BackendCompilerFailed  # a second's work, and most processes compile nothing
+
+        if not isinstance(failed, BackendCompilerFailed):
+            raise
+        raise DpoCacheError(
+            f"flex_attention cannot be compiled for this GPU: {first_line(failed.inner_exception)}",
+            next_step="--attn-implementation sdpa, in building and in training",
+        ) from failed

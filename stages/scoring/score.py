@@ -12,7 +12,7 @@ from torch.distributed import DistBackendError
 from ...errors import DpoCacheError, first_line
 from ..building.build_plan import ScoringPlan
 from ..console.library_output import quiet_libraries
-from ..processes.devices import device_of_rank, memory_explained
+from ..processes.devices import device_of_rank, gpu_explained
 from ..processes.heartbeat import Heartbeat, process_name
 from ..processes.job_store import RUN_AGAIN, STORE_FAULTS, StoreAddress, store_lost
 from .scoring_worker import ScoringWorker
@@ -36,7 +36,7 @@ def score_units(plan_path: Path, address: StoreAddress, rank_of_node: int) -> No
     plan = ScoringPlan.read(plan_path)
     device = device_of_rank(rank_of_node)
     try:
-        with memory_explained(SMALLER_BATCHES), Heartbeat(address.connect(), process_name(os.getpid())):
+        with gpu_explained(SMALLER_BATCHES), Heartbeat(address.connect(), process_name(os.getpid())):
             if not plan.zero_stage:
                 ScoringWorker(plan, address, device).run()
                 return

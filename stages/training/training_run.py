@@ -14,7 +14,7 @@ from ...pipeline.training.host_group import wait_for_all
 from ...pipeline.training.run_log import RunLog, TrackingSettings
 from ..console.progress import Progress
 from ..hub.hub_model import HubTarget
-from ..processes.devices import memory_explained
+from ..processes.devices import gpu_explained
 from ..processes.ranks import Ranks
 from ..processes.stop_request import stop_requests
 from .best_model import BestModel
@@ -46,7 +46,7 @@ class TrainedRun:
     hub_target: HubTarget | None
 
 
-@memory_explained(LESS_MEMORY)
+@gpu_explained(LESS_MEMORY)
 def run_training(config: TrainConfig, ranks: Ranks, device: torch.device, cache_folder: Path) -> TrainedRun:
     """Train from the settings to the model, or until asked to stop.
 
@@ -71,7 +71,7 @@ def run_training(config: TrainConfig, ranks: Ranks, device: torch.device, cache_
     return TrainedRun(report=report, hub_target=hub_target)
 
 
-@memory_explained(LESS_MEMORY)
+@gpu_explained(LESS_MEMORY)
 def run_dry(config: TrainConfig, ranks: Ranks, device: torch.device, cache_folder: Path) -> DryRunReport:
     """The heaviest global batches with learning rate 0, and one save; nothing is trained or kept.
 

@@ -15,6 +15,7 @@ from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.key_index import KeyIndex
 from ...pipeline.cache.scored_pair import VALUE_COLUMNS, ScoredPair
 from ...pipeline.cache.shard_file import read_shard_rows
+from ...pipeline.scoring.attention_names import GPU_KERNELS
 from ...pipeline.scoring.batching import plan_batches
 from ...pipeline.scoring.layout_choice import choose_layout
 from ...pipeline.scoring.pair_scorer import PairScorer
@@ -25,7 +26,7 @@ from ..console.library_output import quiet_libraries
 from ..hub.model_folder import find_model_folder
 from ..hub.model_identity import identity_to_compare
 from ..hub.recorded_reference import RecordedReference
-from ..processes.devices import device_of_rank, memory_explained
+from ..processes.devices import device_of_rank, gpu_explained
 from .rescore_report import RescoreReport, Spread
 
 TOKENS_PER_BATCH = 4096
@@ -66,7 +67,7 @@ class RescoreSettings:
         return None
 
 
-@memory_explained("verify on a machine with more GPU memory, or on the CPU: CUDA_VISIBLE_DEVICES= dpo-cache verify …")
+@gpu_explained("verify on a machine with more GPU memory, or on the CPU: CUDA_VISIBLE_DEVICES= dpo-cache verify …")
 def rescore(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -> RescoreReport:
     """Score a random sample of the indexed pairs with the recorded reference.
 
@@ -125,6 +126,11 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
         raise DpoCacheError(
             "the values were computed by Python code that came with the model, and it does not run unasked",
             next_step=f"dpo-cache verify {cache.path} --rescore {settings.pairs} --trust-remote-code",
+        )
+    if ours.attention in GPU_KERNELS and device.type != "cuda":
+        raise DpoCacheError(
+            f"the values were computed with {ours.attention}, which runs on a GPU, and this is a {device.type}",
+            next_step="--rescore on a machine with a GPU; all else that verify checks needs none",
         )
     cache.require_reference(identity_to_compare(model, ours, trust_remote_code=settings.trust_remote_code))
     return load_scorer(

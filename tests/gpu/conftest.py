@@ -22,8 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose heads are large enough for flex_attention."""
-    return write_tiny_model(tmp_path_factory.mktemp("reference"), hidden_size=64, intermediate_size=128)
+    """A model with heads of a size that flex_attention is the default for."""
+    return write_tiny_model(tmp_path_factory.mktemp("reference"), hidden_size=4 * 64, intermediate_size=512)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import assert_same_logps, dpo_cache, dpo_train, kill_when, logps_by_key, metrics, run
+from dpo_cache.pipeline.scoring.attention_choice import gpu_surely_runs_flex
 from safetensors.torch import load_file
 
 RECIPE = ("--global-batch-size", 8, "--learning-rate", 1e-3, "--tokens-per-microbatch", 256)
@@ -18,11 +19,11 @@ ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 @pytest.fixture(scope="module")
 def fp32_caches(tmp_path_factory: pytest.TempPathFactory, reference: Path, pairs_file: Path) -> tuple[Path, Path]:
-    """The same pairs scored in float32 on the GPU and on the CPU."""
+    """The same pairs scored in float32 with the same kernel on the GPU and on the CPU."""
     folder = tmp_path_factory.mktemp("caches")
     for name, environment in (("gpu", {}), ("cpu", ON_CPU)):
         options = ("--model", reference, "--dataset", pairs_file, "--cache", folder / name, "--dtype", "float32")
-        run(dpo_cache("build", *options), environment=environment)
+        run(dpo_cache("build", *options, "--attn-implementation", "sdpa"), environment=environment)
     return folder / "gpu", folder / "cpu"
 
 
@@ -38,6 +39,15 @@ def test_every_kernel_scores_alike(
     options = ("--model", reference, "--dataset", pairs_file, "--cache", tmp_path / "cache", "--dtype", "float32")
     run(dpo_cache("build", *options, "--attn-implementation", kernel))
     assert_same_logps(logps_by_key(tmp_path / "cache"), logps_by_key(fp32_caches[0]), relative=1e-4)
+
+
+def test_flex_attention_is_the_default_and_its_values_are_verified(bf16_cache: Path) -> None:
+    """On the GPUs that the README recommends; a GPU made for graphics keeps sdpa."""
+    expected = "flex_attention" if gpu_surely_runs_flex(torch.device("cuda")) else "sdpa"
+    assert json.loads((bf16_cache / "cache.json").read_text())["identity"]["attention"] == expected
+    report = run(dpo_cache("verify", bf16_cache, "--rescore", 20))
+    assert report["sound"]
+    assert report["rescored"]["pairs"] == 20
 
 
 def test_partitioned_scoring_gives_the_same(
@@ -79,7 +89,8 @@ def test_a_policy_in_bfloat16_starts_at_its_reference_and_learns(way: str, bf16_
     options = (*RECIPE, "--max-steps", 6, "--warmup-ratio", 0, "--num-gpus", 1, *WAYS[way])
     report = run(dpo_train("--cache", bf16_cache, "--output", tmp_path / "run", *options))
     assert report["step0"]["within_bound"]
-    assert report["step0"]["loss"] == pytest.approx(math.log(2), abs=1e-2)
+    # Liger's kernels round differently from those that the cache was made with, and beta is 5.
+    assert report["step0"]["loss"] == pytest.approx(math.log(2), abs=5e-2 if way == "liger" else 1e-2)
     assert metrics(tmp_path / "run")[-1]["train_loss"] < 0.69
 
 

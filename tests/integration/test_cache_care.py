@@ -19,6 +19,7 @@ from typing import Any
 import dpo_cache as dpo_cache_package
 import numpy as np
 import pytest
+import torch
 from cache_factory import fill_cache, make_cache, make_rows, mixture_rows, read_shard
 from commands import assert_same_logps, dpo_cache, dpo_train, logps_by_key, run
 from commands_in_process import invoke, refusal, report
@@ -329,6 +330,15 @@ def test_values_that_code_of_the_models_own_computed_are_scored_again_only_by_th
     assert "--trust-remote-code" in message
     message = refusal("verify", cache.path, "--rescore", 1, "--model", reference, "--trust-remote-code")
     assert f"remote_code_sha256: cached '{'d' * 12}…', asked for None" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would score them again")
+def test_values_that_a_kernel_of_gpus_computed_are_scored_again_only_by_a_gpu(reference: Path, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", attention="flex_attention")
+    fill_cache(cache, make_rows(3), shard_rows=3)
+    message = refusal("verify", cache.path, "--rescore", 1, "--model", reference)
+    assert "computed with flex_attention, which runs on a GPU, and this is a cpu" in message
+    assert report("verify", cache.path)["sound"]
 
 
 # ---- gc and compact --------------------------------------------------------------------------------------------------

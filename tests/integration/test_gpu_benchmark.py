@@ -10,12 +10,20 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
 def test_the_benchmark_of_gpus_runs_to_its_table(tmp_path: Path) -> None:
-    shapes = ("--score", "tiny", "--train", "tiny", "tiny-lora", "--no-keep")
-    sizes = ("--pairs", "6", "--max-seq-length", "128", "--tokens-per-microbatch", "256", "--matmul-size", "64")
+    what = ("--what", "score-tiny", "train-lora-tiny", "train-tiny", "--no-keep")
+    pairs = ("--score-pairs", "6", "--train-pairs", "4", "--repeats", "1", "--max-seq-length", "128")
+    sizes = ("--tokens-per-microbatch", "256", "--matmul-size", "64")
     done = subprocess.run(
-        [sys.executable, str(BENCHMARK), *shapes, *sizes], capture_output=True, text=True, check=False, cwd=tmp_path
+        [sys.executable, str(BENCHMARK), *what, *pairs, *sizes],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    table = done.stdout[done.stdout.index("| what |") :]
-    assert [line for line in table.splitlines() if line.startswith("| train tiny-lora: ")]
-    assert "out of memory" not in table
+    headings = [line for line in done.stdout.splitlines() if line.startswith("## ")]
+    assert [heading.split(", ")[2] for heading in headings] == [
+        *("TINY scored", "TINY trained with LoRA", "TINY trained in full")
+    ]
+    assert done.stdout.count("| … without a shared prefix: ") == len(headings)
+    assert "out of memory" not in done.stdout

@@ -7,7 +7,7 @@ import pytest
 import torch
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.processes import process_group
-from dpo_cache.stages.processes.devices import device_of_rank, memory_explained
+from dpo_cache.stages.processes.devices import device_of_rank, gpu_explained
 from dpo_cache.stages.processes.ranks import Ranks
 
 
@@ -40,10 +40,29 @@ def test_more_processes_than_gpus_are_refused(visible: str | None, monkeypatch: 
 
 
 def test_a_full_gpu_is_explained() -> None:
-    explained = memory_explained("--gradient-checkpointing")
+    explained = gpu_explained("--gradient-checkpointing")
     with pytest.raises(DpoCacheError, match="the GPU's memory ran out: CUDA out of memory") as raised, explained:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity")
     assert raised.value.next_step == "--gradient-checkpointing"
+
+
+def test_a_kernel_that_cannot_be_compiled_is_explained() -> None:
+    def compile_for_a_gpu_of_graphics(*_: object) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    attend = torch.compile(lambda x: x + 1, backend=compile_for_a_gpu_of_graphics)
+    explained = gpu_explained("--gradient-checkpointing")
+    with (
+        pytest.raises(DpoCacheError, match="cannot be compiled for this GPU: out of resource") as raised,
+        explained,
+    ):
+        attend(torch.zeros(1))
+    assert "--attn-implementation sdpa" in str(raised.value)
+
+
+def test_other_faults_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="a bug"), gpu_explained("--gradient-checkpointing"):
+        raise RuntimeError("a bug")
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def _gpus(monkeypatch: pytest.MonkeyPatch, *, count: int = 2, free: int = 140, n
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _index: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _index: (free * GIB, 141 * GIB))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 29, 3))
@@ -115,6 +116,8 @@ def test_gpus_are_listed_with_what_joins_them(monkeypatch: pytest.MonkeyPatch) -
     found = list(doctor_devices.examine_devices())
     assert one(found, "GPU 1").value == "NVIDIA H200, 140 of 141 GiB free"
     assert one(found, "collectives").value == "NCCL 2.29.3"
+    assert one(found, "sdpa").value == "there"
+    assert one(found, "flex_attention").value.endswith("; the default for heads of 64, 128, 256")
     assert not [finding for finding in found if finding.level is Level.FATAL]
 
 

@@ -17,12 +17,10 @@ from dpo_cache.pipeline.scoring.model_loading import (
     load_causal_lm,
     load_config,
     noise_of,
-    resolve_attention,
 )
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from safetensors.torch import load_file, save_file
-from tiny_model_factory import CONFIGS, tiny_model, token_pairs
-from transformers import AutoConfig
+from tiny_model_factory import tiny_model, token_pairs
 
 CPU = torch.device("cpu")
 
@@ -114,28 +112,6 @@ def test_a_kernel_of_gpus_is_refused_on_a_cpu_with_one_that_runs(tmp_path: Path,
     with pytest.raises(DpoCacheError, match=f"{kernel} runs on a GPU, and this is a cpu") as refusal:
         load_causal_lm(tmp_path, dtype=torch.float32, attention=kernel, device=CPU)
     assert "--attn-implementation sdpa" in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "device", "kernel"),
-    [
-        ("llama", "cpu", "sdpa"),
-        ("llama", "cuda", "sdpa"),
-        ("gemma2", "cpu", "eager"),
-        ("gemma2", "cuda", "flex_attention"),
-        ("mamba2", "cpu", "eager"),
-    ],
-)
-def test_the_kernel_is_resolved_from_the_architecture(name: str, device: str, kernel: str) -> None:
-    config = AutoConfig.for_model(**CONFIGS[name])
-    assert resolve_attention(None, config, torch.device(device)) == kernel
-    assert resolve_attention("eager", config, torch.device(device)) == "eager"
-
-
-def test_an_unknown_kernel_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(DpoCacheError, match="--attn-implementation fast is not known") as error:
-        resolve_attention("fast", None, CPU)
-    assert "sdpa, eager, flex_attention, flash_attention_2" in str(error.value)
 
 
 def test_a_lora_reference_scores_like_its_merged_weights(tmp_path: Path) -> None:
