@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -67,31 +68,50 @@ SHAPES: dict[str, dict[str, int]] = {
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
     },
 }
+STARTED = time.perf_counter()
 LORA_RANK = 64
 TITLES = ("what", "pairs/s", "tokens/s", "TFLOP/s", "of the products' rate", "MFU", "peak memory, GB")
 
 
 def main() -> None:
     options = parse_options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit loses no row
     device = device_of_rank(0)
     rate = matmul_rate(device, size=options.matmul_size)
+    say(f"products of {options.matmul_size:,} square matrices: {rate / 1e12:.0f} TFLOP/s")
     pairs = synthetic_pairs(max(options.score_pairs, options.train_pairs), longest=options.max_seq_length)
     with process_group(Ranks(rank=0, num_ranks=1, rank_of_node=0, ranks_per_node=1)):
         for what in options.what:
             subject = Subject.parse(what)
             measured_pairs = pairs[: options.train_pairs if subject.trains else options.score_pairs]
-            rows = []
-            for way in ways_of(subject, options):
-                rows.append(measured(way, options, measured_pairs, device, rate))
-                print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-            if options.trl_python:
-                free_memory(device)
-                rows += trl_rows(subject, options, measured_pairs)
-            found = section(subject, options, measured_pairs, device, rate, rows)
-            if options.keep:
-                keep_section("gpu", found)
-            else:
-                print(found, flush=True)
+            rows: list[tuple[str, ...]] = []
+            try:
+                for row in measured_rows(subject, options, measured_pairs, device, rate):
+                    rows.append(row)
+                    say(" | ".join(row))
+            finally:
+                if rows:
+                    found = section(subject, options, measured_pairs, device, rate, rows)
+                    if options.keep:
+                        keep_section("gpu", found)
+                    else:
+                        print(found, flush=True)
+
+
+def say(line: str) -> None:
+    """With the seconds since the start: on a machine lent by the minute, that tells what to leave out."""
+    print(f"{time.perf_counter() - STARTED:5.0f} s: {line}", file=sys.stderr, flush=True)
+
+
+def measured_rows(
+    subject: Subject, options: argparse.Namespace, pairs: Sequence[TokenPair], device: torch.device, rate: float
+) -> Iterator[tuple[str, ...]]:
+    """Of the table: ours, then TRL's."""
+    for way in ways_of(subject, options):
+        yield measured(way, options, pairs, device, rate)
+    if options.trl_python:
+        free_memory(device)
+        yield from trl_rows(subject, options, pairs)
 
 
 def parse_options() -> argparse.Namespace:
