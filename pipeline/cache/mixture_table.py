@@ -174,11 +174,11 @@ def write_table(
     table = MixtureTable(
         path=cache_path / "mixtures" / f"{sha256}.parquet",
         sha256=sha256,
-        num_bytes=content.size,
+        num_bytes=content.nbytes,
         num_rows=len(rows),
         block_rows=BLOCK_ROWS,
     )
-    write_digest_named(table.path, memoryview(content), temporary_folder=cache_path / "tmp")
+    write_digest_named(table.path, content, temporary_folder=cache_path / "tmp")
     return table
 
 

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ KEY_COLUMN = "example_key"
 
 def parquet_bytes(
     row_groups: Iterable[pa.Table], schema: pa.Schema, *, metadata: Mapping[str, str], rows_per_group: int
-) -> pa.Buffer:
+) -> memoryview:
     """A whole Parquet file in memory, the same bytes for the same tables and metadata.
 
     Args:
@@ -41,7 +41,7 @@ def parquet_bytes(
         metadata: Key-value pairs of the footer.
         rows_per_group: Rows of a row group; the last one of each table may have fewer.
     """
-    sink = pa.BufferOutputStream()
+    sink = BytesIO()  # Arrow's own stream takes four times the memory of a file that is written block by block
     with pq.ParquetWriter(
         sink,
         schema,
@@ -54,7 +54,7 @@ def parquet_bytes(
         for table in row_groups:
             writer.write_table(table, row_group_size=rows_per_group)
         writer.add_key_value_metadata(dict(metadata))
-    return sink.getvalue()
+    return sink.getbuffer()
 
 
 class ParquetReader:

@@ -71,8 +71,8 @@ def write_shard(
         },
         rows_per_group=MAX_ROW_GROUP_PAIRS,
     )
-    shard = ShardRef(sha256=hashlib.sha256(content).hexdigest(), num_rows=len(rows), num_bytes=content.size)
-    write_digest_named(shards_folder / shard.file_name, memoryview(content), temporary_folder=temporary_folder)
+    shard = ShardRef(sha256=hashlib.sha256(content).hexdigest(), num_rows=len(rows), num_bytes=content.nbytes)
+    write_digest_named(shards_folder / shard.file_name, content, temporary_folder=temporary_folder)
     return shard
 
 
