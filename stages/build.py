@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..errors import DpoCacheError
@@ -185,6 +186,8 @@ class Build:
         order, units = cut_units(waiting, num_workers=self._num_workers)
         if not units and job is None:
             return ScoringOutcome()
+        order_path = scratch / "order.npy"
+        np.save(order_path, waiting.spool_indices[order])
         plan = ScoringPlan(
             cache=str(cache.path.resolve()),
             model_folder=str(self._reference.model.folder),
@@ -197,7 +200,7 @@ class Build:
             tokens_per_batch=self._config.tokens_per_batch,
             token_logps=self._config.token_logps,
             spool=str((scratch / SPOOL).resolve()),
-            order=waiting.spool_indices[order].tolist(),
+            order=str(order_path.resolve()),
             longest=int(waiting.spool_indices[waiting.lengths.argmax()]) if units else None,
             units=units,
         )

@@ -16,7 +16,7 @@ EMPTY_PLAN = ScoringPlan(
     tokens_per_batch=None,
     token_logps=False,
     spool="spool",
-    order=[],
+    order="order.npy",
     longest=None,
     units=[],
 )

@@ -23,7 +23,7 @@ class Unit:
     """Pairs that one worker scores and writes as one shard; the grain of durability and of resuming.
 
     Attributes:
-        start: First place in :attr:`ScoringPlan.order`.
+        start: First place in :meth:`ScoringPlan.spool_order`.
         stop: One past the last.
     """
 
@@ -47,7 +47,7 @@ class ScoringPlan:
         tokens_per_batch: Token budget of one forward pass; None to go by the device.
         token_logps: Whether the log-probability of each scored token is kept too.
         spool: The file with the pairs' tokens.
-        order: Spool indices in the order the units cut through.
+        order: The file with spool indices in the order the units cut through, which no process needs whole.
         longest: Spool index of the longest pair, which is tried first; None where there is nothing to score.
         units: The work units.
     """
@@ -63,13 +63,18 @@ class ScoringPlan:
     tokens_per_batch: int | None
     token_logps: bool
     spool: str
-    order: list[int]
+    order: str
     longest: int | None
     units: list[Unit]
 
     def write(self, path: Path) -> None:
         """Write the plan for the workers of this build."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    def spool_order(self) -> npt.NDArray[np.int64]:
+        """Spool indices in the order the units cut through, mapped into memory."""
+        mapped: npt.NDArray[np.int64] = np.load(self.order, mmap_mode="r")
+        return mapped
 
     @classmethod
     def read(cls, path: Path) -> ScoringPlan:

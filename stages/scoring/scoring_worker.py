@@ -101,6 +101,7 @@ class ScoringWorker:
         self._partitioned = partitioned
         self._cache = ReferenceCache.open(Path(plan.cache))
         self._spool = PairSpool(Path(plan.spool))
+        self._order = plan.spool_order()
         self._drawing, self._counting, self._finishing = (
             UnitQueue(address.connect(), len(plan.units)) for _ in range(3)
         )
@@ -138,7 +139,7 @@ class ScoringWorker:
         """Batches of one unit after another, made in the reading thread."""
         for number in self._drawing.units(process_name(os.getpid()), take_over=self._partitioned is None):
             unit = self._plan.units[number]
-            pairs = self._spool.read(self._plan.order[unit.start : unit.stop])
+            pairs = self._spool.read(self._order[unit.start : unit.stop].tolist())
             batches = self._split(pairs)
             for index, places in enumerate(batches):
                 members = [pairs[place] for place in places]

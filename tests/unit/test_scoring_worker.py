@@ -62,6 +62,8 @@ def plan_in(folder: Path, model_folder: Path, token_pairs: list[TokenPair], *, t
     with PairSpoolWriter(spool) as writer:
         for pair in token_pairs:
             writer.append(pair)
+    order = cache.path / "tmp" / "order.npy"
+    np.save(order, np.arange(len(token_pairs)))
     half = len(token_pairs) // 2
     return replace(
         EMPTY_PLAN,
@@ -69,7 +71,7 @@ def plan_in(folder: Path, model_folder: Path, token_pairs: list[TokenPair], *, t
         model_folder=str(model_folder),
         tokens_per_batch=tokens_per_batch,
         spool=str(spool),
-        order=list(range(len(token_pairs))),
+        order=str(order),
         longest=0,
         units=[Unit(start=0, stop=half), Unit(start=half, stop=len(token_pairs))],
     )
