@@ -27,7 +27,7 @@ VOCABULARY, HIDDEN = 64, 16
 LAYOUT = Layout.PREFIX_SHARED
 
 
-def tiny_policy(*, seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
+def tiny_policy(*, seed: int = 0, tied: bool = False, attention: str = "sdpa") -> LlamaForCausalLM:
     """A two-layer Llama with random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -45,7 +45,7 @@ def tiny_policy(*, seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
         pad_token_id=0,
         use_cache=False,
     )
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention
     return LlamaForCausalLM(config)
 
 
@@ -88,6 +88,7 @@ def make_engine(
     load_from: Path | None = None,
     lora: LoraSettings | None = None,
     quantization: str | None = None,
+    attention: str = "sdpa",
     gradient_checkpointing: bool = False,
     load_balancing_weight: float | None = None,
     adam: dict[str, Any] | None = None,
@@ -107,13 +108,13 @@ def make_engine(
         )
     )
     if load_from is None:
-        policy: nn.Module = tiny_policy(tied=tied)
+        policy: nn.Module = tiny_policy(tied=tied, attention=attention)
         for parameter in policy.parameters():  # and not the table of rotary frequencies, as in loading
             parameter.data = parameter.data.to(getattr(torch, dtype))
     else:
         with partitioned_loading(config):
             policy = load_causal_lm(
-                load_from, dtype=getattr(torch, dtype), attention="sdpa", device="cpu", quantization=quantization
+                load_from, dtype=getattr(torch, dtype), attention=attention, device="cpu", quantization=quantization
             )
     if lora is not None:
         policy = add_lora(policy, lora)
@@ -168,12 +169,13 @@ def train_steps(
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of each global batch, its pairs dealt round robin to ranks and micro-steps."""
     figures = []
+    layout = Layout.PACKED if engine.scorer.attention == "flex_attention" else LAYOUT
     for pairs in global_batches:
         loss = torch.zeros((), dtype=torch.float64)
         for micro_step in range(micro_steps):
             mine = pairs[engine.rank + engine.num_ranks * micro_step :: engine.num_ranks * micro_steps]
             scored = engine.micro_step(
-                collate(mine, LAYOUT).to(engine.device),
+                collate(mine, layout).to(engine.device),
                 num_pairs=len(pairs),
                 is_last=micro_step == micro_steps - 1,
             )
