@@ -57,11 +57,11 @@ class LogitTransform:
             return product_CV if self.scale == 1.0 else product_CV.mul_(self.scale)
         return product_CV.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
 
-    def backward_(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
-        """Gradient of the product from that of the logits, in place."""
+    def slope(self, logits_CV: Tensor) -> Tensor | float | None:
+        """``d logits / d product`` at these logits; None where it is 1."""
         if self.softcap is not None:
-            grad_CV.mul_(1.0 - (logits_CV / self.softcap).square_())
-        return grad_CV if self.scale == 1.0 else grad_CV.mul_(self.scale)
+            return (logits_CV / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
+        return None if self.scale == 1.0 else self.scale
 
 
 def _number(config: Any, name: str) -> float:
@@ -166,10 +166,11 @@ class _ChunkedLogps(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if wants_bias else None
         for chunk in _chunks(len(targets_N), ctx.chunk_tokens):
             logits_CV = ctx.transform.apply_(_product(hidden_NH[chunk], weight_VH, bias_V, wide))
-            # d logp / d logits = onehot(target) - softmax(logits)
-            grad_CV = torch.exp(logits_CV - lse_N[chunk, None]).mul_(-grad_N[chunk, None])
+            slope = ctx.transform.slope(logits_CV)
+            # d logp / d logits = onehot(target) - softmax(logits), in the place of the logits
+            grad_CV = logits_CV.sub_(lse_N[chunk, None]).exp_().mul_(-grad_N[chunk, None])
             grad_CV.scatter_add_(1, targets_N[chunk, None], grad_N[chunk, None])
-            grad_CV = ctx.transform.backward_(grad_CV, logits_CV).to(narrow)
+            grad_CV = (grad_CV if slope is None else grad_CV.mul_(slope)).to(narrow)
             if grad_hidden_NH is not None:
                 grad_hidden_NH[chunk] = linear(grad_CV, weight_VH.T)
             if wants_weight:
