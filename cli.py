@@ -145,7 +145,7 @@ def verify_command(
     """
     with command_run():
         from .stages.verify import verify_cache
-        from .stages.verifying.rescore import RescoreSettings
+        from .stages.verifying.rescore_settings import RescoreSettings
 
         rescoring = RescoreSettings.asked_for(rescore, model=model, seed=seed, trust_remote_code=trust_remote_code)
         report = verify_cache(cache, repair=repair, rescoring=rescoring)

@@ -26,8 +26,8 @@ from ..pipeline.cache.unreadable_file import UnreadableFileError
 from .addresses.local_copy import local_copy
 from .addresses.location import Location, is_address
 from .console.progress import Progress
-from .verifying.rescore import RescoreSettings, rescore
 from .verifying.rescore_report import RescoreReport
+from .verifying.rescore_settings import RescoreSettings
 from .verifying.verify_report import Finding, FindingKind, Repair, VerifyReport
 
 WITHOUT_CACHE_JSON = (
@@ -170,6 +170,8 @@ class _Walk:
             self.with_token_logps.add(shard.ref.sha256)
 
     def _rescore(self, cache: ReferenceCache, settings: RescoreSettings) -> None:
+        from .verifying.rescore import rescore  # PyTorch with it, seconds of imports
+
         self.rescored = rescore(cache, self.index, settings)
         for shard, outliers in self.rescored.outliers.items():
             self._find(

@@ -12,9 +12,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
 from ...errors import DpoCacheError, first_line
-
-TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
-"""Patterns of the files of a tokenizer, and of a model's config, in a repository on the Hub."""
+from .tokenizer_files import TOKENIZER_FILES
 
 
 def load_tokenizer(name: str, revision: str | None, *, trust_remote_code: bool) -> Any:

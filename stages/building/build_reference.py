@@ -10,7 +10,7 @@ import torch
 from ...pipeline.cache.canonical_json import JsonObject
 from ...pipeline.cache.reference_identity import ReferenceIdentity, code_that_runs, identify_reference
 from ...pipeline.data.tokenization_settings import TokenizationSettings
-from ...pipeline.data.tokenizer import TOKENIZER_FILES
+from ...pipeline.data.tokenizer_files import TOKENIZER_FILES
 from ...pipeline.scoring.attention_choice import resolve_attention
 from ...pipeline.scoring.model_loading import load_config
 from ...pipeline.scoring.pair_scorer import SCORING_VERSION

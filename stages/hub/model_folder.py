@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ...errors import DpoCacheError, first_line
-from ...pipeline.data.tokenizer import TOKENIZER_FILES
+from ...pipeline.data.tokenizer_files import TOKENIZER_FILES
 
 MODEL_FILES = ("*.safetensors", *TOKENIZER_FILES)
 NOT_READ = ("*/*.safetensors", "consolidated*.safetensors")

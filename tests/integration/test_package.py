@@ -59,6 +59,20 @@ def test_every_module_of_the_wheel_imports(wheel: Path, tmp_path: Path) -> None:
     assert int(done.stdout.splitlines()[-1]) > 40
 
 
+@pytest.mark.parametrize(
+    "stage", ["compact", "doctor", "export", "gc", "info", "merge", "pull", "push", "verify", "building.build_config"]
+)
+def test_commands_without_a_model_import_no_pytorch(stage: str) -> None:
+    """``dpo-cache info`` of a million pairs answers in half a second, of which imports are most."""
+    code = (
+        f"import sys, dpo_cache.stages.{stage}\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'deepspeed'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_comes_without_heavy_imports() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from dpo_cache.cli import dpo_cache, dpo_train\n"
