@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def say(line: str) -> None:
-    """With the seconds since the start: on a machine lent by the minute, that tells what to leave out."""
+    """With the seconds since the start: on a machine that is paid by the minute, that tells what to leave out."""
     print(f"{time.perf_counter() - STARTED:5.0f} s: {line}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of GPUs, with a model that a CPU can run: when a GPU is lent, there is no time to mend it."""
+"""The benchmark of GPUs, with a model that a CPU can run: on a GPU there is no time to mend it."""
 
 from __future__ import annotations
 
