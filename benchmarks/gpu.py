@@ -24,23 +24,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from command_line import benchmark_parser
-from dpo_cache.pipeline.cache.example_key import example_key
-from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.scoring.batching import plan_batches
 from dpo_cache.pipeline.scoring.device_limits import peak_flops_per_second, peak_memory_bytes
 from dpo_cache.pipeline.scoring.flops import ModelCost, forward_flops
 from dpo_cache.pipeline.scoring.layouts import scoring_batch
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
-from dpo_cache.pipeline.scoring.scoring_batch import Layout, ScoringBatch
+from dpo_cache.pipeline.scoring.scoring_batch import ScoringBatch
 from dpo_cache.pipeline.training.activation_checkpointing import recompute_activations
 from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
 from dpo_cache.pipeline.training.liger_layers import use_liger_layers
@@ -51,23 +48,10 @@ from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from dpo_cache.stages.processes.devices import device_of_rank
 from dpo_cache.stages.processes.process_group import process_group
 from dpo_cache.stages.processes.ranks import Ranks
+from gpu_ways import Subject, Way, ways_of
+from gpu_workload import SHAPES, random_model, scored, synthetic_pairs
 from result_table import dated_section, keep_section, machine, markdown_table
-from transformers import LlamaConfig, LlamaForCausalLM
 
-SHAPES: dict[str, dict[str, int]] = {
-    "8b": {
-        **{"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32},
-        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
-    },
-    "3b": {
-        **{"vocab_size": 128_256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28},
-        **{"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128},
-    },
-    "tiny": {
-        **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
-    },
-}
 STARTED = time.perf_counter()
 LORA_RANK = 64
 TITLES = ("what", "pairs/s", "tokens/s", "TFLOP/s", "of the products' rate", "MFU", "peak memory, GB")
@@ -129,88 +113,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--trl-python", help="an interpreter with TRL and peft; without, TRL is left out")
     parser.add_argument("--trl-batch-sizes", type=int, nargs="+", default=[4, 16], help="in pairs")
     parser.add_argument("--keep", action=argparse.BooleanOptionalAction, default=True, help="in results/gpu.md")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.trl_python and any(options.train_pairs % batch_size for batch_size in options.trl_batch_sizes):
+        parser.error("--train-pairs has to be a multiple of each of --trl-batch-sizes: an update is all of them")
+    return options
 
 
 # ---- what is measured --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What a section of results is about.
-
-    Attributes:
-        shape: A key of :data:`SHAPES`.
-        trains: Whether there is a backward pass and an update.
-        lora: An adapter is trained, not the model.
-    """
-
-    shape: str
-    trains: bool
-    lora: bool
-
-    @classmethod
-    def parse(cls, what: str) -> Subject:
-        """Such as ``train-lora-8b``."""
-        kind, _, shape = what.rpartition("-")
-        return cls(shape=shape, trains=kind != "score", lora=kind == "train-lora")
-
-    def __str__(self) -> str:
-        if not self.trains:
-            return f"{self.shape.upper()} scored"
-        return f"{self.shape.upper()} trained {'with LoRA' if self.lora else 'in full'}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """One way to score or to train it.
-
-    Attributes:
-        name: In the table.
-        subject: What is scored or trained.
-        layout: How pairs lie in rows.
-        attention: The kernel.
-        zero_stage: DeepSpeed's.
-        head_chunk_tokens: Scored tokens whose logits are held at once; None as usual.
-        liger: With Liger's layers.
-        recomputes: Activations of all layers are computed again in the backward pass instead of being kept.
-    """
-
-    name: str
-    subject: Subject
-    layout: Layout
-    attention: str
-    zero_stage: int
-    head_chunk_tokens: int | None = None
-    liger: bool = False
-    recomputes: bool = False
-
-
-def ways_of(subject: Subject, options: argparse.Namespace) -> Iterator[Way]:
-    """All that makes it quick, then with one thing changed at a time."""
-    on_gpu = torch.cuda.is_available()
-    layout, attention = (Layout.PACKED, "flex_attention") if on_gpu else (Layout.PREFIX_SHARED, "sdpa")
-    liger = subject.trains and on_gpu
-    whole = Way(
-        name=f"{layout}, {attention}" + (", Liger" if liger else ""),
-        subject=subject,
-        layout=layout,
-        attention=attention,
-        zero_stage=options.zero_stage,
-        liger=liger,
-    )
-    yield whole
-    if layout is Layout.PACKED:
-        shared = replace(whole, layout=Layout.PREFIX_SHARED, attention="sdpa")
-        yield replace(shared, name="… without packing: prefix-shared, sdpa")
-    yield replace(whole, name="… without a shared prefix: padded, sdpa", layout=Layout.PADDED, attention="sdpa")
-    yield replace(whole, name="… with all logits at once", head_chunk_tokens=10**9)
-    if liger:
-        yield replace(whole, name="… without Liger", liger=False)
-    if subject.trains:
-        yield replace(whole, name="… with all layers recomputed", recomputes=True)
-        if whole.zero_stage != 3:
-            yield replace(whole, name="… at ZeRO stage 3", zero_stage=3)
 
 
 def measured(
@@ -253,7 +162,7 @@ class Reading:
 
 def score(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], device: torch.device) -> Reading:
     """All pairs, batch by batch."""
-    model = random_model(way, device)
+    model = random_model(way.subject.shape, way.attention, device)
     scorer = PairScorer(model, head_chunk_tokens=way.head_chunk_tokens).eval()
     cost = ModelCost.of_model(model)
     plans = plan_batches(pairs, way.layout, tokens_per_batch=options.tokens_per_batch)
@@ -281,7 +190,7 @@ def score(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], dev
 
 def train(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], device: torch.device) -> Reading:
     """Updates on all pairs."""
-    model: Any = random_model(way, device)
+    model: Any = random_model(way.subject.shape, way.attention, device)
     if way.liger:
         use_liger_layers(model)
     if way.subject.lora:
@@ -372,55 +281,6 @@ def trl_rows(subject: Subject, options: argparse.Namespace, pairs: Sequence[Toke
 
 
 # ---- what they share ---------------------------------------------------------------------------------------------
-
-
-def random_model(way: Way, device: torch.device) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        **SHAPES[way.subject.shape], max_position_embeddings=8192, rope_theta=500_000.0, use_cache=False
-    )
-    config._attn_implementation = way.attention
-    with torch.device(device), default_dtype(torch.bfloat16):
-        return LlamaForCausalLM(config).eval()
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def synthetic_pairs(count: int, *, longest: int) -> list[TokenPair]:
-    """Lengths as preference data for chat has them: a prompt of some 200 tokens, answers of some 350, long tails."""
-    random = np.random.RandomState(0)
-    vocabulary = min(shape["vocab_size"] for shape in SHAPES.values())
-
-    def ids(tokens: int) -> Any:
-        return random.randint(0, vocabulary, max(1, tokens)).astype(np.int32)
-
-    pairs = []
-    for _ in range(count):
-        prompt = min(int(random.lognormal(5.3, 1.0)), longest // 2)
-        answers = [min(int(random.lognormal(5.85, 0.7)), longest - prompt) for _ in range(2)]
-        pairs.append(TokenPair(prompt_ids=ids(prompt), chosen_ids=ids(answers[0]), rejected_ids=ids(answers[1])))
-    return pairs
-
-
-def scored(pair: TokenPair) -> ScoredPair:
-    chosen, rejected = -11.0 * pair.chosen_tokens, -11.0 * pair.rejected_tokens
-    return ScoredPair(
-        key=example_key(pair),
-        pair=pair,
-        ref_chosen_logps=chosen,
-        ref_rejected_logps=rejected,
-        ref_chosen_common_logps=chosen,
-        ref_rejected_common_logps=rejected,
-        chosen_tokens=pair.chosen_tokens,
-        rejected_tokens=pair.rejected_tokens,
-    )
 
 
 def flops_of(cost: ModelCost, batch: ScoringBatch) -> int:
