@@ -42,7 +42,7 @@ def resolve_attention(choice: str | None, config: Any, device: torch.device) -> 
 
 
 def gpu_surely_runs_flex(device: torch.device) -> bool:
-    """Whether flex_attention's blocks fit this GPU, and can be compiled."""
+    """Whether flex_attention's blocks fit this GPU, and triton is there to compile them."""
     if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) in FLEX_ARCHITECTURES

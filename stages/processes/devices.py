@@ -61,5 +61,5 @@ def gpu_explained(less_memory: str) -> Iterator[None]:
             raise
         raise DpoCacheError(
             f"flex_attention cannot be compiled for this GPU: {first_line(failed.inner_exception)}",
-            next_step="--attn-implementation sdpa, in building and in training",
+            next_step="build the cache with --attn-implementation sdpa; training follows it",
         ) from failed

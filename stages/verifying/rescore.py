@@ -34,7 +34,10 @@ TOKENS_PER_BATCH = 4096
 """Another budget than any build has by default, so that batches have other shapes."""
 
 
-@gpu_explained("verify on a machine with more GPU memory, or on the CPU: CUDA_VISIBLE_DEVICES= dpo-cache verify …")
+@gpu_explained(
+    "verify on a machine with more GPU memory or, unless flex_attention computed the values, on the CPU: "
+    "CUDA_VISIBLE_DEVICES= dpo-cache verify …"
+)
 def rescore(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -> RescoreReport:
     """Score a random sample of the indexed pairs with the recorded reference.
 
