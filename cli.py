@@ -123,7 +123,7 @@ def show_command(cache: Location, count: int, mixture: str | None, key: str | No
 @click.option(
     "--rescore", type=click.IntRange(min=1), metavar="N", help="Also score N random pairs again with the reference."
 )
-@click.option("--model", metavar="PATH_OR_ID", help="For --rescore: the reference.  [default: where it was]")
+@click.option("--model", metavar="PATH_OR_ID", help="For --rescore: the reference.  [default: as recorded]")
 @click.option("--seed", type=int, help="For --rescore: seed of the sample.  [default: 0]")
 @click.option("--trust-remote-code", is_flag=True, help="For --rescore: run Python code that comes with the model.")
 @click.option("--repair", is_flag=True, help="Remove damaged files; the next build rescores only what they held.")
@@ -193,7 +193,8 @@ def push_command(
 ) -> None:
     """Upload a cache as a dataset on the Hugging Face Hub, with a card that says how to use it.
 
-    Uploads only files that a mixture names and that are not there yet. Pointers go last, so nobody sees half a cache.
+    Uploads only files that a mixture names and that are not there yet. Pointers are uploaded last, so nobody sees
+    half a mixture.
 
     \b
     Example:
@@ -231,14 +232,14 @@ def pull_command(
     print_report(report, as_json)
 
 
-@dpo_cache.command("merge", context_settings=CONTEXT, short_help="Unite caches of one reference.")
+@dpo_cache.command("merge", context_settings=CONTEXT, short_help="Merge caches of one reference.")
 @click.argument("sources", nargs=-1, required=True, type=FOLDER, metavar="SRC …")
 @click.option("--cache", type=FOLDER, required=True, help="The cache to merge into.")
 @json_option
 def merge_command(sources: tuple[Path, ...], cache: Path, as_json: bool) -> None:
-    """Unite caches of one reference. Mixtures of the same name become one.
+    """Merge caches of one reference. Mixtures of the same name become one.
 
-    Use it where nodes share no file system and each built its part of the data into its own folder.
+    For nodes without a shared file system that each built a part of the data into a folder of their own.
 
     \b
     Example:
@@ -273,13 +274,13 @@ def export_command(cache: Path, output: Path, mixture: str, as_json: bool) -> No
 
 
 @dpo_cache.command(
-    "import", cls=GroupedCommand, context_settings=CONTEXT, short_help="Take over values from TRL or open-instruct."
+    "import", cls=GroupedCommand, context_settings=CONTEXT, short_help="Import values from TRL or open-instruct."
 )
 @click.argument("source", type=click.Path(path_type=Path), metavar="SOURCE")
 @config_options(ImportConfig, without=NOT_IMPORTED)
 @json_option
 def import_command(source: Path, as_json: bool, **values: Any) -> None:
-    """Take over reference values that TRL or open-instruct computed. Only a sample is scored again.
+    """Import reference values that TRL or open-instruct computed. Only a sample is scored again.
 
     SOURCE is a .parquet or .arrow file or a saved dataset with TRL's columns, or a .pt file from open-instruct. Give
     the datasets and options of the run that wrote it.
@@ -300,11 +301,11 @@ def import_command(source: Path, as_json: bool, **values: Any) -> None:
 @cache_argument
 @click.option("--yes", is_flag=True, help="Remove without asking.")
 @click.option(
-    "--min-age-days", type=click.FloatRange(min=0), default=7.0, show_default=True, help="Keep younger files."
+    "--min-age-days", type=click.FloatRange(min=0), default=7.0, show_default=True, help="Keep files younger than this."
 )
 @json_option
 def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> None:
-    """Remove shards and tables that no mixture names, and leftovers of killed builds.
+    """Remove shards and tables that no mixture names, and what killed builds left behind.
 
     \b
     Example:
@@ -328,7 +329,7 @@ def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> No
 @cache_argument
 @json_option
 def compact_command(cache: Path, as_json: bool) -> None:
-    """Drop rows that are stored in several shards, and join small shards. Refused while something builds or trains.
+    """Drop duplicate rows and join small shards. Refused while a build, training or upload uses the cache.
 
     \b
     Example:
@@ -364,7 +365,7 @@ def doctor_command(as_json: bool) -> None:
 @dpo_cache.command("completion", context_settings=CONTEXT, short_help="Print a shell's completion script.")
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion_command(shell: str) -> None:
-    """Print the code that makes a shell complete the commands of this package, their options and values.
+    """Print a script that makes your shell complete these commands, their options and values.
 
     \b
     Example, one line in ~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish:

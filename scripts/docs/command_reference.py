@@ -17,12 +17,11 @@ PAGE = ROOT / "docs" / "cli.md"
 WIDTH = 100
 INTRODUCTION = """# Commands
 
-What `--help` says. Options of `dpo-cache build` and `dpo-train` may also stand in a YAML file, under their names
-without the leading dashes: `--config FILE.yaml`. Flags override the file. Every command ends with exit code 0 when it
-is done, 1 for a fault that its message explains, 2 for a command line it cannot read. `--json` prints one object on
-stdout; everything else goes to stderr. After a fault the object is
-`{"error": {"found": …, "expected": …, "next_step": …}}`; a command line that cannot be read leaves stdout empty.
-(`verify`, `doctor` and `dpo-sweep` end with exit code 1 and their ordinary report where that is what they found.)
+What `--help` prints. Options of commands that take `--config FILE.yaml` can also be set in that file, under their names
+without the leading dashes; flags override the file. The exit code is 0 on success, 1 after an error or an interruption,
+and 2 for an invalid command line. `--json` prints one object on stdout; everything else goes to stderr. After an error
+the object is `{"error": {"found": …, "expected": …, "next_step": …}}`; an invalid command line leaves stdout empty.
+(`verify`, `doctor` and `dpo-sweep` print their ordinary report and exit with 1 if it contains a failure.)
 """
 
 

@@ -44,8 +44,8 @@ class BuildConfig:
     attn_implementation: str | None = for_reference(
         None,
         help="Attention kernel.",
-        default_text="flex_attention on a GPU where GPU and model surely run it, else sdpa, or eager where the "
-        "architecture has no other",
+        default_text="flex_attention on a GPU where both GPU and model are known to run it; otherwise sdpa, or eager "
+        "where the architecture has no other",
         choices=ATTENTION_KERNELS,
     )
     trust_remote_code: bool = for_reference(False, help="Run Python code that comes with the model or the tokenizer.")
@@ -70,7 +70,7 @@ class BuildConfig:
         default_text="the tokenizer's own",
         metavar="FILE_OR_NAME",
     )
-    max_seq_length: int = for_tokens(2048, help="Longest prompt plus answer, in tokens.", minimum=2)
+    max_seq_length: int = for_tokens(2048, help="Longest prompt plus response, in tokens.", minimum=2)
     truncation: Truncation = for_tokens(
         "drop",
         help="What to do with longer pairs.",
@@ -78,22 +78,21 @@ class BuildConfig:
     )
     mask: MaskChoice = for_tokens(
         "last-turn",
-        help="Which assistant turns are scored. The two open-instruct masks reproduce that project token by token: "
+        help="Which assistant turns are scored. The two open-instruct masks reproduce its masking token by token: "
         "open-instruct-all-turns until 2025-06-26 (Tülu 3, OLMo 2), open-instruct-last-turn since then (OLMo 3).",
         choices=get_args(MaskChoice),
     )
 
     cache: Path = for_cache(help="Folder of the cache; created if it does not exist.")
     mixture: str = for_cache("train", help="Name of these pairs in the cache.")
-    replace: bool = for_cache(False, help="If the mixture exists with other pairs, replace it.")
-    extend: bool = for_cache(False, help="If the mixture exists, add these pairs to it.")
+    replace: bool = for_cache(False, help="Replace the mixture if it already has other pairs.")
+    extend: bool = for_cache(False, help="Add these pairs to the mixture if it already exists.")
     token_logps: bool = for_cache(
-        False, help="Also keep the log-probability of each scored token; pairs without them are scored again."
+        False, help="Also store the log-probability of each scored token; pairs cached without them are scored again."
     )
     drop_nonfinite: bool = for_cache(
         False,
-        help="Leave out pairs to which the reference gives no finite log-probability, or one of exactly 0, instead of "
-        "failing.",
+        help="Leave out pairs whose reference log-probability is not finite, or exactly 0, instead of failing.",
     )
 
     num_workers: int | None = for_memory(
@@ -102,17 +101,19 @@ class BuildConfig:
     tokens_per_batch: int | None = for_memory(
         None,
         help="Tokens in one forward pass; a longer pair is scored alone. Halved when memory runs out.",
-        default_text="by the GPU's free memory; 8192 on a CPU",
+        default_text="set from the GPU's free memory; 8192 on a CPU",
         minimum=1,
     )
     zero_stage: int = for_memory(
         0,
-        help="0: every process holds the whole reference; 3: it is partitioned over all scoring processes.",
+        help="0: every process holds the whole reference; 3: it is partitioned across all scoring processes.",
         minimum=0,
         maximum=3,
     )
 
-    dry_run: bool = for_trial(False, help="Say what would be scored and what reused; load and write nothing.")
+    dry_run: bool = for_trial(
+        False, help="Report what would be scored and what reused, without loading the model or writing anything."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -20,7 +20,7 @@ class ImportConfig(BuildConfig):
 
     values: str = for_import(
         "sums",
-        help="What the source holds for each answer: the sum over its tokens, or the average per token (as "
+        help="What the source holds for each response: the sum over its tokens, or the average per token (as "
         "open-instruct's cache for dpo_norm does).",
         choices=("sums", "averages"),
     )

@@ -33,16 +33,19 @@ class SweepConfig:
         above=1,
     )
     rungs: int | None = setting(
-        None, help="How often points are compared, counting the end.", default_text=str(DEFAULT_RUNGS), minimum=2
+        None,
+        help="How many times points are compared, including at the end.",
+        default_text=str(DEFAULT_RUNGS),
+        minimum=2,
     )
     gpus_per_run: int | None = setting(
         None,
-        help="GPUs per run; as many runs as fit go side by side.",
+        help="GPUs per run; as many runs as fit are trained in parallel.",
         default_text="all GPUs, one run after another",
         minimum=1,
     )
-    parallel: int | None = setting(None, help="Runs side by side on a CPU.", default_text="1", minimum=1)
-    plan: bool = setting(False, help="Check everything and print the command of every point; start nothing.")
+    parallel: int | None = setting(None, help="Runs to train in parallel on a CPU.", default_text="1", minimum=1)
+    plan: bool = setting(False, help="Check everything and print the command of every point without starting any.")
 
     def __post_init__(self) -> None:
         check_settings(self)

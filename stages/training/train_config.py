@@ -90,14 +90,14 @@ class TrainConfig:
     lora_target_modules: tuple[str, ...] = for_adapter(
         (),
         help="Name of a layer that gets an adapter. May be repeated.",
-        default_text="all linear layers but the vocabulary head",
+        default_text="all linear layers except the vocabulary head",
         metavar="NAME",
     )
     merge: bool = for_adapter(False, help="Merge the adapter into the weights at the end and save a whole model.")
 
     loss: str = for_loss(
         "dpo_norm",
-        help=f"Preference loss: {', '.join(LOSS_TRAITS)}. Or a weighted sum, each with its own beta if you like: "
+        help=f"Preference loss: {', '.join(LOSS_TRAITS)}. Or a weighted sum, in which each term may have its own beta: "
         "dpo_norm=1.0,ipo:0.1=0.2.",
         metavar="NAME[:BETA][=WEIGHT],...",
     )
@@ -122,14 +122,14 @@ class TrainConfig:
     )
     ld_alpha: float | None = for_loss(
         None,
-        help="LD-DPO: weight of the tokens by which one answer is longer than the other.",
+        help="LD-DPO: weight of the longer response's tokens beyond the length of the shorter one.",
         default_text="1",
         minimum=0.0,
         maximum=1.0,
     )
     nll_coef: float = for_loss(
         0.0,
-        help="Weight of the chosen answer's negative log-likelihood per token, added to the loss.",
+        help="Weight of the chosen response's negative log-likelihood per token, added to the loss.",
         minimum=0.0,
     )
     load_balancing_loss: bool = for_loss(False, help="Add the auxiliary loss that balances a mixture of experts.")
@@ -142,8 +142,8 @@ class TrainConfig:
     )
     per_device_train_batch_size: int | None = for_optimization(
         None,
-        help="With --gradient-accumulation-steps, another way to give the pairs per update: this times those times the "
-        "number of GPUs. Memory does not depend on it; see --tokens-per-microbatch.",
+        help="With --gradient-accumulation-steps, another way to set the pairs per update: the product of the two and "
+        "the number of GPUs. It does not affect memory; see --tokens-per-microbatch.",
         minimum=1,
     )
     gradient_accumulation_steps: int | None = for_optimization(
@@ -169,7 +169,7 @@ class TrainConfig:
     )
     adam_epsilon: float = for_optimization(1e-8, help="AdamW's epsilon.", above=0)
     max_grad_norm: float = for_optimization(1.0, help="Clip gradients to this norm; 0 for no clipping.", minimum=0.0)
-    seed: int = for_optimization(42, help="Seed of the order of pairs, and of an adapter's weights.", minimum=0)
+    seed: int = for_optimization(42, help="Seed for the order of pairs and an adapter's initial weights.", minimum=0)
 
     tokens_per_microbatch: int | None = for_memory(
         None,
@@ -194,7 +194,7 @@ class TrainConfig:
     )
     zero_stage: int = for_memory(
         3,
-        help="0: every rank holds everything; 1: optimizer state partitioned; 2: and gradients; 3: and weights.",
+        help="What is partitioned across ranks. 0: nothing; 1: optimizer state; 2: also gradients; 3: also weights.",
         minimum=0,
         maximum=3,
     )
@@ -212,7 +212,7 @@ class TrainConfig:
     eval_mixture: str | None = for_evaluation(None, help="Mixture of held-out pairs.", default_text="no evaluation")
     eval_steps: int | None = for_evaluation(
         None,
-        help="Evaluate every N updates, besides before the first and after the last.",
+        help="Evaluate every N updates, in addition to before the first and after the last.",
         default_text="only before the first and after the last",
         minimum=1,
     )
@@ -225,7 +225,9 @@ class TrainConfig:
     checkpointing_steps: int | None = for_checkpoints(
         500, help="Save a checkpoint every N updates. One is saved at the end too.", minimum=1
     )
-    keep_last_n_checkpoints: int = for_checkpoints(3, help="Delete older checkpoints; -1 keeps all.", minimum=-1)
+    keep_last_n_checkpoints: int = for_checkpoints(
+        3, help="Number of newest checkpoints to keep; -1 keeps all.", minimum=-1
+    )
     resume: str | None = for_checkpoints(
         None,
         help="Continue from the newest complete checkpoint, or from the one named.",
@@ -234,7 +236,7 @@ class TrainConfig:
     )
     stop_after_steps: int | None = for_checkpoints(
         None,
-        help="Stop after N updates with a checkpoint to resume from; the schedule stays that of the whole run.",
+        help="Stop after N updates and save a checkpoint to resume from; the schedule stays that of the whole run.",
         minimum=1,
     )
 
@@ -257,9 +259,9 @@ class TrainConfig:
     hub_revision: str | None = for_hub(None, help="Branch of the repository.", default_text="the run's name")
     hub_private: bool = for_hub(True, help="Make the repository private if it is new.", default_text="private")
 
-    plan: bool = for_trial(False, help="Print all resolved settings and warnings; load no model.")
+    plan: bool = for_trial(False, help="Print all resolved settings and warnings without loading the model.")
     dry_run: bool = for_trial(
-        False, help="Run the heaviest batch forward and backward and report memory and time; train nothing."
+        False, help="Run the heaviest batch forward and backward and report memory and time, without training."
     )
 
     def __post_init__(self) -> None:
