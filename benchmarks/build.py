@@ -203,11 +203,11 @@ class Measured:
         return dated_section(
             f"{Path(options.pairs).name}, {options.dtype}",
             f"{num_pairs} pairs, a Llama of 34M parameters, {threads_of_machine(options.threads)}; medians of "
-            f"{options.repeats}, taking turns; load of the machine before: {LOAD_BEFORE:.1f}.",
+            f"{options.repeats} interleaved passes; load average before the run: {LOAD_BEFORE:.1f}.",
             markdown_table(("scoring pass", "seconds", "pairs/s", "ours is"), rows),
             f"Useful operations: {rate / 1e9:.0f} GFLOP/s, {rate / self.matmul_flops:.0%} of the "
-            f"{self.matmul_flops / 1e9:.0f} GFLOP/s of a matrix product of 2048 cubed. Largest relative difference "
-            f"of a value: {self.max_relative_difference:.1e}.",
+            f"{self.matmul_flops / 1e9:.0f} GFLOP/s of a product of 2048 × 2048 matrices. Largest relative difference "
+            f"between values: {self.max_relative_difference:.1e}.",
         )
 
 

@@ -36,7 +36,7 @@ from result_table import dated_section, keep_section, machine, markdown_table  #
 from tiny_model import tiny_tokenizer, write_tiny_model  # noqa: E402
 
 TITLES = (
-    *("pairs", "scoring processes", "whole build, s", "scoring, ms a pair", "of it in forwards"),
+    *("pairs", "scoring processes", "whole build, s", "scoring, ms per pair", "of it in forward passes"),
     *("leader, MiB", "scorer, MiB"),
 )
 DATASET = "pairs.parquet"

@@ -48,9 +48,9 @@ from power_loss import (  # noqa: E402
     without_sync_of_files,
 )
 
-TITLES = ("fault", "tries", "something lost", "damage not noticed", "")
-MUTANT_TITLES = ("what is left out", "states looked at, at most 100", "with something lost")
-MUTANTS = """The same replay of power cuts was applied to code from which one safeguard was removed. It has to find
+TITLES = ("fault", "tries", "something lost", "damage unnoticed", "")
+MUTANT_TITLES = ("safeguard removed", "states looked at, at most 100", "with something lost")
+MUTANTS = """The same replay of power cuts was applied to code from which one safeguard had been removed. It must find
 losses there; otherwise finding none above would mean nothing."""
 
 

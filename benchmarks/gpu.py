@@ -54,7 +54,7 @@ from result_table import dated_section, keep_section, machine, markdown_table
 
 STARTED = time.perf_counter()
 LORA_RANK = 64
-TITLES = ("what", "pairs/s", "tokens/s", "TFLOP/s", "of the products' rate", "MFU", "peak memory, GB")
+TITLES = ("what", "pairs/s", "tokens/s", "TFLOP/s", "share of the products' rate", "MFU", "peak memory, GB")
 
 
 def main() -> None:
@@ -330,15 +330,15 @@ def section(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if subject.trains:
         how = (
-            f"Updates of {len(pairs)} pairs, {options.tokens_per_microbatch:,} tokens a micro-batch, all activations "
+            f"Updates of {len(pairs)} pairs, {options.tokens_per_microbatch:,} tokens per micro-batch, all activations "
             f"kept, ZeRO stage {options.zero_stage}, unless said otherwise"
         )
     else:
-        how = f"{len(pairs)} pairs, {options.tokens_per_batch:,} tokens a batch"
+        how = f"{len(pairs)} pairs, {options.tokens_per_batch:,} tokens per batch"
     return dated_section(
         f"{name}, bfloat16, {subject}",
         f"{how}; a pair has {lengths.mean():.0f} tokens on average (at most {lengths.max():,}), its prompt counted "
-        f"once. Medians of {options.repeats}. Products of {options.matmul_size:,} square matrices: "
+        f"once. Medians of {options.repeats}. Products of {options.matmul_size:,} × {options.matmul_size:,} matrices: "
         f"{rate / 1e12:.0f} TFLOP/s.",
         markdown_table(TITLES, rows),
         f"{machine('torch', 'transformers', 'deepspeed', 'liger-kernel')}. Repeat with `python benchmarks/gpu.py`.",

@@ -36,7 +36,7 @@ BUDGETS = (4096, 8192, 16_384)
 RANKS = (1, 2, 8, 32)
 GLOBAL_BATCHES = (128, 1024)
 TRAINING_TITLES = (
-    *("training: pairs an update", "ranks", "tokens a micro-batch", "micro-steps"),
+    *("training: pairs per update", "ranks", "tokens per micro-batch", "micro-steps"),
     *("fill", "possible", "balance", "possible"),
 )
 
@@ -62,10 +62,11 @@ def section(file: Path, pairs: Sequence[TokenPair]) -> str:
     shortest, median, longest = np.percentile(lengths, [5, 50, 95])
     return dated_section(
         file.name,
-        f"{len(pairs):,} pairs of {lengths.mean():.0f} tokens on average, prompt once (median {median:.0f}, nine "
-        f"tenths from {shortest:.0f} to {longest:.0f}, at most {lengths.max():,}); a vocabulary of {VOCABULARY:,}.",
+        f"{len(pairs):,} pairs of {lengths.mean():.0f} tokens on average, the prompt counted once "
+        f"(median {median:.0f}, 90% from {shortest:.0f} to {longest:.0f}, at most {lengths.max():,}); "
+        f"a vocabulary of {VOCABULARY:,}.",
         markdown_table(
-            ("scoring: tokens a batch", "batches", "fill", "fill but for the last"),
+            ("scoring: tokens per batch", "batches", "fill", "fill without the last batch"),
             [scoring_row(pairs, budget) for budget in BUDGETS],
         ),
         markdown_table(

@@ -60,11 +60,11 @@ def today() -> str:
 
 
 def machine(*packages: str) -> str:
-    """Date, hardware, versions and load, as the line under a table has them."""
+    """Date, hardware, versions and load average, as the line under a table has them."""
     versions = "".join(f", {name} {version(name)}" for name in packages)
     return (
         f"{today()}, {processor_name()}, {os.cpu_count()} cores, Linux {platform.release()}, "
-        f"Python {platform.python_version()}{versions}; load of the machine before: {LOAD_BEFORE:.1f}"
+        f"Python {platform.python_version()}{versions}; load average before the run: {LOAD_BEFORE:.1f}"
     )
 
 

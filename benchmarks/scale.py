@@ -192,26 +192,26 @@ def section(columns: list[Figures], num_pairs: Sequence[int]) -> str:
 
     pairs_per_second = [count / figures["stream"]["seconds"] for count, figures in zip(num_pairs, columns, strict=True)]
     rows = [
-        row("`dpo-cache info`, a process", lambda figures: figures["info"]["seconds"], "s", 2),
+        row("`dpo-cache info`, whole process", lambda figures: figures["info"]["seconds"], "s", 2),
         row("open cache and mixture", lambda figures: figures["open"]["seconds"], "s", 3),
         *both("check", "check before training"),
         *both("index", "index of keys"),
         *both("plan", "build with nothing left to score"),
-        *both("build", "build but for the model"),
+        *both("build", "build without the model"),
         [
-            "an epoch, pairs a second",
+            "an epoch, pairs per second",
             *(f"{rate:,.0f}" for rate in pairs_per_second),
             f"{pairs_per_second[1] / pairs_per_second[0]:.2f}",
         ],
         row("an epoch: memory", lambda figures: figures["stream"]["mib"], "MiB"),
-        row("an epoch: memory, imports and all", lambda figures: figures["stream"]["peak_mib"], "MiB"),
-        row("token ids of a pair", lambda figures: figures["ids"], digits=1),
-        row("bytes of a pair in shards", lambda figures: figures["shards"], digits=1),
-        row("bytes of a pair in the table", lambda figures: figures["table"], digits=1),
+        row("an epoch: memory, imports included", lambda figures: figures["stream"]["peak_mib"], "MiB"),
+        row("token ids per pair", lambda figures: figures["ids"], digits=1),
+        row("bytes per pair in shards", lambda figures: figures["shards"], digits=1),
+        row("bytes per pair in the table", lambda figures: figures["table"], digits=1),
     ]
     return dated_section(
         f"{num_pairs[1]:,} pairs",
-        markdown_table(("", *(f"{count:,} pairs" for count in num_pairs), "times"), rows),
+        markdown_table(("", *(f"{count:,} pairs" for count in num_pairs), "ratio"), rows),
         f"{machine('pyarrow', 'numpy')}. Repeat with `python benchmarks/scale.py`.",
     )
 

@@ -169,7 +169,9 @@ def waiting_section(options: argparse.Namespace, scratch: Path) -> str:
         f"Waiting for pairs, {Path(options.pairs).name}",
         f"A Llama of {NUM_PARAMETERS / 1e6:.0f}M parameters, float32, {options.updates} updates of {PAIRS_OF_UPDATE} "
         f"pairs, the first one untimed; {options.threads} threads; medians of {options.repeats} runs.",
-        markdown_table(("a micro-batch holds", "an update", "of it waiting for pairs", "share", "for each pair"), rows),
+        markdown_table(
+            ("a micro-batch holds", "time per update", "of it waiting for pairs", "share", "waiting, per pair"), rows
+        ),
         f"{machine('torch')}. {REPEAT}",
     )
 
@@ -197,11 +199,11 @@ def start_section(options: argparse.Namespace, scratch: Path) -> str:
     ]
     rows = [[name, *(f"{column[name]:.2f} s" for column in columns)] for name in columns[0]]
     peaks = [statistics.median(one["peak_mib"] for one in runs_of_cache) for runs_of_cache in runs]
-    rows.append(["most memory of the process", *(f"{peak:,.0f} MiB" for peak in peaks)])
+    rows.append(["peak memory of the process", *(f"{peak:,.0f} MiB" for peak in peaks)])
     return dated_section(
         f"Before the first update, up to {max(options.sizes):,} pairs",
         f"Whole processes of `dpo-train` with a very small model; {options.threads} threads; medians of "
-        f"{options.repeats} runs, in turns. Files lie in the kernel's memory.",
+        f"{options.repeats} interleaved runs. The files are in the page cache.",
         markdown_table(("", *(f"{num_pairs:,} pairs" for num_pairs in options.sizes)), rows),
         f"{machine('torch', 'deepspeed')}. {REPEAT}",
     )

@@ -31,6 +31,7 @@ from typing import Any
 
 import matplotlib as mpl
 from command_line import add_pairs, add_threads, benchmark_parser
+from dpo_cache.stages.console.counted_noun import counted
 from result_table import (
     LOAD_BEFORE,
     RESULTS,
@@ -176,22 +177,22 @@ def section(options: argparse.Namespace, cached: Sequence[Piece], recomputed: Se
         ("seconds of the builds", [f"{seconds_of(side, 'build'):.1f}" for side in sides]),
         ("of those, in forward passes", [f"{sum(piece.in_forwards_s for piece in side):.1f}" for side in sides]),
         ("seconds of the training runs", [f"{seconds_of(side, 'train'):.1f}" for side in sides]),
-        ("seconds in all", [f"{seconds_of(side):.1f}" for side in sides]),
-        (f"dollars, at {options.dollars_per_hour:g} an hour", [f"{dollars(options, side):.3f}" for side in sides]),
+        ("seconds in total", [f"{seconds_of(side):.1f}" for side in sides]),
+        (f"dollars, at {options.dollars_per_hour:g} per hour", [f"{dollars(options, side):.3f}" for side in sides]),
     ]
     saved_s = seconds_of(recomputed) - seconds_of(cached)
     in_forwards_s, in_starts_s = (parts_of(recomputed)[part] - parts_of(cached)[part] for part in (FORWARDS, STARTING))
     return dated_section(
         f"{options.points} points, {Path(options.pairs).name}",
-        f"{options.num_pairs} pairs, {options.epochs} epochs in global batches of {options.global_batch_size}; a Llama "
-        f"of {NUM_PARAMETERS / 1e6:.0f}M parameters, float32, {threads_of_machine(options.threads)}; wall time of "
-        f"whole processes, both sides in turns; load of the machine before: {LOAD_BEFORE:.1f}.",
+        f"{options.num_pairs} pairs, {counted(options.epochs, 'epoch')} in global batches of "
+        f"{options.global_batch_size}; a Llama of {NUM_PARAMETERS / 1e6:.0f}M parameters, float32, {threads_of_machine(options.threads)}; "
+        f"wall time of whole processes, the two sides alternating; load average before the run: {LOAD_BEFORE:.1f}.",
         markdown_table(
             ("", "recomputed for each point", "cached once"), [(title, *figures) for title, figures in rows]
         ),
         f"Cached once, the sweep takes {saved_s / seconds_of(recomputed):.0%} less time: {saved_s:.1f} s. Of these, "
         f"{in_forwards_s:.1f} s are forward passes of the reference; {in_starts_s:.1f} s are the start of "
-        f"{options.points - 1} more processes of `dpo-cache build` (imports, reading the data, loading the model), "
+        f"{options.points - 1} more `dpo-cache build` processes (imports, reading the data, loading the model), "
         "a part that shrinks with more data.",
     )
 

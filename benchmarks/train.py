@@ -28,6 +28,7 @@ from command_line import add_pairs, add_threads, add_trl, benchmark_parser
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.mixture import Mixture
 from dpo_cache.pipeline.cache.pair_stream import PairStream
+from dpo_cache.stages.console.counted_noun import counted
 from dpo_cache.stages.training.recipe import global_batches
 from result_table import LOAD_BEFORE, dated_section, keep_section, markdown_table, threads_of_machine
 from small_llama import NUM_PARAMETERS, write_random_llama
@@ -159,9 +160,13 @@ def our_contenders(options: argparse.Namespace, cache: Path, folder: Path) -> It
     common = ["--cache", str(cache), "--max-steps", str(options.steps), "--loss", options.loss]
     common += ["--global-batch-size", str(options.global_batch_size), "--warmup-ratio", str(1 / options.steps)]
     ways = {
-        "a micro-batch as long as the longest pair": [],
-        "a pair a micro-batch": ["--tokens-per-microbatch", "1"],
-        "a pair a micro-batch, gradient checkpointing": ["--tokens-per-microbatch", "1", "--gradient-checkpointing"],
+        "micro-batches as long as the longest pair": [],
+        "one pair per micro-batch": ["--tokens-per-microbatch", "1"],
+        "one pair per micro-batch, gradient checkpointing": [
+            "--tokens-per-microbatch",
+            "1",
+            "--gradient-checkpointing",
+        ],
         "all pairs of an update in one micro-batch": ["--tokens-per-microbatch", "1000000"],
     }
     for stage in (0, 3):
@@ -180,7 +185,8 @@ def trl_contenders(options: argparse.Namespace, cache: Path, model_folder: Path)
     for batch_size, checkpointing in [(smallest, True), *((size, False) for size in options.trl_batch_sizes)]:
         accumulation = options.global_batch_size // batch_size
         yield Trl(
-            name=f"TRL, {batch_size} pairs × {accumulation}{', gradient checkpointing' if checkpointing else ''}",
+            name=f"TRL, {counted(batch_size, 'pair')} × {accumulation}"
+            f"{', gradient checkpointing' if checkpointing else ''}",
             pairs_timed=(options.steps - 1) * options.global_batch_size,
             python=options.trl_python,
             job={
@@ -242,26 +248,26 @@ def table_of(options: argparse.Namespace, contenders: list[Contender]) -> str:
     ]
     return dated_section(
         f"{Path(options.pairs).name}, float32",
-        f"A Llama of {NUM_PARAMETERS / 1e6:.0f}M parameters, {options.loss}, {options.global_batch_size} pairs an "
-        f"update, {options.steps} updates; {threads_of_machine(options.threads)}; medians of {options.repeats} runs, "
-        f"taking turns; load of the machine before: {LOAD_BEFORE:.1f}.",
+        f"A Llama of {NUM_PARAMETERS / 1e6:.0f}M parameters, {options.loss}, {options.global_batch_size} pairs per "
+        f"update, {options.steps} updates; {threads_of_machine(options.threads)}; medians of "
+        f"{options.repeats} interleaved runs; load average before the run: {LOAD_BEFORE:.1f}.",
         markdown_table(
             (
                 "trainer",
                 "pairs/s",
-                "times TRL's best",
+                "times TRL's fastest",
                 "peak memory, GB",
-                "beyond weights, gradients, optimizer",
+                "of it beyond weights, gradients, optimizer",
             ),
             rows,
         ),
-        f"Losses of all of them agree to {apart:.1e} over these updates.",
+        f"All losses agree to within {apart:.1e} over these updates.",
     )
 
 
 def _mark(contender: Contender, fastest: Contender, leanest: Contender) -> str:
     marks = [mark for mark, holder in (("fastest", fastest), ("leanest", leanest)) if contender is holder]
-    return f" ({' and '.join(marks)} of TRL)" if marks else ""
+    return f" (TRL's {' and '.join(marks)})" if marks else ""
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def kills(folder: Path, tries: int, *, seed: int = 0) -> Trials:
             trials.lost += bool(found)
             claimed += len(claims)
             shutil.rmtree(cache)
-    trials.note = f"{claimed:,} finished files were told of, all there"
+    trials.note = f"{claimed:,} files were reported as finished; all are there"
     return trials
 
 
@@ -221,7 +221,7 @@ def full_disks(folder: Path, sizes_kib: Sequence[int]) -> Trials:
 
 def read_only_folders(folder: Path) -> Trials:
     """Builds and readers on a file system that becomes read-only."""
-    trials = Trials(fault="read-only folder: no cache yet, half a cache, a whole one")
+    trials = Trials(fault="read-only folder: no cache yet, a partial cache, a complete one")
     for rows in (0, 12, 24):
         with StubProcesses(mounted(folder, "size=64m")) as processes:
             cache = folder / "cache"
@@ -462,7 +462,7 @@ def read_as_a_stranger(cache: Path) -> bool:
 
 def lies(folder: Path, tries: int, *, seed: int = 0) -> Trials:
     """Files of a stranger under right digests: only our own error may come of them."""
-    trials = Trials(fault="a lie under right digests and seals (fuzzing of JSON, footers and pages)")
+    trials = Trials(fault="false content under valid digests and seals (fuzzing of JSON, footers and pages)")
     whole = fault_free_cache(folder / "honest")
     chance = random.Random(seed)
     refused = 0
@@ -508,7 +508,7 @@ def real_kills(folder: Path, tries: int, *, seed: int = 0) -> Trials:
     if (report["training_pairs"], pairs) != (2400, 2400):
         trials.faults.append(f"the last build ended with {pairs} pairs")
         trials.lost += 1
-    trials.note = f"{report['pairs_reused']:,} of 2,400 pairs were kept for the last build"
+    trials.note = f"{report['pairs_reused']:,} of 2,400 pairs were kept until the last build"
     return trials
 
 
