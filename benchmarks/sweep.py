@@ -185,8 +185,9 @@ def section(options: argparse.Namespace, cached: Sequence[Piece], recomputed: Se
     return dated_section(
         f"{options.points} points, {Path(options.pairs).name}",
         f"{options.num_pairs} pairs, {counted(options.epochs, 'epoch')} in global batches of "
-        f"{options.global_batch_size}; a Llama of {NUM_PARAMETERS / 1e6:.0f}M parameters, float32, {threads_of_machine(options.threads)}; "
-        f"wall time of whole processes, the two sides alternating; load average before the run: {LOAD_BEFORE:.1f}.",
+        f"{options.global_batch_size}; a Llama of {NUM_PARAMETERS / 1e6:.0f}M parameters, float32, "
+        f"{threads_of_machine(options.threads)}; wall time of whole processes, "
+        f"the two sides alternating; load average before the run: {LOAD_BEFORE:.1f}.",
         markdown_table(
             ("", "recomputed for each point", "cached once"), [(title, *figures) for title, figures in rows]
         ),

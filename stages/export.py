@@ -121,13 +121,13 @@ def _refuse_mask(pair: ScoredPair, mixture: Mixture) -> None:
     next_step = "build the mixture with --mask last-turn under another --mixture name, and export that"
     if mask == "last-turn":
         next_step = (
-            "one of its answers goes on from a thought that the chat template opens, and the other does not: leave "
+            "one of its responses goes on from a thought that the chat template opens, and the other does not: leave "
             "such rows out of the dataset"
         )
     raise DpoCacheError(
-        f"the pair {pair.key.hex()} does not score all tokens of its answers and no others (mixture {mixture.name}, "
+        f"the pair {pair.key.hex()} does not score all tokens of its responses and no others (mixture {mixture.name}, "
         f"mask {mask})",
-        expected="pairs of which every answer token is scored and no other: TRL's collator knows no mask",
+        expected="pairs of which every response token is scored and no other: TRL's collator knows no mask",
         next_step=next_step,
     )
 

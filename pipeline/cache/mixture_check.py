@@ -82,7 +82,7 @@ def check_common_values(cache: ReferenceCache, mixture: Mixture) -> None:
             unknown += int(np.isnan(values).any(axis=0).sum())
     if unknown:
         raise DpoCacheError(
-            f"--ld-alpha needs the reference's sums up to the length of each pair's shorter answer, and "
+            f"--ld-alpha needs the reference's sums up to the length of each pair's shorter response, and "
             f"{unknown} pairs of mixture {mixture.name} were imported without them",
             expected="pairs that dpo-cache build scored",
             next_step="score them into a cache of their own (dpo-cache build --cache OTHER …), or leave --ld-alpha out",

@@ -39,7 +39,7 @@ _DESCRIPTIONS = {
     PreferenceFormat.IMPLICIT_MESSAGES: "`chosen` and `rejected` are whole conversations; the prompt is everything "
     "before the last message",
     PreferenceFormat.EXPLICIT_MESSAGES: "`prompt`, `chosen` and `rejected` are messages (or the prompt or the "
-    "answers are plain text)",
+    "responses are plain text)",
     PreferenceFormat.TRANSCRIPT: r"`chosen` and `rejected` are transcripts, '\n\nHuman: … \n\nAssistant: …', split "
     "at turns",
     PreferenceFormat.EXPLICIT_TEXT: "`prompt`, `chosen` and `rejected` are plain text; no chat template is applied",

@@ -35,7 +35,7 @@ class SpecialTokens:
         """
         if self.eos is None:
             raise DpoCacheError(
-                f"the tokenizer {self._name} has no eos, and plain text answers end with one",
+                f"the tokenizer {self._name} has no eos, and plain text responses end with one",
                 next_step="set eos_token in its tokenizer_config.json, or use a dataset of messages",
             )
         end = np.asarray([self.eos], dtype=np.int32)

@@ -43,7 +43,7 @@ class TokenizationSettings:
                 raise DpoCacheError(f"{option} {value} is unknown", expected=" or ".join(choices))
         if self.max_seq_length is not None and self.max_seq_length < 2:
             raise DpoCacheError(
-                f"--max-seq-length {self.max_seq_length} holds no prompt and answer", expected="at least 2"
+                f"--max-seq-length {self.max_seq_length} holds no prompt and response", expected="at least 2"
             )
         if self.max_seq_length is None and self.truncation != "drop":
             raise DpoCacheError(

@@ -9,21 +9,21 @@ UNUSABLE_REASONS: dict[str, str] = {
     "not-a-transcript": "the text does not begin with a Human or an Assistant turn",
     "no-assistant-answer": "a side does not end with an assistant's message",
     "different-prompts": "the two sides differ before their last message",
-    "no-prompt": "nothing stands before the answers",
-    "empty-answer": "an answer has no text",
-    "identical-answers": "the two answers are the same",
+    "no-prompt": "nothing comes before the responses",
+    "empty-answer": "a response has no text",
+    "identical-answers": "the two responses are the same",
     "template-refused": "the chat template raised an error for these messages",
-    "template-rewrites-prompt": "the template renders the prompt differently once an answer follows",
-    "template-rewrites-history": "the template renders an earlier answer differently once messages follow, "
+    "template-rewrites-prompt": "the template renders the prompt differently once a response follows",
+    "template-rewrites-history": "the template renders an earlier response differently once messages follow, "
     "so --mask all-turns cannot find it",
-    "boundary-differs": "prompt and answer share a token on one side and not on the other",
-    "nothing-scored": "all tokens of an answer count to its prompt",
+    "boundary-differs": "prompt and response share a token on one side and not on the other",
+    "nothing-scored": "all tokens of a response belong to its prompt",
     "double-bos": "the text itself begins with a bos, so that two would stand at the start",
-    "double-eos": "the answer itself ends with an eos, so that two would stand at the end",
-    "too-long": "prompt and longer answer exceed --max-seq-length (--truncation drop)",
-    "prompt-too-long": "the prompt leaves no room for an answer (--truncation truncate-response-right)",
-    "answer-too-long": "the longer answer leaves no room for a prompt (--truncation truncate-prompt-left)",
-    "identical-after-truncation": "the two answers differ only beyond --max-seq-length",
+    "double-eos": "the response itself ends with an eos, so that it would end with two",
+    "too-long": "prompt and longer response exceed --max-seq-length (--truncation drop)",
+    "prompt-too-long": "the prompt leaves no room for a response (--truncation truncate-response-right)",
+    "answer-too-long": "the longer response leaves no room for a prompt (--truncation truncate-prompt-left)",
+    "identical-after-truncation": "the two responses differ only beyond --max-seq-length",
 }
 """Every reason for which a row cannot become a pair, and what it means. The names are stable."""
 

@@ -163,7 +163,7 @@ class Objective:
         if self.ld_alpha != 1:
             parts.append(f"LD alpha {self.ld_alpha:g}")
         if self.nll_coef:
-            parts.append(f"plus {self.nll_coef:g} x NLL of the chosen answer")
+            parts.append(f"plus {self.nll_coef:g} x NLL of the chosen response")
         return "; ".join(parts)
 
 
@@ -334,7 +334,7 @@ def beta_warnings(objective: Objective) -> list[str]:
 
 
 def _beta_warning(loss: LossSettings) -> str:
-    unit = "averages per token" if loss.traits.averages else "sums over the answer"
+    unit = "averages per token" if loss.traits.averages else "sums over the response"
     if loss.beta < loss.traits.usual_beta[0]:
         reason = "an average is much smaller than a sum, so beta is usually 2 to 10"
     else:

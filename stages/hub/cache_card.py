@@ -71,8 +71,8 @@ def _written(repo_id: str, cache: ReferenceCache, mixtures: Sequence[Mixture], b
     loaded = f'"{repo_id}", "pairs", split="train"' + (f', revision="{branch}"' if branch else "")
     return "\n".join(
         [
-            f"Preference pairs with the log-probabilities that **{reference}**{commit} gives both answers, scored once "
-            "with dpo-cache: DPO trains from them without loading a reference model.",
+            f"Preference pairs with the log-probabilities that **{reference}**{commit} gives both responses, scored "
+            "once with dpo-cache: DPO trains from them without loading a reference model.",
             "",
             "## Reference",
             "",

@@ -120,7 +120,7 @@ class _Sample:
         )
         return (
             histogram("Length of the prompts", "tokens", {"prompt": prompts}),
-            histogram("Length of the answers", "tokens", {"chosen": chosen, "rejected": rejected}),
+            histogram("Length of the responses", "tokens", {"chosen": chosen, "rejected": rejected}),
             histogram(
                 "Log-probability under the reference",
                 "nats per token",
@@ -143,7 +143,7 @@ def _sample(opened: OpenMixture) -> _Sample:
             outermost.offer(row, margin)
     sample.pairs = outermost.group(
         "Pairs by the reference's own margin",
-        "Before any training: the chosen answer's log-probability per token less the rejected answer's, in nats, among "
+        "Before any training: the chosen response's log-probability per token minus the rejected one's, in nats, among "
         "the pairs counted above.",
     )
     return sample

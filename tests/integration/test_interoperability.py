@@ -135,7 +135,7 @@ def test_an_export_of_a_pair_with_one_thought_says_what_it_is(tmp_path: Path) ->
         dropped={},
     )
     message = refusal("export", cache.path, tmp_path / "pairs.parquet")
-    assert f"the pair {row.key.hex()} does not score all tokens of its answers and no others" in message
+    assert f"the pair {row.key.hex()} does not score all tokens of its responses and no others" in message
     assert "goes on from a thought that the chat template opens" in message
     assert "--mask last-turn" not in message
 
@@ -301,7 +301,7 @@ def test_ld_dpo_is_refused_by_name_on_imported_pairs(folder: Path) -> None:
         assert is_known == [row.chosen_tokens <= row.rejected_tokens, row.rejected_tokens <= row.chosen_tokens]
     objective = ("--loss", "dpo", "--ld-alpha", 0.5)
     message = fails(dpo_train("--cache", folder / "imported", "--output", folder / "run", *objective))
-    assert "--ld-alpha needs the reference's sums up to the length of each pair's shorter answer" in message
+    assert "--ld-alpha needs the reference's sums up to the length of each pair's shorter response" in message
 
 
 # ---- the Python API --------------------------------------------------------------------------------------------------

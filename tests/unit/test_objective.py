@@ -95,7 +95,7 @@ def test_a_resumed_run_compares_plain_json() -> None:
     assert json.loads(json.dumps(objective.to_json())) == objective.to_json()
     assert objective.summary() == (
         "1 x dpo, beta 0.1; 0.5 x exo_pair, beta 0.1, label smoothing 0.001; f-divergence alpha 0.5; LD alpha 0.5; "
-        "plus 0.1 x NLL of the chosen answer"
+        "plus 0.1 x NLL of the chosen response"
     )
     assert resolve_objective("dpo_norm").summary() == "dpo_norm, beta 5"
 

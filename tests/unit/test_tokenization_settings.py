@@ -14,7 +14,7 @@ from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
     [
         ({"truncation": "cut"}, "--truncation cut is unknown"),
         ({"mask": "first-turn"}, "--mask first-turn is unknown"),
-        ({"max_seq_length": 1}, "--max-seq-length 1 holds no prompt and answer"),
+        ({"max_seq_length": 1}, "--max-seq-length 1 holds no prompt and response"),
         ({"truncation": "truncate-prompt-left"}, "without a length does nothing"),
     ],
 )
