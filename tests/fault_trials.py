@@ -508,7 +508,7 @@ def real_kills(folder: Path, tries: int, *, seed: int = 0) -> Trials:
     if (report["training_pairs"], pairs) != (2400, 2400):
         trials.faults.append(f"the last build ended with {pairs} pairs")
         trials.lost += 1
-    trials.note = f"{report['pairs_reused']:,} of 2,400 pairs were kept until the last build"
+    trials.note = f"the last build reused {report['pairs_reused']:,} of 2,400 pairs"
     return trials
 
 
