@@ -2,7 +2,8 @@
 
 The prompt of a pair is the longest common token prefix of the prompt rendered alone (with the generation prompt, so
 that the answer's header belongs to the prompt) and of both whole renderings. Everything after it is the answer, up to
-and including whatever the template writes behind the last message. Tokens are never found by comparing ids with pad.
+and including whatever the template writes behind the last message. Where an answer has several messages, what tools or
+users say in it is not scored. Tokens are never found by comparing ids with pad.
 
 Where the generation prompt opens a thought and only one of the answers goes on from there, the pair's prompt ends
 before it. The tokens of the opening then belong to that answer and are not scored, so that each side scores the tokens
@@ -27,7 +28,7 @@ import numpy.typing as npt
 from ...errors import DpoCacheError
 from .chat_template import ChatTemplate, resolve_chat_template, resolve_tool_template
 from .preference import Preference
-from .rendering import Renderer, Rendering
+from .rendering import Renderer, Rendering, Turn
 from .special_tokens import SpecialTokens
 from .token_pair import ScoredMask, TokenIds, TokenPair, canonical_scored_mask
 from .tokenization_settings import TokenizationSettings
@@ -156,21 +157,16 @@ class PairTokenizer:
         boundaries = [_common_prefix_length(prompt, answer) for answer in (chosen, rejected)]
         boundary = min(boundaries)
         by_count = self.settings.counts_tokens and is_chat
-        if by_count:
-            first_scored = [len(prompt) - boundary] * 2
-        else:
-            if boundary != max(boundaries) and not _opens_one_only(rendering):
-                raise UnusableRow("boundary-differs")
-            first_scored = [own - boundary for own in boundaries]
-        prompt_scored = self._scored_turns(rendering, token_ids, chosen)[:boundary]
+        if boundary != max(boundaries) and not by_count and not _opens_one_only(rendering):
+            raise UnusableRow("boundary-differs")
+        prompt_scored = _scored(rendering.prompt_turns, token_ids, chosen, by_count=by_count)[:boundary]
+        chosen_scored = _scored(rendering.chosen_turns, token_ids, chosen, by_count=by_count)[boundary:]
+        rejected_scored = _scored(rendering.rejected_turns, token_ids, rejected, by_count=by_count)[boundary:]
         prompt, chosen, rejected = prompt[:boundary], chosen[boundary:], rejected[boundary:]
         if not is_chat:
             prompt, chosen, rejected = self._specials.around_text(prompt, chosen, rejected)
         self._refuse_unusable(prompt, chosen, rejected)
-        answers_scored = [
-            np.arange(len(answer)) >= first for answer, first in zip((chosen, rejected), first_scored, strict=True)
-        ]
-        return _token_pair((prompt, chosen, rejected), (prompt_scored, *answers_scored))
+        return _token_pair((prompt, chosen, rejected), (prompt_scored, chosen_scored, rejected_scored))
 
     def _refuse_unusable(self, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds) -> None:
         if len(prompt) == 0:
@@ -184,17 +180,6 @@ class PairTokenizer:
             raise UnusableRow("double-bos")
         if self._specials.ends_twice(chosen) or self._specials.ends_twice(rejected):
             raise UnusableRow("double-eos")
-
-    def _scored_turns(self, rendering: Rendering, token_ids: dict[str, TokenIds], full_ids: TokenIds) -> ScoredMask:
-        """Which tokens of a whole rendering belong to an earlier answer."""
-        scored = np.zeros(len(full_ids), dtype=np.bool_)
-        for turn in rendering.earlier_turns:
-            start, end = (token_ids[text] for text in (turn.until_answer, turn.through_answer))
-            if self.settings.counts_tokens:
-                scored[len(start) : len(end)] = True
-            else:
-                scored[_common_prefix_length(start, full_ids) : _common_prefix_length(end, full_ids)] = True
-        return scored
 
     # ---- truncation ----
 
@@ -226,6 +211,18 @@ class PairTokenizer:
         )
 
 
+def _scored(turns: Sequence[Turn], token_ids: dict[str, TokenIds], full_ids: TokenIds, *, by_count: bool) -> ScoredMask:
+    """Which tokens of a whole rendering belong to these turns."""
+    scored = np.zeros(len(full_ids), dtype=np.bool_)
+    for turn in turns:
+        start, end = (token_ids[text] for text in (turn.until_answer, turn.through_answer))
+        if by_count:
+            scored[len(start) : len(end)] = True
+        else:
+            scored[_common_prefix_length(start, full_ids) : _common_prefix_length(end, full_ids)] = True
+    return scored
+
+
 def _opens_one_only(rendering: Rendering) -> bool:
     """Whether one answer goes on from the generation prompt, and the other from what stands before it.
 
@@ -255,7 +252,10 @@ def _token_pair(ids: tuple[TokenIds, TokenIds, TokenIds], scored: Sequence[Score
     """A pair of prompt, chosen and rejected; its mask is None where it says no more than the default does."""
     prompt, chosen, rejected = ids
     prompt_scored, chosen_scored, rejected_scored = scored
+    # Plain text has got a bos in front and an eos behind each answer since its masks were made.
     prompt_scored = np.concatenate([np.zeros(len(prompt) - len(prompt_scored), np.bool_), prompt_scored])
+    chosen_scored = np.concatenate([chosen_scored, np.ones(len(chosen) - len(chosen_scored), np.bool_)])
+    rejected_scored = np.concatenate([rejected_scored, np.ones(len(rejected) - len(rejected_scored), np.bool_)])
     prompt_scored[0] = False  # nothing predicts the very first token
     scored_mask = np.concatenate([prompt_scored, chosen_scored, rejected_scored])
     pair = TokenPair(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected, scored_mask=scored_mask)

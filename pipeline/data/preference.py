@@ -1,4 +1,4 @@
-"""What one row of a preference dataset says: a prompt and two answers to it."""
+"""What one row of a preference dataset says: a prompt and two responses to it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preference:
-    """One row, read: a prompt and two answers to it.
+    """One row, read: a prompt and two responses to it.
 
-    Messages (prompt a list of at least one, each answer a list of exactly one assistant's message) are rendered by
-    a chat template; plain text (all three strings) is not.
+    Messages are rendered by a chat template: the prompt is a list of at least one, and a response one that begins and
+    ends with an assistant's message, nearly always the same one. In between stand what tools or users said to it.
+    Plain text (all three strings) is not rendered.
     """
 
     prompt: list[Message] | str
@@ -62,36 +63,40 @@ def _split_conversations(
     tools: list[dict[str, Any]] | None,
     chat_template_kwargs: dict[str, Any] | None,
 ) -> Preference:
-    """Two whole conversations into the prompt they share and the one answer in which they differ."""
+    """Two whole conversations into the prompt they share and the responses in which they differ."""
     for side, conversation in (("chosen", chosen), ("rejected", rejected)):
         if not conversation or conversation[-1]["role"] != "assistant":
             last = conversation[-1]["role"] if conversation else "no message"
             raise UnusableRow("no-assistant-answer", f"{side} ends with {last}")
-    prompt = chosen[:-1]
-    if prompt != rejected[:-1]:
-        raise UnusableRow("different-prompts", _first_difference(prompt, rejected[:-1]))
-    if not prompt:
-        raise UnusableRow("no-prompt")
-    for side, answer in (("chosen", chosen[-1]), ("rejected", rejected[-1])):
-        # Whatever else a message carries (tool calls, reasoning) is text for the template.
-        if not (answer.get("content") or "").strip() and answer.keys() <= {"role", "content"}:
-            raise UnusableRow("empty-answer", side)
-    if chosen[-1] == rejected[-1]:
+    if chosen == rejected:
         raise UnusableRow("identical-answers")
+    shared = _num_shared_messages(chosen, rejected)
+    if not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
+        raise UnusableRow("different-prompts", f"message {shared + 1}")
+    if not shared:
+        raise UnusableRow("no-prompt")
+    for side, response in (("chosen", chosen[shared:]), ("rejected", rejected[shared:])):
+        if any(message["role"] == "assistant" and _says_nothing(message) for message in response):
+            raise UnusableRow("empty-answer", side)
     return Preference(
-        prompt=prompt,
-        chosen=chosen[-1:],
-        rejected=rejected[-1:],
+        prompt=chosen[:shared],
+        chosen=chosen[shared:],
+        rejected=rejected[shared:],
         tools=tools,
         chat_template_kwargs=chat_template_kwargs,
     )
 
 
-def _first_difference(ours: list[Message], theirs: list[Message]) -> str:
-    if len(ours) != len(theirs):
-        return f"{len(ours) + 1} messages against {len(theirs) + 1}"
-    number = next(i for i, (our, their) in enumerate(zip(ours, theirs, strict=True)) if our != their)
-    return f"message {number + 1}"
+def _num_shared_messages(chosen: list[Message], rejected: list[Message]) -> int:
+    """How many messages both conversations begin with, at least one of each left over."""
+    couples = enumerate(zip(chosen, rejected, strict=False))
+    first_difference = next((number for number, (one, other) in couples if one != other), len(chosen))
+    return min(first_difference, len(chosen) - 1, len(rejected) - 1)
+
+
+def _says_nothing(message: Message) -> bool:
+    """Whatever else a message carries (tool calls, reasoning) is text for the template."""
+    return not (message.get("content") or "").strip() and message.keys() <= {"role", "content"}
 
 
 def _messages(row: Row, column: str, *, role_of_text: str | None = None) -> list[Message]:

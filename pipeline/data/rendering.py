@@ -19,7 +19,7 @@ _PROBE: list[Message] = [{"role": "user", "content": "question"}, {"role": "assi
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """An earlier answer inside the prompt: the rendering up to its header, and the rendering through its end."""
+    """What an assistant said in a conversation: the rendering up to its header, and the rendering through its end."""
 
     until_answer: str
     through_answer: str
@@ -27,17 +27,31 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendering:
-    """The texts of one preference, before tokenizing."""
+    """The texts of one preference, before tokenizing.
+
+    Attributes:
+        prompt: Up to the header of the responses.
+        chosen, rejected: The whole of each side.
+        prompt_turns: The turns of the prompt that are scored.
+        chosen_turns, rejected_turns: The turns of each response.
+    """
 
     prompt: str
     chosen: str
     rejected: str
-    earlier_turns: Sequence[Turn] = ()
+    prompt_turns: Sequence[Turn]
+    chosen_turns: Sequence[Turn]
+    rejected_turns: Sequence[Turn]
 
     def texts(self) -> list[str]:
         """All that is to be tokenized: prompt, chosen and rejected first."""
-        turns = [text for turn in self.earlier_turns for text in (turn.until_answer, turn.through_answer)]
-        return [self.prompt, self.chosen, self.rejected, *turns]
+        turns = (*self.prompt_turns, *self.chosen_turns, *self.rejected_turns)
+        return [
+            self.prompt,
+            self.chosen,
+            self.rejected,
+            *(text for turn in turns for text in (turn.until_answer, turn.through_answer)),
+        ]
 
 
 class Renderer:
@@ -47,7 +61,7 @@ class Renderer:
         tokenizer: A tokenizer of ``transformers``, which knows how to run a template.
         chat_template: The template; None where there is none, which is fine for plain text.
         tool_template: The one for rows with tools; None where that is the same.
-        settings: Whether earlier answers are to be found too.
+        settings: Which turns are to be found.
     """
 
     def __init__(
@@ -90,30 +104,45 @@ class Renderer:
     def _render_messages(self, preference: Preference, prompt: list[Message]) -> Rendering:
         assert isinstance(preference.chosen, list)
         assert isinstance(preference.rejected, list)
+        messages = max(len(preference.chosen), len(preference.rejected))
+        if messages > 1 and not self._settings.takes_several_messages:
+            raise UnusableRow("several-messages", f"{len(preference.chosen)} against {len(preference.rejected)}")
         prompt_text = self._until_answer(preference, prompt)
-        chosen_text = self._apply_template(preference, prompt + preference.chosen)
-        rejected_text = self._apply_template(preference, prompt + preference.rejected)
-        for answer_text in (chosen_text, rejected_text):
-            if not self._goes_on_from(preference, prompt, prompt_text, answer_text):
+        chosen = prompt + preference.chosen
+        rejected = prompt + preference.rejected
+        chosen_text = self._apply_template(preference, chosen)
+        rejected_text = self._apply_template(preference, rejected)
+        for full_text in (chosen_text, rejected_text):
+            if not self._goes_on_from(preference, prompt, prompt_text, full_text):
                 raise UnusableRow("template-rewrites-prompt")
+        numbers = range(len(prompt) if self._settings.scores_all_turns else 0)
         return Rendering(
             prompt=prompt_text,
             chosen=chosen_text,
             rejected=rejected_text,
-            earlier_turns=self._earlier_turns(preference, prompt, chosen_text),
+            prompt_turns=self._turns(preference, prompt, numbers, chosen_text),
+            chosen_turns=self._response_turns(preference, chosen, prompt_text, chosen_text),
+            rejected_turns=self._response_turns(preference, rejected, prompt_text, rejected_text),
         )
 
-    def _earlier_turns(self, preference: Preference, prompt: list[Message], full_text: str) -> list[Turn]:
-        if not self._settings.scores_all_turns:
-            return []
+    def _response_turns(
+        self, preference: Preference, conversation: list[Message], prompt_text: str, full_text: str
+    ) -> list[Turn]:
+        first = len(preference.prompt)
+        if len(conversation) == first + 1:  # as nearly always, and both texts are there
+            return [Turn(until_answer=prompt_text, through_answer=full_text)]
+        return self._turns(preference, conversation, range(first, len(conversation)), full_text)
+
+    def _turns(self, preference: Preference, conversation: list[Message], numbers: range, full_text: str) -> list[Turn]:
+        """Those of the messages with these numbers that are the assistant's, as the whole rendering has them."""
         turns = []
-        for number, message in enumerate(prompt):
-            if message["role"] != "assistant":
+        for number in numbers:
+            if conversation[number]["role"] != "assistant":
                 continue
-            before = prompt[:number]
+            before = conversation[:number]
             turn = Turn(
                 until_answer=self._until_answer(preference, before) if before else "",
-                through_answer=self._apply_template(preference, prompt[: number + 1]),
+                through_answer=self._apply_template(preference, conversation[: number + 1]),
             )
             if not full_text.startswith(turn.through_answer) or not (
                 self._goes_on_from(preference, before, turn.until_answer, full_text)
@@ -164,4 +193,12 @@ class Renderer:
 
 
 def _joined_text(preference: Preference, prompt: str) -> Rendering:
-    return Rendering(prompt=prompt, chosen=f"{prompt}{preference.chosen}", rejected=f"{prompt}{preference.rejected}")
+    chosen, rejected = f"{prompt}{preference.chosen}", f"{prompt}{preference.rejected}"
+    return Rendering(
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        prompt_turns=(),
+        chosen_turns=[Turn(until_answer=prompt, through_answer=chosen)],
+        rejected_turns=[Turn(until_answer=prompt, through_answer=rejected)],
+    )

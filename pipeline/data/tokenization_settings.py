@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from ...errors import DpoCacheError
 
 Truncation = Literal["drop", "truncate-prompt-left", "truncate-response-right"]
-MaskChoice = Literal["last-turn", "all-turns", "open-instruct-last-turn", "open-instruct-all-turns"]
+MaskChoice = Literal["last-turn", "response-turns", "all-turns", "open-instruct-last-turn", "open-instruct-all-turns"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,8 @@ class TokenizationSettings:
         max_seq_length: Most tokens of prompt and longer answer together; None for no limit.
         truncation: What becomes of longer pairs: dropped, or the prompt cut at its left (a leading bos stays), or
             each answer cut at its right (its eos is lost then).
-        mask: Score the last answer only, or every assistant's turn; either also token by token as open-instruct did.
+        mask: Score the last turn only, every assistant's turn behind the messages that both sides share, or every
+            one; the first and the last also token by token as open-instruct did.
         trust_remote_code: Whether Python code that comes with the tokenizer may run.
     """
 
@@ -52,8 +53,13 @@ class TokenizationSettings:
 
     @property
     def scores_all_turns(self) -> bool:
-        """Whether earlier answers are scored too."""
+        """Whether the turns of the prompt are scored too."""
         return self.mask.endswith("all-turns")
+
+    @property
+    def takes_several_messages(self) -> bool:
+        """Whether the sides may differ before their last message."""
+        return not self.mask.endswith("last-turn")
 
     @property
     def counts_tokens(self) -> bool:

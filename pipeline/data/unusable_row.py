@@ -8,14 +8,16 @@ UNUSABLE_REASONS: dict[str, str] = {
     "not-text": "a message holds an image or other content that is not text",
     "not-a-transcript": "the text does not begin with a Human or an Assistant turn",
     "no-assistant-answer": "a side does not end with an assistant's message",
-    "different-prompts": "the two sides differ before their last message",
+    "different-prompts": "the first message in which the two sides differ is not the assistant's on both",
+    "several-messages": "the two sides differ before their last message; --mask response-turns scores everything that "
+    "the assistant says from there on",
     "no-prompt": "nothing comes before the responses",
     "empty-answer": "a response has no text",
     "identical-answers": "the two responses are the same",
     "template-refused": "the chat template raised an error for these messages",
     "template-rewrites-prompt": "the template renders the prompt differently once a response follows",
     "template-rewrites-history": "the template renders an earlier response differently once messages follow, "
-    "so --mask all-turns cannot find it",
+    "so its tokens cannot be found",
     "boundary-differs": "prompt and response share a token on one side and not on the other",
     "nothing-scored": "all tokens of a response belong to its prompt",
     "double-bos": "the text itself begins with a bos, so that two would stand at the start",

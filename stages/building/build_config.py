@@ -78,7 +78,8 @@ class BuildConfig:
     )
     mask: MaskChoice = for_tokens(
         "last-turn",
-        help="Which assistant turns are scored. The two open-instruct masks reproduce its masking token by token: "
+        help="Which assistant turns are scored: the last; all from the first message in which chosen and rejected "
+        "differ; or all. The two open-instruct masks reproduce its masking token by token: "
         "open-instruct-all-turns until 2025-06-26 (Tülu 3, OLMo 2), open-instruct-last-turn since then (OLMo 3).",
         choices=get_args(MaskChoice),
     )

@@ -54,6 +54,14 @@ def chat(prompt: str | list[Message], chosen: str, rejected: str, **columns: Any
     )
 
 
+def says(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+SEARCHED: list[Message] = [says("assistant", "Search"), says("user", "Found"), says("assistant", "Yes")]
+GUESSED: list[Message] = [says("assistant", "No")]
+
+
 def text(prompt: str, chosen: str, rejected: str) -> Preference:
     return Preference(prompt=prompt, chosen=chosen, rejected=rejected)
 
@@ -168,6 +176,40 @@ def test_the_very_first_token_is_never_scored(make: MakeTokenizer) -> None:
     assert pair.prompt_scored[1]
 
 
+@pytest.mark.parametrize("mask", ["response-turns", "all-turns"])
+def test_of_several_messages_all_that_the_assistant_says_is_scored(make: MakeTokenizer, mask: str) -> None:
+    preference = Preference(prompt=MULTI_TURN, chosen=SEARCHED, rejected=GUESSED)
+    pair = make(mask=mask).tokenize(preference)
+    hello = "⟦Hello there</s>⟧" if mask == "all-turns" else "Hello there</s>"
+    prompt = f"<|system|>\nBe kind\n<|user|>\nHi\n<|assistant|>\n{hello}\n<|user|>\nBye\n<|assistant|>\n"
+    assert marked(pair, "chosen") == f"{prompt}⟦Search</s>⟧\n<|user|>\nFound\n<|assistant|>\n⟦Yes</s>⟧"
+    assert marked(pair, "rejected") == f"{prompt}⟦No</s>⟧"
+
+
+@pytest.mark.parametrize("mask", ["last-turn", "open-instruct-last-turn"])
+def test_a_mask_of_the_last_turn_takes_no_response_of_several_messages(make: MakeTokenizer, mask: str) -> None:
+    for chosen, rejected in ((SEARCHED, GUESSED), (GUESSED, SEARCHED)):
+        preference = Preference(prompt=MULTI_TURN, chosen=chosen, rejected=rejected)
+        assert reason(make(mask=mask), preference) == "several-messages"
+
+
+def test_response_turns_of_single_messages_are_the_default_mask(make: MakeTokenizer) -> None:
+    assert make(mask="response-turns").tokenize(chat(MULTI_TURN, "Yes", "No")).scored_mask is None
+
+
+def test_a_response_may_be_the_beginning_of_the_other(make: MakeTokenizer) -> None:
+    preference = Preference(prompt=MULTI_TURN[1:2], chosen=SEARCHED[:1], rejected=SEARCHED)
+    pair = make(mask="response-turns").tokenize(preference)
+    assert marked(pair, "chosen") == f"{ONE_TURN_PROMPT}⟦Search</s>⟧"
+    assert marked(pair, "rejected").startswith(f"{ONE_TURN_PROMPT}⟦Search</s>⟧\n<|user|>")
+
+
+def test_the_turn_of_a_response_that_its_template_rewrites_makes_the_row_unusable(make: MakeTokenizer) -> None:
+    thinking = [says("assistant", "<think>a</think>Search"), *SEARCHED[1:]]
+    preference = Preference(prompt=THOUGHTFUL[:1], chosen=thinking, rejected=GUESSED)
+    assert reason(make(None, chat_template=THINKING, mask="response-turns"), preference) == "template-rewrites-history"
+
+
 def masks_by_prefix_counts(
     tokenizer: Any, template: str, messages: list[Message], *, all_turns: bool = True
 ) -> list[bool]:
@@ -191,14 +233,22 @@ def masks_by_prefix_counts(
     return scored
 
 
-@given(turns=st.lists(st.tuples(st.text("ab ", min_size=1), st.text("cd\n", min_size=1)), max_size=4))
+@given(
+    turns=st.lists(st.tuples(st.text("ab ", min_size=1), st.text("cd\n", min_size=1)), max_size=4),
+    more=st.lists(st.tuples(st.text("ab ", min_size=1), st.text("cd\n", min_size=1)), max_size=2),
+)
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_all_turns_equals_the_published_rule(make: MakeTokenizer, turns: list[tuple[str, str]]) -> None:
+def test_all_turns_equals_the_published_rule(
+    make: MakeTokenizer, turns: list[tuple[str, str]], more: list[tuple[str, str]]
+) -> None:
     tokenizer = make(mask="all-turns")
     messages: list[Message] = [{"role": "system", "content": "s"}]
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     preference = chat([*messages, {"role": "user", "content": "last"}], "good", "bad")
+    assert isinstance(preference.rejected, list)
+    for question, answer in more:
+        preference.rejected.extend([says("user", question), says("assistant", answer)])
     pair = tokenizer.tokenize(preference)
     assert tokenizer.chat_template is not None
     assert isinstance(preference.prompt, list)
@@ -560,7 +610,7 @@ def test_truncate_response_right_refuses_what_it_made_alike_or_empty(make: MakeT
 @given(
     length=st.integers(min_value=2, max_value=80),
     truncation=st.sampled_from(["drop", "truncate-prompt-left", "truncate-response-right"]),
-    mask=st.sampled_from(["last-turn", "all-turns"]),
+    mask=st.sampled_from(["last-turn", "response-turns", "all-turns"]),
     answers=st.tuples(st.text("ab", min_size=1, max_size=40), st.text("ab", min_size=1, max_size=40)),
 )
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

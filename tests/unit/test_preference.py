@@ -33,7 +33,7 @@ def unusable(row_: dict[str, Any], preference_format: PreferenceFormat) -> Unusa
 # ---- messages ----
 
 
-def test_the_prompt_is_all_but_the_last_message() -> None:
+def test_the_prompt_is_all_that_both_sides_begin_with() -> None:
     beginning = [{"role": "system", "content": "s"}, user("Hi"), assistant("Hello"), user("Well?")]
     example = row([*beginning, assistant("Yes")], [*beginning, assistant("No")])
     assert read_preference(example, IMPLICIT) == Preference(
@@ -61,12 +61,12 @@ def test_explicit_prompts_make_the_same_preference_as_implied_ones(example: dict
         ([user("Hi"), assistant("Yes")], [user("Hey"), assistant("Yes")], "different-prompts"),
         (
             [user("Hi"), assistant("A"), user("Why?"), assistant("Yes")],
-            [user("Hi"), assistant("B"), user("How?"), assistant("No")],
+            [user("Hi"), assistant("A"), user("How?"), assistant("No")],
             "different-prompts",
         ),
         (
-            [user("Hi"), assistant("Yes")],
-            [user("Hi"), assistant("Yes"), user("And?"), assistant("No")],
+            [user("Hi"), assistant("A"), assistant("Yes")],
+            [user("Hi"), user("Hello?"), assistant("No")],
             "different-prompts",
         ),
         ([user("Hi"), assistant("Yes"), user("Thanks")], [user("Hi"), assistant("No")], "no-assistant-answer"),
@@ -74,6 +74,7 @@ def test_explicit_prompts_make_the_same_preference_as_implied_ones(example: dict
         ([], [user("Hi"), assistant("No")], "no-assistant-answer"),
         ([assistant("Yes")], [assistant("No")], "no-prompt"),
         ([user("Hi"), assistant(" \n")], [user("Hi"), assistant("No")], "empty-answer"),
+        ([user("Hi"), assistant(""), user("?"), assistant("Yes")], [user("Hi"), assistant("No")], "empty-answer"),
         ([user("Hi"), assistant("Yes")], [user("Hi"), {"role": "assistant", "content": None}], "empty-answer"),
         ([user("Hi"), assistant("Yes")], [user("Hi"), assistant("Yes")], "identical-answers"),
         ("Yes", [user("Hi"), assistant("No")], "malformed-row"),
@@ -94,7 +95,23 @@ def test_rows_that_make_no_pair_say_why(chosen: Any, rejected: Any, expected: st
 def test_the_detail_says_where_two_prompts_part() -> None:
     example = row([user("Hi"), user("a"), assistant("Yes")], [user("Hi"), user("b"), assistant("No")])
     assert str(unusable(example, IMPLICIT)) == (
-        "different-prompts: the two sides differ before their last message (message 2)"
+        "different-prompts: the first message in which the two sides differ is not the assistant's on both (message 2)"
+    )
+
+
+def test_responses_may_hold_several_messages() -> None:
+    chosen = [assistant("A"), user("Why?"), assistant("Yes")]
+    rejected = [assistant("B"), user("How?"), assistant("No")]
+    expected = Preference(prompt=[user("Hi")], chosen=chosen, rejected=rejected)
+    assert read_preference(row([user("Hi"), *chosen], [user("Hi"), *rejected]), IMPLICIT) == expected
+    assert read_preference(row(chosen, rejected, prompt="Hi"), EXPLICIT) == expected
+
+
+def test_a_side_that_goes_on_where_the_other_ends_keeps_its_first_answer() -> None:
+    longer = [assistant("Yes"), user("And?"), assistant("No")]
+    example = row([user("Hi"), assistant("Yes")], [user("Hi"), *longer])
+    assert read_preference(example, IMPLICIT) == Preference(
+        prompt=[user("Hi")], chosen=[assistant("Yes")], rejected=longer
     )
 
 

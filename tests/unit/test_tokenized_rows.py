@@ -21,7 +21,7 @@ from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.data.dataset_source import DatasetSource, open_dataset
 from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
 from dpo_cache.pipeline.data.preference_format import PreferenceFormat
-from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
+from dpo_cache.pipeline.data.tokenization_settings import MaskChoice, TokenizationSettings
 from dpo_cache.pipeline.data.tokenized_rows import TokenizedChunk, source_format, tokenize_rows
 from dpo_cache.pipeline.data.unusable_row import UnusableRow
 
@@ -140,7 +140,7 @@ PARENT = """
 import multiprocessing, sys, time
 from dpo_cache.pipeline.data.dataset_source import open_dataset
 from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
-from dpo_cache.pipeline.data.tokenization_settings import TokenizationSettings
+from dpo_cache.pipeline.data.tokenization_settings import MaskChoice, TokenizationSettings
 from dpo_cache.pipeline.data.tokenized_rows import tokenize_rows
 
 if __name__ == "__main__":
@@ -180,19 +180,20 @@ def is_running(pid: int) -> bool:
 
 @needs_shared_data
 @pytest.mark.parametrize(
-    ("name", "preference_format", "num_rows", "unusable"),
+    ("name", "mask", "preference_format", "num_rows", "unusable"),
     [
-        ("hh_harmless.jsonl.gz", "transcript", 1200, {"empty-answer": 3, "different-prompts": 2}),
-        ("alpaca_eval_pairs.jsonl.gz", "implicit-messages", 3220, {"identical-answers": 8}),
+        ("hh_harmless.jsonl.gz", "last-turn", "transcript", 1200, {"empty-answer": 3, "several-messages": 2}),
+        ("hh_harmless.jsonl.gz", "all-turns", "transcript", 1200, {"empty-answer": 3}),
+        ("alpaca_eval_pairs.jsonl.gz", "all-turns", "implicit-messages", 3220, {"identical-answers": 8}),
     ],
 )
 def test_real_rows_are_read_and_what_cannot_be_used_is_counted(
-    tmp_path: Path, name: str, preference_format: str, num_rows: int, unusable: dict[str, int]
+    tmp_path: Path, name: str, mask: MaskChoice, preference_format: str, num_rows: int, unusable: dict[str, int]
 ) -> None:
     folder = write_byte_tokenizer(tmp_path / "tokenizer", chat_template=CHATML)
     source = open_dataset(DatasetSpec(path=str(SHARED_DATA / name)))
     assert source_format(source) == preference_format
-    settings = TokenizationSettings(tokenizer=folder, mask="all-turns")
+    settings = TokenizationSettings(tokenizer=folder, mask=mask)
     chunks = list(tokenize_rows(source, settings, num_processes=1, chunk_rows=500))
     results = [result for chunk in chunks for result in chunk.results]
     assert len(results) == num_rows

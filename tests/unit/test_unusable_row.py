@@ -25,6 +25,7 @@ def test_the_names_of_reasons_are_stable() -> None:
         "not-text",
         "nothing-scored",
         "prompt-too-long",
+        "several-messages",
         "template-refused",
         "template-rewrites-history",
         "template-rewrites-prompt",
