@@ -13,6 +13,8 @@ from ...errors import DpoCacheError
 Row = Mapping[str, Any]
 TELLING_COLUMNS = ("prompt", "chosen", "rejected")
 """The columns that tell a format."""
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+"""The columns in which datasets keep what a text model cannot read."""
 
 
 class PreferenceFormat(StrEnum):

@@ -25,7 +25,7 @@ from ...errors import DpoCacheError
 from .dataset_source import DatasetSource
 from .pair_tokenizer import PairTokenizer
 from .preference import Preference, read_preference
-from .preference_format import TELLING_COLUMNS, PreferenceFormat, detect_format, unused_columns
+from .preference_format import MEDIA_COLUMNS, TELLING_COLUMNS, PreferenceFormat, detect_format, unused_columns
 from .token_pair import TokenPair
 from .tokenization_settings import TokenizationSettings
 from .unusable_row import UnusableRow
@@ -74,10 +74,11 @@ def tokenize_rows(
         chunk_rows: Rows of a chunk.
 
     Raises:
-        DpoCacheError: No format fits the columns, a chat template was chosen for plain text, the tokenizer cannot be
-            used, or a worker died.
+        DpoCacheError: No format fits the columns, they hold images or sounds, a chat template was chosen for plain
+            text, the tokenizer cannot be used, or a worker died.
     """
     preference_format = source_format(source)
+    _refuse_media(source)
     if settings.chat_template is not None and not preference_format.uses_chat_template:
         raise DpoCacheError(
             f"--chat-template {settings.chat_template} has nothing to render in --dataset {source.spec}: "
@@ -126,6 +127,18 @@ class _Work:
                 source_rows=rows,
                 results=_tokenize(tokenizer, preferences),
                 truncated=tokenizer.truncated - truncated_before,
+            )
+
+
+def _refuse_media(source: DatasetSource) -> None:
+    """A pair about an image is another one without it."""
+    for name in set(MEDIA_COLUMNS) & set(source.column_names):
+        num_rows = source.rows_with(name)
+        if num_rows:
+            raise DpoCacheError(
+                f"--dataset {source.spec} has {num_rows} rows with something in its column {name}",
+                expected="pairs of text alone: models of images and sounds are not supported",
+                next_step=f"leave out these rows, or the column {name} if the texts make sense without it",
             )
 
 

@@ -64,6 +64,17 @@ def num_children() -> int:
     return len(multiprocessing.active_children())
 
 
+@pytest.mark.parametrize(("column", "none"), [("images", []), ("images", None), ("image", None)])
+def test_pairs_about_images_are_refused_and_not_scored_as_if_they_had_none(
+    tmp_path: Path, settings: TokenizationSettings, column: str, none: Any
+) -> None:
+    rows: list[dict[str, Any]] = [{**row, column: none} for row in transcripts(8)]
+    assert list(tokenize_rows(open_rows(tmp_path, rows), settings, num_processes=1, chunk_rows=8))
+    rows[7][column] = ["cat.png"] if column == "images" else "cat.png"
+    with pytest.raises(DpoCacheError, match=f"has 1 rows with something in its column {column}"):
+        list(tokenize_rows(open_rows(tmp_path, rows), settings, num_processes=1, chunk_rows=8))
+
+
 def test_any_number_of_processes_yields_the_same_chunks(tmp_path: Path, settings: TokenizationSettings) -> None:
     source = open_rows(tmp_path, transcripts(23), amount="40")
     of_processes = [
