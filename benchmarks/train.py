@@ -219,7 +219,7 @@ def pairs_in_training_order(options: argparse.Namespace, folder: Path) -> list[l
             row.ref_rejected_logps,
         ]
         for step in range(options.steps)
-        for row in stream.read(plan.batch(step).rows)
+        for row in stream.read(plan.rows(step))
     ]
 
 

@@ -32,15 +32,21 @@ class EvalMargins:
 
     def __init__(self, num_pairs: int, *, device: torch.device) -> None:
         self._margins_P = torch.zeros(num_pairs, dtype=torch.float64, device=device)
+        self._rows: list[npt.NDArray[np.int64]] = []
+        self._margins: list[torch.Tensor] = []
 
     def add(self, rows_B: npt.NDArray[np.int64], scored: ScoredMicroBatch) -> None:
         """Take the margins of the pairs in these rows of the mixture; an objective without rewards has none."""
         chosen_B, rejected_B = scored.outcomes.chosen_rewards_B, scored.outcomes.rejected_rewards_B
         if chosen_B is not None and rejected_B is not None:
-            self._margins_P[torch.from_numpy(rows_B).to(self._margins_P.device)] = chosen_B - rejected_B
+            self._rows.append(rows_B)
+            self._margins.append(chosen_B - rejected_B)
 
     def reduce(self) -> npt.NDArray[np.float64]:
         """All margins in the mixture's order, on all ranks alike; all ranks call this."""
+        if self._rows:
+            rows = torch.from_numpy(np.concatenate(self._rows))
+            self._margins_P[rows.to(self._margins_P.device)] = torch.cat(self._margins)
         dist.all_reduce(self._margins_P)
         return self._margins_P.cpu().numpy()
 

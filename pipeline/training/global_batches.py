@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,21 +17,6 @@ from ...errors import DpoCacheError
 
 Rows = npt.NDArray[np.int64]
 RowNumbers = npt.NDArray[np.signedinteger[Any]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class GlobalBatch:
-    """The pairs of one update.
-
-    Attributes:
-        step: Update, counted from 0.
-        rows: Mixture rows, in training order; the last batch of an epoch may be short.
-        epochs_done: Epochs finished after this update, as a fraction.
-    """
-
-    step: int
-    rows: Rows
-    epochs_done: float
 
 
 class GlobalBatchPlan:
@@ -65,13 +49,17 @@ class GlobalBatchPlan:
             return max_steps
         return math.ceil(round(num_epochs * self.steps_per_epoch, 6))  # 1.1 * 50 is 55.000000000000007
 
-    def batch(self, step: int) -> GlobalBatch:
-        """The global batch of update ``step``, counted from 0."""
+    def rows(self, step: int) -> Rows:
+        """Mixture rows of update ``step``, counted from 0, in training order; for one thread at a time."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order = self._epoch_order(epoch)
             self._epoch = epoch
             assert len(self._order) == self.num_pairs
         start = step_of_epoch * self.global_batch_size
-        rows = self._order[start : start + self.global_batch_size].astype(np.int64)
-        return GlobalBatch(step=step, rows=rows, epochs_done=epoch + (start + len(rows)) / self.num_pairs)
+        return self._order[start : start + self.global_batch_size].astype(np.int64)
+
+    def epochs_after(self, updates_done: int) -> float:
+        """Epochs that these updates finish, as a fraction."""
+        epochs, steps_of_epoch = divmod(updates_done, self.steps_per_epoch)
+        return epochs + steps_of_epoch * self.global_batch_size / self.num_pairs

@@ -138,9 +138,9 @@ class PairMetrics:
         known = torch.tensor([*self._counts.values(), *memory], dtype=torch.float64, device=self._device)
         reduced = torch.cat([self._sums, known])
         dist.all_reduce(reduced)
-        seconds = time.perf_counter() - self._since
         names = (*_SUMS, *_COUNTS)
-        numbers = reduced.tolist()
+        numbers = reduced.tolist()  # waits for the device, whose work the time is of
+        seconds = time.perf_counter() - self._since
         totals = dict(zip(names, numbers[: len(names)], strict=True))
         fields = self._learning(totals) | self._speed(totals, seconds, num_ranks)
         fields["perf/peak_memory_gib"] = max(numbers[len(names) :]) / 2**30

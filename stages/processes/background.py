@@ -42,10 +42,14 @@ class ReadAhead(Generic[Item]):
         self._thread.join()
 
     def _taken(self) -> Iterator[Item]:
-        while (taken := self._waiting.get()) is not None:
+        while (taken := self._next()) is not None:
             if isinstance(taken, BaseException):
                 raise taken
             yield taken[0]
+
+    def _next(self) -> tuple[Item] | BaseException | None:
+        """What was read next; waits for it."""
+        return self._waiting.get()
 
     def _read(self) -> None:
         try:

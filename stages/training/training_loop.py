@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +18,31 @@ from ...pipeline.scoring.flops import ModelCost
 from ...pipeline.scoring.scoring_batch import Layout
 from ...pipeline.training.dealing import deal, deal_padded
 from ...pipeline.training.eval_margins import EvalMargins
-from ...pipeline.training.global_batches import GlobalBatch
 from ...pipeline.training.metrics import PairMetrics, step_line
 from ...pipeline.training.micro_batch import MicroBatch, collate
 from ...pipeline.training.policy_engine import PolicyEngine
 from ...pipeline.training.step_zero import StepZeroFigures, StepZeroProof
 from ..processes.background import ReadAhead
 from .recipe import Recipe, global_batches
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Dealt:
+    """One micro-batch of this rank, as a global batch was dealt.
+
+    Attributes:
+        rows: The rows of the mixture it holds.
+        micro_batch: Those pairs.
+        num_pairs: Pairs of the global batch, over all ranks and micro-batches.
+        is_last: Whether it is this rank's last one of the global batch.
+    """
+
+    rows: Rows
+    micro_batch: MicroBatch
+    num_pairs: int
+    is_last: bool
 
 
 class MicroBatches:
@@ -55,7 +74,30 @@ class MicroBatches:
         self._rank, self._num_ranks, self._device = engine.rank, engine.num_ranks, engine.device
         self._tokens_per_microbatch = tokens_per_microbatch
 
-    def of(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    @contextmanager
+    def read(self, global_batches: Iterable[Rows]) -> Iterator[Iterator[Dealt]]:
+        """This rank's micro-batches of these global batches, in order and on the device.
+
+        They are read and laid out in a thread, ahead of what is worked on and beyond the end of a global batch: the
+        device does not wait for the first pairs of an update.
+        """
+        with ReadAhead(self._laid_out(global_batches)) as dealt:
+            yield (replace(one, micro_batch=one.micro_batch.to(self._device, non_blocking=True)) for one in dealt)
+
+    def _laid_out(self, global_batches: Iterable[Rows]) -> Iterator[Dealt]:
+        for rows in global_batches:
+            shares = self._shares(rows)
+            for number, share in enumerate(shares, start=1):
+                # Without rows an empty batch, with which the rank still joins the collectives.
+                micro_batch = collate(self._stream.read(share), self._layout)
+                yield Dealt(
+                    rows=share,
+                    micro_batch=micro_batch.pin_memory() if self._device.type == "cuda" else micro_batch,
+                    num_pairs=len(rows),
+                    is_last=number == len(shares),
+                )
+
+    def _shares(self, rows: Rows) -> list[Rows]:
         """This rank's share of a global batch: rows of each micro-batch, as many of them as on any other rank."""
         dealt = self._deal(
             rows,
@@ -65,24 +107,11 @@ class MicroBatches:
         )
         return dealt[self._rank]
 
-    def read(self, shares: Sequence[npt.NDArray[np.int64]]) -> Iterator[MicroBatch]:
-        """Read each share of rows and lay it out on the device, the next one while the last one is worked on.
-
-        A share without rows gives an empty batch, with which the rank still joins the collectives.
-        """
-        with ReadAhead(map(self._laid_out, shares)) as micro_batches:
-            for micro_batch in micro_batches:
-                yield micro_batch.to(self._device, non_blocking=True)
-
-    def _laid_out(self, rows: npt.NDArray[np.int64]) -> MicroBatch:
-        micro_batch = collate(self._stream.read(rows), self._layout)
-        return micro_batch.pin_memory() if self._device.type == "cuda" else micro_batch
-
-    def tokens(self, rows: npt.NDArray[np.int64]) -> int:
+    def tokens(self, rows: Rows) -> int:
         """What these pairs cost, in tokens: prompt and both responses, or if padded, prompt and longer response."""
         return int(self._lengths[rows].sum())
 
-    def longest(self, rows: npt.NDArray[np.int64]) -> int:
+    def longest(self, rows: Rows) -> int:
         """Tokens of the longest of these rows."""
         return int(self._lengths[rows].max())
 
@@ -98,15 +127,6 @@ class Evaluation:
 
     line: dict[str, float]
     margins: npt.NDArray[np.float64] | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Dealt:
-    """One micro-batch of this rank, the rows of the mixture it holds, and whether it is the last of its batch."""
-
-    rows: npt.NDArray[np.int64]
-    micro_batch: MicroBatch
-    is_last: bool
 
 
 class TrainingLoop:
@@ -137,34 +157,37 @@ class TrainingLoop:
     def prove_step_zero(self) -> StepZeroFigures:
         """Compare the policy with the cache on the first global batch, before anything is changed."""
         proof = StepZeroProof(self._recipe.objective, dtype=self._recipe.dtype, device=self._engine.device)
-        for dealt in self._dealt(self._training, self._plan.batch(0).rows):
-            proof.add(self._engine.evaluate(dealt.micro_batch))
+        with self._training.read([self._plan.rows(0)]) as dealt:
+            for one in self._of_one_batch(dealt):
+                proof.add(self._engine.evaluate(one.micro_batch))
         return proof.figures()
 
-    def update(self, step: int) -> tuple[GlobalBatch, float]:
-        """Forward, backward and update on the global batch of ``step``, counted from 0.
+    @contextmanager
+    def updates(self, steps: range) -> Iterator[Iterator[float]]:
+        """The updates of ``steps``, counted from 0: forward, backward and update, each when its turn comes.
 
-        Returns:
-            The batch, and the norm of its gradient before clipping.
+        They give the norm of their gradient before clipping.
         """
-        batch = self._plan.batch(step)
-        for dealt in self._dealt(self._training, batch.rows):
-            scored = self._engine.micro_step(dealt.micro_batch, num_pairs=len(batch.rows), is_last=dealt.is_last)
+        with self._training.read(map(self._plan.rows, steps)) as dealt:
+            yield (self._update(step, dealt) for step in steps)
+
+    def _update(self, step: int, dealt: Iterator[Dealt]) -> float:
+        for one in self._of_one_batch(dealt):
+            scored = self._engine.micro_step(one.micro_batch, num_pairs=one.num_pairs, is_last=one.is_last)
             self._metrics.add(scored)
-        grad_norm = self._engine.apply_update(self._recipe.learning_rate(step))
-        return batch, grad_norm
+        return self._engine.apply_update(self._recipe.learning_rate(step))
 
     def pairs_after(self, updates_done: int) -> int:
         """Training pairs that went into the updates so far, pairs of later epochs counted again."""
-        return round(self._plan.batch(updates_done - 1).epochs_done * self._plan.num_pairs)
+        return round(self._plan.epochs_after(updates_done) * self._plan.num_pairs)
 
-    def line(self, batch: GlobalBatch, grad_norm: float) -> dict[str, float]:
+    def line(self, updates_done: int, grad_norm: float) -> dict[str, float]:
         """The metrics since the last line; all ranks call this."""
         return step_line(
             self._metrics,
-            training_step=batch.step + 1,
-            learning_rate=self._recipe.learning_rate(batch.step),
-            epoch=batch.epochs_done,
+            training_step=updates_done,
+            learning_rate=self._recipe.learning_rate(updates_done - 1),
+            epoch=self._plan.epochs_after(updates_done),
             grad_norm=grad_norm,
         )
 
@@ -183,12 +206,14 @@ class TrainingLoop:
         metrics = self._new_metrics(prefix="eval/")
         num_pairs = self._evaluation.mixture.num_pairs
         margins = EvalMargins(num_pairs, device=self._engine.device)
-        for start in range(0, num_pairs, self._recipe.global_batch_size):
-            rows = np.arange(start, min(start + self._recipe.global_batch_size, num_pairs))
-            for dealt in self._dealt(self._evaluation, rows):
-                scored = self._engine.evaluate(dealt.micro_batch)
-                metrics.add(scored)
-                margins.add(dealt.rows, scored)
+        size = self._recipe.global_batch_size
+        batches = np.split(np.arange(num_pairs), range(size, num_pairs, size))
+        with self._evaluation.read(batches) as dealt:
+            for _ in batches:
+                for one in self._of_one_batch(dealt):
+                    scored = self._engine.evaluate(one.micro_batch)
+                    metrics.add(scored)
+                    margins.add(one.rows, scored)
         return Evaluation(
             line={"training_step": updates_done, **metrics.reduce()},
             margins=margins.reduce() if self._recipe.objective.uses_reference else None,
@@ -202,10 +227,11 @@ class TrainingLoop:
         Returns:
             Seconds of the slower one.
         """
-        batches = [self._plan.batch(step) for step in range(self._plan.steps_per_epoch)]
+        batches = [self._plan.rows(step) for step in range(self._plan.steps_per_epoch)]
+        steps = range(len(batches))
         heaviest = {
-            max(batches, key=lambda batch: self._training.tokens(batch.rows)).step,
-            max(batches, key=lambda batch: self._training.longest(batch.rows)).step,
+            max(steps, key=lambda step: self._training.tokens(batches[step])),
+            max(steps, key=lambda step: self._training.longest(batches[step])),
         }
         for step in heaviest:
             self._time_batch(batches[step])
@@ -215,19 +241,19 @@ class TrainingLoop:
         """The most memory any rank has held; all ranks call this."""
         return self._new_metrics().reduce()["perf/peak_memory_gib"]
 
-    def _dealt(self, source: MicroBatches, rows: npt.NDArray[np.int64]) -> Iterator[_Dealt]:
-        """This rank's micro-batches of a global batch."""
-        shares = source.of(rows)
-        micro_batches = source.read(shares)
-        if self._recipe.objective.sorts_global_batch:
-            micro_batches = iter(self._engine.with_partners(micro_batches))
-        for number, (share, micro_batch) in enumerate(zip(shares, micro_batches, strict=True), start=1):
-            yield _Dealt(rows=share, micro_batch=micro_batch, is_last=number == len(shares))
+    def _of_one_batch(self, dealt: Iterator[Dealt]) -> Iterable[Dealt]:
+        """The micro-batches up to the end of a global batch."""
+        if not self._recipe.objective.sorts_global_batch:
+            return _until_last(dealt)
+        batch = list(_until_last(dealt))
+        with_partners = self._engine.with_partners(one.micro_batch for one in batch)
+        return [replace(one, micro_batch=found) for one, found in zip(batch, with_partners, strict=True)]
 
-    def _time_batch(self, batch: GlobalBatch) -> float:
+    def _time_batch(self, rows: Rows) -> float:
         started = time.perf_counter()
-        for dealt in self._dealt(self._training, batch.rows):
-            self._engine.micro_step(dealt.micro_batch, num_pairs=len(batch.rows), is_last=dealt.is_last)
+        with self._training.read([rows]) as dealt:
+            for one in self._of_one_batch(dealt):
+                self._engine.micro_step(one.micro_batch, num_pairs=one.num_pairs, is_last=one.is_last)
         self._engine.apply_update(0.0)
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize()
@@ -241,3 +267,10 @@ class TrainingLoop:
             cost=ModelCost.of_model(self._engine.scorer.model),
             prefix=prefix,
         )
+
+
+def _until_last(dealt: Iterator[Dealt]) -> Iterator[Dealt]:
+    for one in dealt:
+        yield one
+        if one.is_last:
+            return

@@ -52,27 +52,27 @@ class TrainingUpdates:
             KeyboardInterrupt: Asked to stop; a checkpoint was saved.
         """
         line: dict[str, float] = {}
-        for step in range(self._first_step, self._last_step):
-            batch, grad_norm = self._loop.update(step)
-            self._log.advance()
-            done, is_last = step + 1, step + 1 == self._last_step
-            if is_last or done % self._config.logging_steps == 0:
-                line = self._loop.line(batch, grad_norm)
-                self._log.write(line)
-            if self._evaluates_after(done) and not is_last:
-                self._keep_best(line, self._evaluate(done))
-            stop = any_rank(stop_requested(), self._run.device) and not is_last
-            if stop or is_last or (self._config.checkpointing_steps and done % self._config.checkpointing_steps == 0):
-                self._run.checkpoints.save(
-                    self._started.engine,
-                    updates_done=done,
-                    unlogged=self._loop.unlogged_sums(),
-                    tracking_run_id=self._log.tracking_run_id,
-                )
-            if stop:
-                self._log.close()
-                say_once(f"saved a checkpoint after update {done} of {self._run.recipe.total_steps}")
-                raise KeyboardInterrupt
+        with self._loop.updates(range(self._first_step, self._last_step)) as grad_norms:
+            for done, grad_norm in enumerate(grad_norms, start=self._first_step + 1):
+                self._log.advance()
+                is_last = done == self._last_step
+                if is_last or done % self._config.logging_steps == 0:
+                    line = self._loop.line(done, grad_norm)
+                    self._log.write(line)
+                if self._evaluates_after(done) and not is_last:
+                    self._keep_best(line, self._evaluate(done))
+                stop = any_rank(stop_requested(), self._run.device) and not is_last
+                if stop or is_last or self._saves_after(done):
+                    self._run.checkpoints.save(
+                        self._started.engine,
+                        updates_done=done,
+                        unlogged=self._loop.unlogged_sums(),
+                        tracking_run_id=self._log.tracking_run_id,
+                    )
+                if stop:
+                    self._log.close()
+                    say_once(f"saved a checkpoint after update {done} of {self._run.recipe.total_steps}")
+                    raise KeyboardInterrupt
         return line or self._logged(self._first_step, "train_loss") or {}  # nothing was left to do
 
     def evaluate_after(self) -> dict[str, float] | None:
@@ -95,6 +95,10 @@ class TrainingUpdates:
             self._keep_best(line, evaluation)
         if is_finished:
             self._started.models.write(self._config.output / "model", line, evaluation)
+
+    def _saves_after(self, updates_done: int) -> bool:
+        every = self._config.checkpointing_steps
+        return every is not None and updates_done % every == 0
 
     def _evaluates_after(self, updates_done: int) -> bool:
         return self._config.eval_steps is not None and updates_done % self._config.eval_steps == 0

@@ -25,21 +25,22 @@ def test_an_epoch_holds_every_pair_once_and_only_its_last_batch_is_short(
     num_pairs: int, size: int, epochs: int
 ) -> None:
     plan = _plan(num_pairs, size)
-    batches = [plan.batch(step) for step in range(plan.total_steps(num_epochs=epochs))]
+    batches = [plan.rows(step) for step in range(plan.total_steps(num_epochs=epochs))]
     assert plan.steps_per_epoch == -(-num_pairs // size)
     for epoch in range(epochs):
         of_epoch = batches[epoch * plan.steps_per_epoch : (epoch + 1) * plan.steps_per_epoch]
-        assert np.concatenate([batch.rows for batch in of_epoch]).tolist() == _order(num_pairs, epoch).tolist()
-        assert all(len(batch.rows) == size for batch in of_epoch[:-1])
-        assert of_epoch[-1].epochs_done == epoch + 1
+        assert np.concatenate(of_epoch).tolist() == _order(num_pairs, epoch).tolist()
+        assert all(len(rows) == size for rows in of_epoch[:-1])
+        for step, rows in enumerate(of_epoch, start=epoch * plan.steps_per_epoch):
+            pairs = plan.epochs_after(step + 1) - plan.epochs_after(step)
+            assert pairs * num_pairs == pytest.approx(len(rows))
+        assert plan.epochs_after((epoch + 1) * plan.steps_per_epoch) == epoch + 1
 
 
 def test_a_batch_does_not_depend_on_the_batches_asked_for_before() -> None:
     steps = [7, 0, 11, 3, 8]
     jumping = _plan(10, 3)
-    assert [jumping.batch(step).rows.tolist() for step in steps] == [
-        _plan(10, 3).batch(step).rows.tolist() for step in steps
-    ]
+    assert [jumping.rows(step).tolist() for step in steps] == [_plan(10, 3).rows(step).tolist() for step in steps]
 
 
 def test_max_steps_overrides_the_epochs() -> None:
