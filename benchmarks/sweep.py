@@ -222,10 +222,14 @@ def draw(options: argparse.Namespace, cached: Mapping[str, float], recomputed: M
         for color, seconds in parts.items():
             axes.barh(height, seconds / 60, left=start / 60, color=color, edgecolor="white", height=0.62)
             start += seconds
-        axes.text(start / 60, height, f" {start / 60:.1f} min", va="center", fontweight="bold")
+        cost = start / 3600 * options.dollars_per_hour
+        axes.text(start / 60, height, f" {start / 60:.1f} min, ${cost:.2f}", va="center", fontweight="bold")
     axes.set_yticks(range(len(sides)), [label for label, _ in sides])
-    axes.set_xlim(right=max(sum(parts.values()) for _, parts in sides) / 60 * 1.1)
-    axes.set_xlabel(f"minutes, measured: a sweep of {options.points} points, {processor_name()}")
+    axes.set_xlim(right=max(sum(parts.values()) for _, parts in sides) / 60 * 1.2)
+    axes.set_xlabel(
+        f"minutes, measured: a sweep of {options.points} points, {processor_name()}, at "
+        f"${options.dollars_per_hour:g} per hour"
+    )
     axes.legend(
         handles=[
             Patch(color=STARTING, label="starting dpo-cache build"),
