@@ -78,10 +78,11 @@ def run_children(
                     on_end(child.process.pid)
                 while_waiting()
                 time.sleep(POLL_S)
+            failed = [child for child in children if child.process.poll()]  # by themselves: nobody has been stopped yet
         finally:
             _stop_all(children, grace_s, grace_after_failure_s=min(grace_s, GRACE_S))
         while_waiting()
-        faults = _faults(children)
+        faults = _faults(failed)
         if stop_requested():
             raise KeyboardInterrupt
         if faults and not survivors_go_on:
@@ -221,13 +222,15 @@ def _stop_all(children: Sequence[Child], grace_s: float, *, grace_after_failure_
         child.process.wait()
 
 
-def _faults(children: Sequence[Child]) -> list[str]:
-    """What went wrong, each message once. Children stopped because of another's fault have nothing to say."""
-    explained = [child.fault_file.read_text("utf-8") for child in children if child.fault_file.exists()]
-    if explained:
-        return list(dict.fromkeys(explained))
-    failed = [child.process.returncode for child in children if child.process.returncode != 0]
-    return [f"a process of this job ended with {_how(code)}; its own output is above" for code in failed[:1]]
+def _faults(failed: Sequence[Child]) -> list[str]:
+    """What went wrong, each message once. A process killed from outside comes first: others may have failed for it."""
+    killed = [_ended(child) for child in failed if child.process.returncode < 0]
+    explained = [child.fault_file.read_text("utf-8") for child in failed if child.fault_file.exists()]
+    return list(dict.fromkeys(killed + explained)) or [_ended(child) for child in failed[:1]]
+
+
+def _ended(child: Child) -> str:
+    return f"a process of this job ended with {_how(child.process.returncode)}; its own output is above"
 
 
 def _fault_of(job: Job, child: Child) -> str | None:
@@ -239,4 +242,7 @@ def _fault_of(job: Job, child: Child) -> str | None:
 
 
 def _how(return_code: int) -> str:
-    return f"exit code {return_code}" if return_code > 0 else signal.Signals(-return_code).name
+    if return_code > 0:
+        return f"exit code {return_code}"
+    name = signal.Signals(-return_code).name
+    return f"{name}, which mostly means that the system ran out of memory" if name == "SIGKILL" else name

@@ -56,9 +56,46 @@ def test_a_child_that_fails_stops_its_siblings_and_its_message_is_raised_once(tm
     assert not pid.exists() or not is_alive(int(pid.read_text() or 0))
 
 
-def test_a_child_killed_from_outside_is_named_by_its_signal() -> None:
-    with pytest.raises(DpoCacheError, match="SIGKILL"):
-        run_children([python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")], [{}])
+STOPPED = """
+import signal, time
+from dpo_cache.stages.processes.child_processes import leave_fault
+def stop(*_):
+    leave_fault("Stopped.")
+    raise SystemExit(1)
+signal.signal(signal.SIGTERM, stop)
+open({ready!r}, "w").write("x")
+time.sleep(60)
+"""
+KILLED = """
+import os, signal, time
+while not os.path.exists({ready!r}): time.sleep(0.01)
+os.kill(os.getpid(), signal.{signal})
+"""
+SIGKILL_MESSAGE = (
+    "a process of this job ended with SIGKILL, which mostly means that the system ran out of memory; its own output"
+)
+
+
+@pytest.mark.parametrize(
+    ("signum", "message"),
+    [("SIGKILL", SIGKILL_MESSAGE), ("SIGSEGV", "a process of this job ended with SIGSEGV; its own output")],
+)
+def test_a_child_killed_from_outside_is_named_and_not_the_siblings_stopped_for_it(
+    tmp_path: Path, signum: str, message: str
+) -> None:
+    ready = str(tmp_path / "ready")
+    says_that_it_was_stopped = python(STOPPED.format(ready=ready))
+    ends_by_sigterm = python("import time; time.sleep(60)")
+    killed = python(KILLED.format(ready=ready, signal=signum))
+    with pytest.raises(DpoCacheError) as fault:
+        run_children([says_that_it_was_stopped, ends_by_sigterm, killed], [{}, {}, {}])
+    assert str(fault.value) == f"{message} is above"
+
+
+def test_a_child_killed_from_outside_is_named_beside_those_that_failed_for_it() -> None:
+    killed = python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    faults = run_children([python(FAILS), python("import sys; sys.exit(1)"), killed], [{}] * 3, survivors_go_on=True)
+    assert faults == [f"{SIGKILL_MESSAGE} is above", "no"]
 
 
 PARENT = """
