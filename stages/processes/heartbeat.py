@@ -54,8 +54,14 @@ class HeartMonitor:
         self._store = store
         self._seen: dict[str, tuple[int, float]] = {}
 
-    def has_stopped(self, name: str, *, patience: float = 1.0) -> bool:
-        """Whether a heart has stood still for ``patience`` times :data:`STALE_AFTER_S`, or was declared dead."""
+    def has_stopped(self, name: str, *, patience: float = 1.0, starting_s: float = 0.0) -> bool:
+        """Whether a heart stands still for good, or was declared dead.
+
+        Args:
+            name: Whose heart.
+            patience: How many times :data:`STALE_AFTER_S` it may stand still.
+            starting_s: How long it may take until its first beat, where that is longer.
+        """
         if self._store.check([f"dead/{name}"]):
             return True
         beats, since = self._seen.get(name, (-1, 0.0))
@@ -63,7 +69,12 @@ class HeartMonitor:
         if now != beats:
             self._seen[name] = (now, time.monotonic())
             return False
-        return time.monotonic() - since > patience * STALE_AFTER_S
+        patience_s = patience * STALE_AFTER_S
+        return time.monotonic() - since > (patience_s if now else max(patience_s, starting_s))
+
+    def has_begun(self, name: str) -> bool:
+        """Whether a heart had beaten when :meth:`has_stopped` last looked."""
+        return self._seen.get(name, (0, 0.0))[0] > 0
 
     def declare_dead(self, name: str) -> None:
         """Say that a process has ended: nobody needs to wait for its heart."""

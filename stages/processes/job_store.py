@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,8 @@ from .ranks import Ranks, rendezvous_environment
 STORE_FAULTS = (DistNetworkError, DistStoreError)
 """What a store raises whose host is gone; a collective that fails is a fault of its own."""
 CONNECT_TIMEOUT = timedelta(seconds=120)
+"""How far apart the ranks of a build may start."""
+CONNECT_ATTEMPT_S = 10.0
 FAREWELL_S = 30.0
 POLL_S = 0.5
 RUN_AGAIN = "run the same command again: what is finished stays, it scores only the rest"
@@ -57,10 +60,27 @@ class StoreAddress:
         Raises:
             DpoCacheError: Nothing answers there.
         """
+        self._wait_for_host()
         try:
             return PrefixStore(self.prefix, TCPStore(self.host, self.port, is_master=False, timeout=CONNECT_TIMEOUT))
         except STORE_FAULTS as lost:
             raise store_lost() from lost
+
+    def _wait_for_host(self) -> None:
+        """Wait until something listens there: torch itself waits up to three times as long, and prints a stack."""
+        deadline = time.monotonic() + CONNECT_TIMEOUT.total_seconds()
+        while True:
+            try:
+                socket.create_connection((self.host, self.port), timeout=CONNECT_ATTEMPT_S).close()
+                return
+            except OSError as refused:
+                if time.monotonic() > deadline:
+                    raise DpoCacheError(
+                        f"the process that leads this build does not answer at {self.host}:{self.port}: {refused}",
+                        expected=f"an answer within {CONNECT_TIMEOUT.total_seconds():.0f} s",
+                        next_step=f"see that this machine reaches that port, then {RUN_AGAIN}",
+                    ) from refused
+            time.sleep(POLL_S)
 
 
 class JobStore:
@@ -103,31 +123,47 @@ class JobStore:
         self.store.set("plan", str(plan))
 
     def wait_for_others(self, *, while_waiting: Callable[[], None] = lambda: None) -> None:
-        """Wait until every following rank has scored what it can or is dead; hours, where only others can score."""
-        for rank in self._others():
-            while not self._has_told(rank, "scored") and not self._has_told(rank, "left"):
-                while_waiting()
-                time.sleep(POLL_S)
+        """Wait until every following rank has scored what it can or is dead; hours, where only others can score.
+
+        A rank that has not come yet is waited for as long as it would wait for this one.
+        """
+        while [rank for rank in self._who_has_not_told("scored") if not self._has_told(rank, "left")]:
+            while_waiting()
+            time.sleep(POLL_S)
 
     def num_living(self) -> int:
         """Ranks whose heart beats, this one included; to be asked often, as nobody's silence counts before."""
-        return 1 + sum(not self._hearts.has_stopped(f"rank-{rank}") for rank in self._others())
+        return 1 + sum(not self._has_stopped(rank) and self._has_begun(rank) for rank in self._others())
 
     def lost_ranks(self) -> list[int]:
         """Following ranks that died or left before they had scored what they could."""
         return [rank for rank in self._others() if not self.store.check([f"scored/{rank}"])]
 
     def announce_end(self, failure: str | None = None) -> None:
-        """Tell the following ranks how the build ended, and keep the store up while they hear of it."""
+        """Tell the following ranks how the build ended, and keep the store up while they hear of it.
+
+        A rank that is still to come is waited for where the build is finished: without the store it would fail.
+        """
         self.store.set("ended", failure or "")
         deadline = time.monotonic() + FAREWELL_S
-        for rank in self._others():
-            while not self._has_told(rank, "left") and time.monotonic() < deadline:
-                time.sleep(POLL_S)
+        while (staying := self._who_has_not_told("left")) and time.monotonic() < deadline:
+            if failure is None and not all(map(self._has_begun, staying)):
+                deadline = time.monotonic() + FAREWELL_S
+            time.sleep(POLL_S)
+
+    def _who_has_not_told(self, what: str) -> list[int]:
+        """Looks at every rank, so that the clocks of those that are silent run side by side."""
+        return [rank for rank in self._others() if not self._has_told(rank, what)]
 
     def _has_told(self, rank: int, what: str) -> bool:
         """Whether a rank has come that far; a dead one has nothing more to tell."""
-        return self.store.check([f"{what}/{rank}"]) or self._hearts.has_stopped(f"rank-{rank}")
+        return self.store.check([f"{what}/{rank}"]) or self._has_stopped(rank)
+
+    def _has_stopped(self, rank: int) -> bool:
+        return self._hearts.has_stopped(f"rank-{rank}", starting_s=CONNECT_TIMEOUT.total_seconds())
+
+    def _has_begun(self, rank: int) -> bool:
+        return self._hearts.has_begun(f"rank-{rank}")
 
     def _others(self) -> range:
         return range(1, self._ranks.num_ranks if self._ranks else 1)
@@ -140,9 +176,11 @@ class JobStore:
         Raises:
             DpoCacheError: The leader failed or is gone, or this machine does not see the leader's folder.
         """
-        while not self.store.check(["plan"]):
-            if self.has_ended():
+        while True:
+            if self.has_ended():  # first: a rank that comes late finds a plan whose files are gone
                 return None
+            if self.store.check(["plan"]):
+                break
             self._require_leader()
             time.sleep(POLL_S)
         plan = Path(self.store.get("plan").decode())
