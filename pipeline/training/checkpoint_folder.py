@@ -95,13 +95,9 @@ def check_same_run(checkpoint: Checkpoint, *, run: Mapping[str, Any], zero_stage
     Raises:
         DpoCacheError: Naming each field that differs, with both values.
     """
-    before = dict(_leaves("", {**checkpoint.state.run, "zero_stage": checkpoint.state.zero_stage}))
-    now = dict(_leaves("", {**run, "zero_stage": zero_stage}))
-    different = [
-        f"{name} was {message_value(before.get(name))} and is {message_value(now.get(name))}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
+    different = changed_values(
+        {**checkpoint.state.run, "zero_stage": checkpoint.state.zero_stage}, {**run, "zero_stage": zero_stage}
+    )
     if different:
         settings = checkpoint.path.parent.parent / "config.json"
         raise DpoCacheError(
@@ -109,6 +105,16 @@ def check_same_run(checkpoint: Checkpoint, *, run: Mapping[str, Any], zero_stage
             expected="the settings the run began with; only the number of ranks may change",
             next_step=f"give the old values, which are in {settings}, or start a new run in another --output",
         )
+
+
+def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the settings of two starts of a run, in words, the fields in order of their names."""
+    old, new = dict(_leaves("", before)), dict(_leaves("", now))
+    return [
+        f"{name} was {message_value(old.get(name))} and is {message_value(new.get(name))}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ...errors import DpoCacheError
 from ...pipeline.report.run_record import Line, metrics_lines
-from ..training.recipe import Recipe
+from ...pipeline.training.checkpoint_folder import changed_values
+from ..training.recipe import Recipe, fixed_numbers
 from ..training.train_report import FILE as SUMMARY
 from ..training.train_report import TrainReport
 from .sweep_grid import SweepPoint
 
-IRRELEVANT_TO_RESULTS = {
-    *("cache", "output", "resume", "stop_after_steps", "num_gpus", "tokens_per_microbatch"),
-    *("checkpointing_steps", "keep_last_n_checkpoints", "logging_steps"),
-    *("with_tracking", "wandb_project", "wandb_entity", "wandb_tags", "with_tensorboard", "run_name"),
+FIXED_BESIDE_THE_NUMBERS = {
+    *("model", "model_revision", "eval_mixture"),
+    *("merge", "keep_best", "push_to_hub", "hub_model_id", "hub_revision"),
 }
-"""Settings that may change between two starts of a sweep: the results of a run do not depend on them. The pairs
-and the reference behind `cache` are compared by their digests."""
+"""Settings that the numbers of a run do not show, and that would be ignored for a finished point: where its policy
+starts, what it is judged by, and what is kept of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,24 +125,24 @@ class SweepRun:
         recorded = self.folder / "config.json"
         if not self.has_begun() or not recorded.exists():
             return
-        before = json.loads(recorded.read_text(encoding="utf-8"))
-        settings, now = before["settings"], json.loads(json.dumps(asdict(self.point.config), default=str))
-        different = [
-            f"{name} was {settings.get(name)!r} and is {now.get(name)!r}"
-            for name in sorted(settings.keys() | now.keys())
-            if name not in IRRELEVANT_TO_RESULTS and settings.get(name) != now.get(name)
-        ]
-        different += [
-            f"{what} is another one"
-            for field, what in (("mixture_digest", "the training mixture"), ("reference_id", "the reference"))
-            if before["resolved"][field] != getattr(self.recipe, field)
-        ]
+        config = json.loads(recorded.read_text(encoding="utf-8"))
+        different = changed_values(
+            self._compared(config["settings"], config["resolved"]),
+            self._compared(asdict(self.point.config), self.recipe.to_json()),
+        )
         if different:
             raise DpoCacheError(
                 f"{self.folder} holds a run with other settings: {'; '.join(different)}",
                 expected="the settings it was begun with",
                 next_step="give the sweep another output, or remove that folder to train the point again",
             )
+
+    def _compared(self, settings: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """What has to be the same: all that the results depend on, and for a run to resume what a checkpoint fixes."""
+        compared = {**fixed_numbers(numbers), **{name: settings.get(name) for name in FIXED_BESIDE_THE_NUMBERS}}
+        if not self.has_reached(self.recipe.total_steps):
+            compared["zero_stage"] = numbers.get("zero_stage")
+        return compared
 
     def _logged(self) -> list[Line]:
         lines, _ = metrics_lines(self.folder)

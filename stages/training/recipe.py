@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,29 @@ from ...pipeline.training.learning_rate import learning_rate, warmup_steps
 from ...pipeline.training.objective import Objective, beta_warnings
 from ..console.counted_noun import counted
 from .train_config import TrainConfig
+
+FIXED_IN_A_RUN = {
+    "mixture": "mixture_digest",
+    "reference": "reference_id",
+    "attn_implementation": "attention",
+    "loss": "loss",
+    "dtype": "dtype",
+    "global_batch_size": "global_batch_size",
+    "total_steps": "total_steps",
+    "warmup_steps": "warmup_steps",
+    "learning_rate": "peak_learning_rate",
+    "lr_scheduler_type": "schedule",
+    "weight_decay": "weight_decay",
+    "adam_beta1": "adam_beta1",
+    "adam_beta2": "adam_beta2",
+    "adam_epsilon": "adam_epsilon",
+    "max_grad_norm": "max_grad_norm",
+    "seed": "seed",
+    "lora": "lora",
+    "load_balancing_weight": "load_balancing_weight",
+}
+"""What may not change between two starts of a run, named after its option where there is one; and what
+:meth:`Recipe.to_json` calls it. All other numbers concern memory and speed alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,27 +112,7 @@ class Recipe:
         Args:
             policy_sha256: Of the weights that the policy started from.
         """
-        return {
-            "mixture": self.mixture_digest,
-            "reference": self.reference_id,
-            "policy": policy_sha256,
-            "attn_implementation": self.attention,
-            "loss": self.objective.to_json(),
-            "dtype": self.dtype,
-            "global_batch_size": self.global_batch_size,
-            "total_steps": self.total_steps,
-            "warmup_steps": self.warmup_steps,
-            "learning_rate": self.peak_learning_rate,
-            "lr_scheduler_type": self.schedule,
-            "weight_decay": self.weight_decay,
-            "adam_beta1": self.adam_beta1,
-            "adam_beta2": self.adam_beta2,
-            "adam_epsilon": self.adam_epsilon,
-            "max_grad_norm": self.max_grad_norm,
-            "seed": self.seed,
-            "lora": self.lora,
-            "load_balancing_weight": self.load_balancing_weight,
-        }
+        return {"policy": policy_sha256, **fixed_numbers(self.to_json())}
 
     def rates(self) -> dict[int, float]:
         """The learning rate of the updates people look at, counted from 1 as in the metrics."""
@@ -118,11 +122,21 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """All of it, with :meth:`rates`; the objective under ``loss``, as the option is called."""
         numbers = asdict(self)
+        del numbers["objective"]
         return {
-            "loss": numbers.pop("objective"),
+            "loss": self.objective.to_json(),
             **numbers,
             "learning_rate_at_update": {str(update): rate for update, rate in self.rates().items()},
         }
+
+
+def fixed_numbers(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What the results of a run depend on, beside its first weights, under the names of :data:`FIXED_IN_A_RUN`.
+
+    Args:
+        recipe: :meth:`Recipe.to_json`, as ``config.json`` of a run has it too.
+    """
+    return {name: recipe.get(number) for name, number in FIXED_IN_A_RUN.items()}
 
 
 def resolve_recipe(config: TrainConfig, cache: ReferenceCache, mixture: Mixture, *, num_ranks: int) -> Recipe:

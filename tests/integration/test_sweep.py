@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,11 +29,11 @@ from tiny_model import message_pairs, write_rows, write_tiny_model
 
 STEPS = 24
 FAILING = "use-liger-kernel-true"
+TRAIN = {"eval-mixture": "train", "global-batch-size": 8, "learning-rate": 1e-3, "max-steps": STEPS}
 
 
 def write_grid(folder: Path, output: str, **file: Any) -> Path:
-    train = {"eval-mixture": "train", "global-batch-size": 8, "learning-rate": 1e-3, "max-steps": STEPS}
-    content = {"cache": str(folder / "cache"), "output": str(folder / output), "train": train, **file}
+    content = {"cache": str(folder / "cache"), "output": str(folder / output), "train": TRAIN, **file}
     path = folder / f"{output}.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
@@ -147,15 +149,57 @@ def test_a_third_start_has_only_the_failed_point_to_run(
     assert {name: now[name] for name in ("beta-2", "beta-5")} == {name: before[name] for name in ("beta-2", "beta-5")}
 
 
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"learning-rate": 2e-3}, "learning_rate was 0.001 and is 0.002"),
+        ({"eval-mixture": None}, "eval_mixture was 'train' and is None"),
+        ({"loss": "dpo_norm=0.5"}, "loss.losses.0.weight was 1.0 and is 0.5"),
+    ],
+)
 def test_a_finished_point_is_not_taken_for_one_of_other_settings(
-    workplace: Path, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    workplace: Path,
+    finished: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, Any],
+    difference: str,
 ) -> None:
     started = only_noted(monkeypatch)
-    train = {"eval-mixture": "train", "global-batch-size": 8, "learning-rate": 2e-3, "max-steps": STEPS}
-    other = write_grid(workplace, "runs", train=train, grid={"beta": [2]})
-    with pytest.raises(DpoCacheError, match=r"beta-2 holds a run .*learning_rate was 0.001 and is 0.002"):
+    other = write_grid(workplace, "runs", train={**TRAIN, **changed}, grid={"beta": [2]})
+    with pytest.raises(DpoCacheError, match=f"beta-2 holds a run .*{re.escape(difference)}"):
         sweep(other, SweepConfig())
     assert not started
+
+
+@pytest.mark.parametrize(
+    "saving",
+    [
+        {"gradient-checkpointing": True, "tokens-per-microbatch": 64, "num-gpus": 2},
+        {"activation-memory-budget": 0.5, "zero-stage": 2, "offload-optimizer": True},
+        {"global-batch-size": None, "gradient-accumulation-steps": 8, "eval-steps": 12},  # the same batches
+    ],
+)
+def test_a_finished_point_counts_where_only_memory_and_speed_are_set_otherwise(
+    workplace: Path, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch, saving: dict[str, Any]
+) -> None:
+    started = only_noted(monkeypatch)
+    report = sweep(write_grid(workplace, "runs", train={**TRAIN, **saving}, grid={"beta": [2]}), SweepConfig())
+    assert isinstance(report, SweepReport)
+    assert [row.status for row in report.rows] == ["finished"]
+    assert not started
+
+
+def test_a_stopped_point_keeps_the_zero_stage_of_its_checkpoint_and_may_save_memory_otherwise(
+    workplace: Path, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(workplace / "runs/beta-2", workplace / "stopped/beta-2")
+    (workplace / "stopped/beta-2/summary.json").unlink()
+    started = only_noted(monkeypatch)
+    grid = {"beta": [2]}
+    with pytest.raises(DpoCacheError, match="zero_stage was 3 and is 2"):
+        sweep(write_grid(workplace, "stopped", train={**TRAIN, "zero-stage": 2}, grid=grid), SweepConfig())
+    sweep(write_grid(workplace, "stopped", train={**TRAIN, "gradient-checkpointing": True}, grid=grid), SweepConfig())
+    assert started == ["beta-2"]
 
 
 def test_points_that_were_not_evaluated_at_a_rung_are_not_compared_there(
