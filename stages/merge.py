@@ -79,14 +79,17 @@ def merge(source_paths: Sequence[Path], path: Path) -> MergeReport:
     sources = [ReferenceCache.open(source) for source in {path.resolve(): path for path in source_paths}.values()]
     for source in sources:
         _require_reference_of(sources[0], source)
-    cache = ReferenceCache.create(path, sources[0].description)
     parts = [
         _Part(cache=source, mixture=source.read_mixture(name)) for source in sources for name in source.mixture_names()
     ]
+    # Before there is a folder: parts that do not fit together leave none behind.
+    for of_name in _parts_by_name(ReferenceCache.planned(path, sources[0].description), parts).values():
+        _require_same_tokens(of_name)
+    cache = ReferenceCache.create(path, sources[0].description)
     with ExitStack() as locks:
         for name in sorted({part.mixture.name for part in parts}):
             locks.enter_context(cache.building(name))
-        # Before anything is copied: parts that do not fit together are refused here.
+        # Once more, as the cache's own mixtures cannot change from here on; nothing is copied yet.
         contents = {name: _united(of_name, cache) for name, of_name in _parts_by_name(cache, parts).items()}
         shards, warnings = 0, _warnings_about_vocabularies(cache, sources)
         for source in sources:
@@ -116,20 +119,20 @@ def _require_reference_of(first: ReferenceCache, source: ReferenceCache) -> None
         ) from error
 
 
-def _parts_by_name(cache: ReferenceCache, parts: Sequence[_Part]) -> dict[str, list[_Part]]:
-    """Mixtures of one name, with the one that the cache has already."""
+def _parts_by_name(cache: ReferenceCache | None, parts: Sequence[_Part]) -> dict[str, list[_Part]]:
+    """Mixtures of one name, with the one that the cache, if there is one, has already."""
     by_name: dict[str, list[_Part]] = {}
     for part in parts:
         name = part.mixture.name
         if name not in by_name:
-            has_it = name in cache.mixture_names()
+            has_it = cache is not None and name in cache.mixture_names()
             by_name[name] = [_Part(cache=cache, mixture=cache.read_mixture(name))] if has_it else []
         by_name[name].append(part)
     return by_name
 
 
-def _united(parts: Sequence[_Part], cache: ReferenceCache) -> MixtureContent:
-    """The mixture that one build of all the parts' datasets makes, in whatever order the parts were listed."""
+def _require_same_tokens(parts: Sequence[_Part]) -> None:
+    """Refuse parts of one mixture whose tokens were made in different ways."""
     first = parts[0].mixture
     for part in parts[1:]:
         differing = differing_settings(first.tokenization, part.mixture.tokenization)
@@ -140,6 +143,11 @@ def _united(parts: Sequence[_Part], cache: ReferenceCache) -> MixtureContent:
                 expected="the same settings for all pairs of a mixture",
                 next_step="build that part again with the same settings, or under another --mixture name",
             )
+
+
+def _united(parts: Sequence[_Part], cache: ReferenceCache) -> MixtureContent:
+    """The mixture that one build of all the parts' datasets makes, in whatever order the parts were listed."""
+    _require_same_tokens(parts)
     contents = [MixtureContent.of(part.mixture) for part in parts]
     whole = united(canonical_order(contents))
     if parts[0].cache is not cache:

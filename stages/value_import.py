@@ -18,7 +18,7 @@ from ..pipeline.cache.mixture_rows import MixtureRows
 from ..pipeline.cache.pair_spool import PairSpool
 from ..pipeline.cache.scored_pair import ScoredPair
 from ..pipeline.data.token_pair import TokenPair
-from .building.build_cache import damaged_shards, open_cache, scratch_folder
+from .building.build_cache import damaged_shards, description_of, open_cache, scratch_folder
 from .building.build_datasets import SPOOL, collect_datasets, open_datasets
 from .building.build_plan import cut_units
 from .building.build_reference import BuildReference, resolve_reference
@@ -49,10 +49,11 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
     source = read_source(source_path)
     reference = resolve_reference(config)
     _refuse_other_reference(source_path, source, reference)
+    ReferenceCache.planned(config.cache, description_of(reference))  # another's is refused first
+    datasets = open_datasets(config)  # before there is a folder: a mistyped name leaves none behind
     cache = open_cache(config, reference, recorded={**reference.names(), "begun_with": source.recorded})
     with cache.building(config.mixture), scratch_folder(cache.path / "tmp") as scratch:
         damaged = damaged_shards(cache)
-        datasets = open_datasets(config)
         known = cache.shards.key_index(without=damaged)
         collected = collect_datasets(config, reference, datasets, known=known, scratch=scratch)
         content = mixture_content(cache, config, collected, known=known, warn=say)

@@ -553,6 +553,7 @@ def test_merge_refuses_another_reference_other_tokens_and_damage_by_name(cache: 
     shorter = part_of(cache, tmp_path / "shorter", slice(0, 9), tokenization={**tokenization, "settings": settings})
     message = refusal("merge", cache, shorter, "--cache", merged)
     assert "max_seq_length (was 2048, now 77)" in message
+    assert not merged.exists()
     flip_in_shard(cache)
     assert "is damaged" in refusal("merge", cache, "--cache", merged)
     assert not ReferenceCache.open(merged).mixture_names()

@@ -187,6 +187,13 @@ def test_an_export_names_its_reference_and_another_is_refused(folder: Path) -> N
     assert "says that its values are of the reference" in message
 
 
+def test_an_import_from_a_mistyped_dataset_leaves_no_cache_behind(folder: Path) -> None:
+    report("export", folder / "my-cache", folder / "pairs.parquet")
+    options = ("--model", folder / "my-model", "--dataset", folder / "mistyped.jsonl", "--cache", folder / "imported")
+    assert "mistyped.jsonl" in refusal("import", folder / "pairs.parquet", *options)
+    assert not (folder / "imported").exists()
+
+
 @pytest.mark.parametrize("averages", [False, True])
 def test_open_instructs_file_is_imported_by_position_and_the_sample_tells_sums_from_averages(
     folder: Path, averages: bool
