@@ -43,9 +43,11 @@ class SweepPlan:
     """What a sweep would run.
 
     Attributes:
+        builds: Mixture and command of each build; they come before the runs.
         points: Name and command of each run.
     """
 
+    builds: dict[str, str]
     points: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
@@ -54,7 +56,7 @@ class SweepPlan:
 
     def text(self) -> str:
         """A command a line, ready for a shell."""
-        return "\n".join(self.points.values())
+        return "\n".join([*self.builds.values(), *self.points.values()])
 
 
 def sweep(grid_file: Path, config: SweepConfig) -> SweepReport | SweepPlan:
@@ -74,14 +76,20 @@ def sweep(grid_file: Path, config: SweepConfig) -> SweepReport | SweepPlan:
         refuse_points_without_margin(grid.points)
     check_points(grid.points, expected_cache(grid))
     if config.plan:
-        return SweepPlan(points={point.name: shlex.join(_command(point)) for point in grid.points})
+        return _plan(grid)
     with output_lock(grid.output):
         return _build_and_train(grid, config, places)
 
 
-def _command(point: SweepPoint) -> list[str]:
-    """The command that would train a point by hand."""
-    return ["dpo-train", *command_line_of(replace(point.config, resume="latest"))]
+def _plan(grid: SweepGrid) -> SweepPlan:
+    """The commands that would do by hand what the sweep does."""
+    return SweepPlan(
+        builds={one.mixture: shlex.join(["dpo-cache", "build", *command_line_of(one)]) for one in grid.builds},
+        points={
+            point.name: shlex.join(["dpo-train", *command_line_of(replace(point.config, resume="latest"))])
+            for point in grid.points
+        },
+    )
 
 
 def _build_and_train(grid: SweepGrid, config: SweepConfig, places: Sequence[Mapping[str, str]]) -> SweepReport:

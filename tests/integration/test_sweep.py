@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,10 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from commands import dpo_cache, dpo_train, run
 from dpo_cache.cli import dpo_sweep
 from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.stages.processes.child_processes import Job
 from dpo_cache.stages.sweep import sweep
 from dpo_cache.stages.sweeping import sweep_processes
@@ -252,6 +255,29 @@ def test_a_plan_prints_commands_and_starts_nothing(workplace: Path, finished: di
     assert plan.text().splitlines()[0].startswith(f"dpo-train --cache={workplace}/cache --output={workplace}/planned/")
     assert "--beta=2.0" in plan.text()
     assert not (workplace / "planned").exists()
+
+
+def test_a_plan_begins_with_the_builds_that_make_the_cache_its_points_train_from(workplace: Path) -> None:
+    build = {"model": str(workplace / "reference"), "dataset": f"{workplace}/pairs.jsonl,split=train[:50%]"}
+    grid = write_grid(
+        workplace,
+        "built-by-hand",
+        cache=str(workplace / "cache by hand"),
+        build=[{**build, "mixture": name} for name in ("train", "held-out")],
+        train={**TRAIN, "eval-mixture": "held-out"},
+        points=[{}],
+    )
+    plan = CliRunner().invoke(dpo_sweep, [str(grid), "--plan"]).stdout.splitlines()
+    as_json = json.loads(CliRunner().invoke(dpo_sweep, [str(grid), "--plan", "--json"]).stdout)
+    assert plan == [*as_json["builds"].values(), *as_json["points"].values()]
+    assert list(as_json["builds"]) == ["train", "held-out"]
+    assert not (workplace / "cache by hand").exists()
+    for line in plan[:2]:
+        assert line.startswith("dpo-cache build ")
+        assert run(dpo_cache(*shlex.split(line)[1:]))["training_pairs"] == 12
+    assert ReferenceCache.open(workplace / "cache by hand").mixture_names() == ["held-out", "train"]
+    assert plan[2].startswith("dpo-train ")
+    run(dpo_train(*shlex.split(plan[2])[1:], "--plan"))
 
 
 @pytest.mark.parametrize(
