@@ -125,8 +125,9 @@ def _parts_by_name(cache: ReferenceCache | None, parts: Sequence[_Part]) -> dict
     for part in parts:
         name = part.mixture.name
         if name not in by_name:
-            has_it = cache is not None and name in cache.mixture_names()
-            by_name[name] = [_Part(cache=cache, mixture=cache.read_mixture(name))] if has_it else []
+            by_name[name] = []
+            if cache is not None and name in cache.mixture_names():
+                by_name[name].append(_Part(cache=cache, mixture=cache.read_mixture(name)))
         by_name[name].append(part)
     return by_name
 
