@@ -45,7 +45,7 @@ class SweepConfig:
         minimum=1,
     )
     parallel: int | None = setting(None, help="Runs to train in parallel on a CPU.", default_text="1", minimum=1)
-    plan: bool = setting(False, help="Check everything and print the command of every build and point without starting any.")
+    plan: bool = setting(False, help="Check everything and print the commands of all builds and points; start nothing.")
 
     def __post_init__(self) -> None:
         check_settings(self)
