@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from .stages.names_elsewhere import instead_of
+
 OTHER = "Other options"
 
 
@@ -41,6 +43,16 @@ class GroupedOption(click.Option):
 
 class GroupedCommand(click.Command):
     """A command whose help has a section for each group of options, in the order they are declared."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does; an option of another trainer is refused with what to do instead, not with similar words."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as unknown:
+            instead = instead_of(unknown.option_name)
+            if instead is None:
+                raise
+            raise click.UsageError(f"No such option '{unknown.option_name}': {instead}.", ctx) from unknown
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections; what belongs to none comes last."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import DpoCacheError
 from .addresses.location import Location, location_of
+from .names_elsewhere import instead_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,9 +144,8 @@ def values_from_file(config_class: type[Any], given: Mapping[Any, Any]) -> dict[
         name = str(key).replace("-", "_")
         if name not in declared:
             near = difflib.get_close_matches(name, declared, n=1)
-            raise DpoCacheError(
-                f"unknown option {key}", next_step=f"did you mean {near[0].replace('_', '-')}?" if near else None
-            )
+            similar = f"did you mean {near[0].replace('_', '-')}?" if near else None
+            raise DpoCacheError(f"unknown option {key}", next_step=instead_of(name) or similar)
         if name in values:
             raise DpoCacheError(f"{key} is given twice", next_step="leave out one of the two spellings")
         values[name] = _value_from_file(declared[name], value)

@@ -74,8 +74,36 @@ LOSS_TRAITS: dict[str, LossTraits] = {
     "discopop": LossTraits(default_beta=0.05, takes_f_divergence=True),
 }
 
-NAMES_ELSEWHERE = {"sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "rso": "hinge", "rdpo": "robust", "cdpo": "dpo"}
+NAMES_ELSEWHERE = {
+    **{"sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "rso": "hinge", "rdpo": "robust", "cdpo": "dpo"},
+    **{"slic": "hinge", "bco": "bco_pair", "nca": "nca_pair", "exo": "exo_pair", "sppo": "sppo_hard"},
+}
 """What other trainers call some of them."""
+
+_NEEDS_NEW_RESPONSES = (
+    "it samples responses from the policy during training, which no cache can hold",
+    "train in rounds: sample new responses, build a cache of the pairs, and train again",
+)
+_NEEDS_NO_REFERENCE = (
+    "it uses no reference, so there is nothing to cache",
+    "the nearest loss here is simpo, with --nll-coef for the term that keeps the chosen response likely",
+)
+_RATES_SINGLE_RESPONSES = (
+    "it trains on single responses that were rated, and only losses on pairs are supported",
+    "for pairs, bco_pair and apo_zero also judge each response by itself",
+)
+_MOVES_THE_REFERENCE = (
+    "it changes the reference during training, so that the cached values would no longer hold",
+    "train in rounds: build a cache with the trained model as the reference, and train again",
+)
+LOSSES_NOT_HERE = {
+    **dict.fromkeys(("kto", "kto_pair", "bco_unpaired"), _RATES_SINGLE_RESPONSES),
+    "tr_dpo": _MOVES_THE_REFERENCE,
+    **dict.fromkeys(("orpo", "cpo"), _NEEDS_NO_REFERENCE),
+    **dict.fromkeys(("online_dpo", "ppo", "grpo", "rloo", "xpo", "nash_md"), _NEEDS_NEW_RESPONSES),
+    "sft": ("it is a term beside a preference loss, not one", "use --nll-coef"),
+}
+"""Known losses and methods that a cache of pairs does not serve: why, and what to do instead."""
 
 DEFAULT_GAMMA_BETA_RATIO = 0.3
 DEFAULT_F_ALPHA = 0.5
@@ -236,12 +264,7 @@ def _resolve_term(
     name = parsed["name"] if parsed else text.strip()
     traits = LOSS_TRAITS.get(name)
     if parsed is None or traits is None:
-        meant = NAMES_ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, LOSS_TRAITS, n=1)), None)
-        raise DpoCacheError(
-            f"unknown --loss {name or repr(text)}",
-            expected=f"one of {', '.join(LOSS_TRAITS)}, or a weighted sum such as dpo_norm=1.0,ipo:0.1=0.2",
-            next_step=f"did you mean {meant}?" if meant else None,
-        )
+        raise _no_such_loss(name or repr(text))
     if parsed["beta"] is not None:
         beta = _positive(parsed["beta"], f"the beta of --loss {text}")
     elif beta is None:
@@ -261,6 +284,17 @@ def _resolve_term(
         label_smoothing=label_smoothing,
         gamma_beta_ratio=DEFAULT_GAMMA_BETA_RATIO if gamma_beta_ratio is None else gamma_beta_ratio,
     )
+
+
+def _no_such_loss(written: str) -> DpoCacheError:
+    expected = f"one of {', '.join(LOSS_TRAITS)}, or a weighted sum such as dpo_norm=1.0,ipo:0.1=0.2"
+    name = written.lower().replace("-", "_")
+    if name in LOSSES_NOT_HERE:
+        reason, next_step = LOSSES_NOT_HERE[name]
+        return DpoCacheError(f"there is no --loss {written}: {reason}", expected=expected, next_step=next_step)
+    meant = NAMES_ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, LOSS_TRAITS, n=1)), None)
+    next_step = f"did you mean {meant}?" if meant else None
+    return DpoCacheError(f"unknown --loss {written}", expected=expected, next_step=next_step)
 
 
 def _positive(value: float | str, what: str) -> float:

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.training.objective import LOSS_TRAITS, LossSettings, beta_warnings, resolve_objective
+from dpo_cache.pipeline.training.objective import (
+    LOSS_TRAITS,
+    LOSSES_NOT_HERE,
+    NAMES_ELSEWHERE,
+    LossSettings,
+    beta_warnings,
+    resolve_objective,
+)
 
 
 def test_each_loss_brings_its_own_beta() -> None:
@@ -107,3 +114,29 @@ def test_the_settings_of_training_need_no_pytorch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("written", "reason", "next_step"),
+    [
+        ("kto", "only losses on pairs", "bco_pair and apo_zero"),
+        ("tr_dpo", "changes the reference", "with the trained model as the reference"),
+        ("TR-DPO", "changes the reference", "with the trained model as the reference"),
+        ("orpo", "uses no reference", "simpo"),
+        ("dpo=1,sft=0.2", "a term beside a preference loss", "--nll-coef"),
+        ("online_dpo", "samples responses", "train in rounds"),
+    ],
+)
+def test_a_loss_that_a_cache_does_not_serve_is_refused_with_the_reason(
+    written: str, reason: str, next_step: str
+) -> None:
+    with pytest.raises(DpoCacheError, match="there is no --loss") as refused:
+        resolve_objective(written)
+    assert reason in refused.value.found
+    assert next_step in str(refused.value.next_step)
+
+
+def test_no_loss_is_both_known_and_unknown() -> None:
+    assert not LOSS_TRAITS.keys() & (LOSSES_NOT_HERE.keys() | NAMES_ELSEWHERE.keys())
+    assert not LOSSES_NOT_HERE.keys() & NAMES_ELSEWHERE.keys()
+    assert set(NAMES_ELSEWHERE.values()) <= LOSS_TRAITS.keys()
