@@ -14,6 +14,7 @@ _FIXED_REFERENCE = (
     "the model, build a cache with it, and train again"
 )
 _NO_DROPOUT = "there is no dropout: the reference was scored without, and the policy must reproduce its values"
+_ADAMW_ONLY = "AdamW is the only optimizer; dpo-train --offload-optimizer keeps its state in host memory"
 _ONE_SPEC = "use dpo-cache build --dataset PATH_OR_ID,split=…,amount=…, once for each dataset"
 
 _INSTEAD = {
@@ -41,7 +42,7 @@ _INSTEAD = {
     "dataset_mixer_list": _ONE_SPEC,
     "mixer_list_splits": _ONE_SPEC,
     "dataset_mixer_list_splits": _ONE_SPEC,
-    "eval_dataset": "build the held-out pairs with dpo-cache build --mixture held-out, and use dpo-train --eval-mixture",
+    "eval_dataset": "use dpo-cache build --mixture held-out for these pairs, then dpo-train --eval-mixture",
     "max_train_samples": "use dpo-cache build --dataset PATH_OR_ID,amount=N, which draws other rows",
     "transform_fn": "use dpo-cache build --mask open-instruct-all-turns, open-instruct-last-turn or last-turn",
     "chat_template_name": "use dpo-cache build --chat-template",
@@ -75,10 +76,10 @@ _INSTEAD = {
     "max_train_steps": "use dpo-train --max-steps",
     "per_device_eval_batch_size": "leave it out: dpo-train --tokens-per-microbatch holds for evaluation too",
     "warmup_steps": "use dpo-train --warmup-ratio, a share of all updates",
-    "optim": "AdamW is the only optimizer",
-    "optimizer_type": "AdamW is the only optimizer",
-    "use_8bit_optimizer": "AdamW is the only optimizer; dpo-train --offload-optimizer keeps its state in host memory",
-    "dpo_use_paged_optimizer": "AdamW is the only optimizer; dpo-train --offload-optimizer keeps its state in host memory",
+    "optim": _ADAMW_ONLY,
+    "optimizer_type": _ADAMW_ONLY,
+    "use_8bit_optimizer": _ADAMW_ONLY,
+    "dpo_use_paged_optimizer": _ADAMW_ONLY,
     "bf16": "use dpo-cache build --dtype bfloat16; dpo-train follows the cache",
     "fp16": "models are trained in bfloat16 or float32: use dpo-cache build --dtype",
     "disable_dropout": _NO_DROPOUT,

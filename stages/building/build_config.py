@@ -80,7 +80,8 @@ class BuildConfig:
         "last-turn",
         help="Which assistant turns are scored: the last; all from the first message in which chosen and rejected "
         "differ; or all. The two open-instruct masks reproduce its masking token by token: "
-        "open-instruct-all-turns until 2025-06-26 (Tülu 3, OLMo 2), open-instruct-last-turn since then (OLMo 3).",
+        "open-instruct-all-turns until 2025-06-26 (Tülu 3, OLMo 2), open-instruct-last-turn from then until "
+        "2026-07-24 (OLMo 3). Since then, open-instruct scores what last-turn scores.",
         choices=get_args(MaskChoice),
     )
 
