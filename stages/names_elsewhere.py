@@ -25,6 +25,7 @@ _INSTEAD = {
     "ref_model_init_kwargs": "use the options of dpo-cache build: --model-revision, --dtype, --attn-implementation",
     "model_init_kwargs": "use the options of dpo-cache build: --model-revision, --dtype, --attn-implementation",
     "tokenizer_name_or_path": "use dpo-cache build --tokenizer",
+    "tokenizer_revision": "use dpo-cache build --tokenizer with a folder; from the Hub it is read at its newest commit",
     "processing_class": "use dpo-cache build --tokenizer",
     "precompute_ref_log_probs": "leave it out: dpo-cache build always does this",
     "precompute_ref_batch_size": "use dpo-cache build --tokens-per-batch, a number of tokens",
@@ -34,6 +35,7 @@ _INSTEAD = {
     "ref_model_mixup_alpha": _FIXED_REFERENCE,
     "ref_model_sync_steps": _FIXED_REFERENCE,
     "reference_free": "use dpo-train --loss simpo, the loss that uses no reference",
+    "additional_model_arguments": "write them into the config.json of a copy of the model",
     # data and tokens
     "train_dataset": _ONE_SPEC,
     "dataset_name": _ONE_SPEC,

@@ -19,15 +19,15 @@ from dpo_cache.stages.training.train_config import TrainConfig
 
 OURS = {one.name for config in (BuildConfig, TrainConfig) for one in settings_of(config)}
 NOT_OPTIONS = {
-    *("model", "steps", "tensorboard", "wandb", "sft", "callbacks", "compute_metrics"),
-    *("accelerate launch --num_processes 8 …",),
+    *("sft", "steps", "tensorboard", "callbacks", "compute_metrics", "accelerate launch --num_processes 8 …"),
 }
-"""Words in the first column of docs/migration.md that nobody types as an option."""
+"""What docs/migration.md translates and nobody types as an option."""
 
 
 def names_in_the_guide() -> set[str]:
     guide = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
     cells = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| ")]
+    cells += re.findall(r"^- (`[^:]+):", guide, flags=re.MULTILINE)
     code = [word for cell in cells for word in re.findall(r"`([^`]+)`", cell)]
     names = {re.split(r"[= ]", word.lstrip("-"))[0] if " --" not in word else word for word in code}
     return {name.strip('"').lower() for name in names}
