@@ -293,8 +293,9 @@ def _no_such_loss(written: str) -> DpoCacheError:
         reason, next_step = LOSSES_NOT_HERE[name]
         return DpoCacheError(f"there is no --loss {written}: {reason}", expected=expected, next_step=next_step)
     meant = NAMES_ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, LOSS_TRAITS, n=1)), None)
-    next_step = f"did you mean {meant}?" if meant else None
-    return DpoCacheError(f"unknown --loss {written}", expected=expected, next_step=next_step)
+    return DpoCacheError(
+        f"unknown --loss {written}", expected=expected, next_step=f"did you mean {meant}?" if meant else None
+    )
 
 
 def _positive(value: float | str, what: str) -> float:
