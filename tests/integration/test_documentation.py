@@ -115,14 +115,15 @@ def test_a_page_can_be_typed_from_top_to_bottom(page: str, tmp_path: Path, demo_
 def demo_folder(
     tmp_path_factory: pytest.TempPathFactory, reference: Path, pairs_file: Path, shared_cache: Path
 ) -> Path:
-    """What a reader has who has built a first cache: my-model, pairs.jsonl, my-cache, the checkout's scripts, and
-    other pairs in held-out.jsonl.
+    """What a reader has who has built a first cache: my-model, pairs.jsonl, my-cache, the checkout's scripts, other
+    pairs in held-out.jsonl, and two caches of the same reference, part-a and part-b.
     """
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(reference, folder / "my-model")
     shutil.copy(pairs_file, folder / "pairs.jsonl")
     write_rows(folder / "held-out.jsonl", message_pairs(12, seed=1))
-    shutil.copytree(shared_cache, folder / "my-cache")
+    for name in ("my-cache", "part-a", "part-b"):
+        shutil.copytree(shared_cache, folder / name)
     (folder / "scripts").symlink_to(ROOT / "scripts")
     return folder
 
