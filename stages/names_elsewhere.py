@@ -17,7 +17,7 @@ _NO_DROPOUT = "there is no dropout: the reference was scored without, and the po
 _ADAMW_ONLY = "AdamW is the only optimizer; dpo-train --offload-optimizer keeps its state in host memory"
 _ONE_SPEC = "use dpo-cache build --dataset PATH_OR_ID,split=…,amount=…, once for each dataset"
 
-_INSTEAD = {
+INSTEAD = {
     # the model and its reference
     "model_name_or_path": "use --model",
     "ref_model": "use dpo-cache build --model; dpo-train reads its values from --cache and never loads it",
@@ -122,8 +122,9 @@ _INSTEAD = {
     "hub_strategy": "use dpo-train --push-to-hub, which uploads the model at the end",
     "try_launch_beaker_eval_jobs": "evaluate the folder OUTPUT/model with your own tools",
 }
+"""By the option's name in the other trainer, with underscores. Each text goes on after a colon."""
 
 
 def instead_of(name: str) -> str | None:
     """What to do instead of giving an option of this name, with or without dashes; None for a name not known."""
-    return _INSTEAD.get(name.lstrip("-").replace("-", "_").lower())
+    return INSTEAD.get(name.lstrip("-").replace("-", "_").lower())

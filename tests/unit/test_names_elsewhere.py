@@ -13,7 +13,7 @@ from dpo_cache import cli
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.training.objective import LOSS_TRAITS, NAMES_ELSEWHERE
 from dpo_cache.stages.building.build_config import BuildConfig
-from dpo_cache.stages.names_elsewhere import _INSTEAD, instead_of
+from dpo_cache.stages.names_elsewhere import INSTEAD, instead_of
 from dpo_cache.stages.setting import settings_of, values_from_file
 from dpo_cache.stages.training.train_config import TrainConfig
 
@@ -34,15 +34,15 @@ def names_in_the_guide() -> set[str]:
 
 
 def test_every_option_that_the_guide_translates_is_ours_or_answered() -> None:
-    known = OURS | _INSTEAD.keys() | LOSS_TRAITS.keys() | NAMES_ELSEWHERE.keys() | NOT_OPTIONS
+    known = OURS | INSTEAD.keys() | LOSS_TRAITS.keys() | NAMES_ELSEWHERE.keys() | NOT_OPTIONS
     assert len(names_in_the_guide()) > 80
     assert not names_in_the_guide() - known
 
 
 def test_advice_names_options_that_exist() -> None:
-    flags = {flag for text in _INSTEAD.values() for flag in re.findall(r"--[a-z][a-z0-9-]+", text)}
+    flags = {flag for text in INSTEAD.values() for flag in re.findall(r"--[a-z][a-z0-9-]+", text)}
     assert flags <= {"--" + name.replace("_", "-") for name in OURS}
-    for text in _INSTEAD.values():
+    for text in INSTEAD.values():
         assert text[0].islower() or text.startswith("AdamW"), text
         assert not text.endswith("."), text
 
