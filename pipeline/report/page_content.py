@@ -72,7 +72,7 @@ class StepZeroRow:
     cells: list[str]
 
 
-STEP_ZERO_COLUMNS = ("loss", "expected", "mean difference", "largest", "bound", "dtype", "pairs")
+STEP_ZERO_COLUMNS = ("loss", "expected", "mean difference", "largest", "bound", "largest / bound", "dtype", "pairs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -102,6 +102,7 @@ def step_zero_row(run: NumberedRun) -> StepZeroRow:
                 figure(figures["mean_per_token"]),
                 figure(figures["max_per_token"]),
                 figure(figures["bound_per_token"]),
+                f"{figures['max_in_bounds']:.2%}",
                 str(figures["dtype"]),
                 str(figures["pairs"]),
             ]

@@ -16,7 +16,7 @@ from ...errors import DpoCacheError
 from ...pipeline.data.token_pair import TokenPair
 from ...pipeline.scoring.reference_scorer import load_scorer, score_pairs
 from ...pipeline.scoring.scoring_batch import Layout
-from ...pipeline.training.step_zero import BOUNDS
+from ...pipeline.scoring.side_bounds import long_side_bound, side_bounds
 from ..building.build_reference import BuildReference
 from ..processes.devices import device_of_rank, gpu_explained
 from .import_config import ImportConfig
@@ -30,7 +30,7 @@ class SampleSpread:
         pairs: Size of the sample.
         mean_per_token: Over all sides.
         max_per_token: Of the worst side.
-        bound_per_token: The largest allowed, as in training's step-0 proof.
+        bound_per_token: The largest allowed of a side that is not short, as in training's step-0 proof.
     """
 
     pairs: int
@@ -64,7 +64,7 @@ def prove_values(
         "sums": np.abs(values_S2 - ours_S2) / tokens_S2,
         "averages": np.abs(values_S2 - ours_S2 / tokens_S2),
     }
-    bound = BOUNDS.get(reference.dtype, BOUNDS["bfloat16"])
+    bounds_S2, bound = side_bounds(reference.dtype, tokens_S2), long_side_bound(reference.dtype)
     stated = apart_S2.pop(config.values)
     spread = SampleSpread(
         pairs=len(pairs),
@@ -72,10 +72,10 @@ def prove_values(
         max_per_token=float(stated.max()),
         bound_per_token=bound,
     )
-    if spread.max_per_token <= bound:
+    if (stated <= bounds_S2).all():
         return spread
     ((other, apart),) = apart_S2.items()
-    if apart.max() <= bound:
+    if (apart <= bounds_S2).all():
         raise DpoCacheError(f"{path} holds {other}, not {config.values}", next_step=f"add --values {other}")
     raise DpoCacheError(
         f"{path} is not what the reference gives: on a sample of {len(pairs)} pairs they differ by "

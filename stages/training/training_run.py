@@ -103,7 +103,8 @@ def run_dry(config: TrainConfig, ranks: Ranks, device: torch.device, cache_folde
 
 def _train(run: PreparedRun, started: StartedRun, began: float) -> TrainReport:
     step_zero = prove_step_zero(run, started)
-    started.loop.set_tie_margin(step_zero.tie_margin if step_zero else 0.0)
+    if step_zero:
+        started.loop.set_tie_margin(step_zero.tie_margin(policy_is_reference=run.origin.is_reference))
     if started.checkpoint is not None and started.checkpoint.state.unlogged:
         started.loop.restore_sums(started.checkpoint.state.unlogged)
     run.checkpoints.remove_later(started.first_step)

@@ -21,7 +21,7 @@ from ...pipeline.scoring.layout_choice import choose_layout
 from ...pipeline.scoring.pair_scorer import PairScorer
 from ...pipeline.scoring.reference_scorer import load_scorer, score_pairs
 from ...pipeline.scoring.scoring_batch import Layout
-from ...pipeline.training.step_zero import BOUNDS
+from ...pipeline.scoring.side_bounds import long_side_bound, side_bounds
 from ..console.library_output import quiet_libraries
 from ..hub.model_folder import find_model_folder
 from ..hub.model_identity import identity_to_compare
@@ -61,23 +61,34 @@ def rescore(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -
         ),
     }
     dtype = cache.identity.compute_dtype
-    bound = BOUNDS.get(dtype, BOUNDS["bfloat16"])
+    tokens_P4 = np.array([_tokens(row) for row in rows])
+    bounds_P4 = side_bounds(dtype, tokens_P4)
     spreads, within = [], np.ones(len(rows), dtype=np.bool_)
     for way, (way_layout, batches) in ways.items():
         distances_P4 = np.full((len(rows), len(VALUE_COLUMNS)), np.nan)
         for members in batches:
             values = score_pairs(scorer, [pairs[member] for member in members], way_layout, device)
-            distances_P4[members] = _distances([rows[member] for member in members], values)
-        within &= (distances_P4 <= bound).all(axis=1)  # so that what is not a number is not within
+            distances_P4[members] = _distances([rows[member] for member in members], values) / tokens_P4[members]
+        within &= (distances_P4 <= bounds_P4).all(axis=1)  # so that what is not a number is not within
         sides_P2 = distances_P4[:, :2]
-        worst = float(sides_P2.max())
         spreads.append(
-            Spread(way=way, mean_per_token=float(sides_P2.mean()), max_per_token=worst, max_in_bounds=worst / bound)
+            Spread(
+                way=way,
+                mean_per_token=float(sides_P2.mean()),
+                max_per_token=float(sides_P2.max()),
+                max_in_bounds=float((sides_P2 / bounds_P4[:, :2]).max()),
+            )
         )
     outliers: dict[str, list[bytes]] = defaultdict(list)
     for number in np.flatnonzero(~within).tolist():
         outliers[shards[number]].append(rows[number].key)
-    return RescoreReport(pairs=len(rows), dtype=dtype, bound_per_token=bound, spreads=spreads, outliers=dict(outliers))
+    return RescoreReport(
+        pairs=len(rows),
+        dtype=dtype,
+        bound_per_token=long_side_bound(dtype),
+        spreads=spreads,
+        outliers=dict(outliers),
+    )
 
 
 def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: torch.device) -> PairScorer:
@@ -129,9 +140,9 @@ def _sample(cache: ReferenceCache, index: KeyIndex, settings: RescoreSettings) -
 
 
 def _distances(rows: Sequence[ScoredPair], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Nats per token; none from a value that the cache does not know."""
+    """In nats; none from a value that the cache does not know."""
     cached = np.array([[getattr(row, name) for name in VALUE_COLUMNS] for row in rows])
-    distances: npt.NDArray[np.float64] = np.abs(values - cached) / np.array([_tokens(row) for row in rows])
+    distances: npt.NDArray[np.float64] = np.abs(values - cached)
     return np.where(np.isnan(cached), 0.0, distances)
 
 

@@ -14,7 +14,7 @@ class Spread:
         way: How the pairs were batched.
         mean_per_token: Over all sides.
         max_per_token: Of the worst side.
-        max_in_bounds: The worst side in units of the bound that training's step-0 proof sets.
+        max_in_bounds: The largest share that a side's distance has of what training's step-0 proof allows it.
     """
 
     way: str
@@ -30,7 +30,7 @@ class RescoreReport:
     Attributes:
         pairs: Pairs scored again.
         dtype: Precision of the reference.
-        bound_per_token: What training's step-0 proof allows.
+        bound_per_token: What training's step-0 proof allows a side that is not short.
         spreads: One for each way of batching.
         outliers: Keys of pairs beyond the bound, by the digest of the shard that holds them.
     """

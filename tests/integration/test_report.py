@@ -285,8 +285,8 @@ def test_what_one_run_was_trained_with_and_checked_against_stands_on_its_page(tm
     for name, value in (("loss", "dpo_norm"), ("beta", "5"), ("pairs per update", "8"), ("seed", "42")):
         assert f"|{name}|{value}|" in settings
     assert "evaluation mixture|held-out" in settings
-    assert "run|result|loss|expected|mean difference|largest|bound|dtype|pairs" in text
-    assert "run|within the bound|0.693147|0.693147|1e-07|3.2e-07|0.0001|float32|8" in text
+    assert "run|result|loss|expected|mean difference|largest|bound|largest / bound|dtype|pairs" in text
+    assert "run|within the bound|0.693147|0.693147|1e-07|3.2e-07|0.0001|0.32%|float32|8" in text
 
 
 def test_figures_of_other_betas_are_said_not_to_compare(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ STEP_ZERO = StepZeroFigures(
     sides=2,
     mean_per_token=0.0,
     max_per_token=0.0,
+    max_in_bounds=0.0,
     bound_per_token=1e-4,
     loss=0.7,
     expected_loss=0.7,
