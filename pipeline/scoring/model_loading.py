@@ -190,8 +190,12 @@ def set_module_dropout_to_zero(model: nn.Module) -> None:
 
 def is_noise(name: str, value: object) -> bool:
     """Whether a setting of a model's config or module adds chance to its passes: dropout, router jitter."""
-    noisy = any(word in name for word in ("dropout", "pdrop", "layerdrop", "drop_path", "jitter_noise"))
-    return noisy and isinstance(value, float) and value > 0.0
+    return is_noise_name(name) and isinstance(value, float) and value > 0.0
+
+
+def is_noise_name(name: str) -> bool:
+    """Whether a setting of this name would add chance to a model's passes, whatever its value."""
+    return any(word in name for word in ("dropout", "pdrop", "layerdrop", "drop_path", "jitter_noise"))
 
 
 def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:

@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ...errors import DpoCacheError
 from ..cache.durable_file import settle_folder, settle_tree
 from ..scoring.attention_choice import resolve_attention
-from ..scoring.model_loading import find_causal_lm, is_noise, load_causal_lm
+from ..scoring.model_loading import find_causal_lm, is_noise_name, load_causal_lm
 from ..scoring.quantization import quantized_layers
 from .host_group import wait_for_all
 from .lora_adapter import (
@@ -224,11 +224,29 @@ def _expected_headers(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tens
 def _restore_config(written: Path, base: Path, dtype: torch.dtype) -> None:
     """Name the dtype of the files, not the one computed in, and undo what was changed for training only."""
     config, before = (json.loads(file.read_text(encoding="utf-8")) for file in (written, base))
+    config = _with_settings_of(before, config)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    for name, value in before.items():
-        if name == "use_cache" or is_noise(name, value):
-            config[name] = value
     written.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _with_settings_of(before: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the cache and noise settings of another, in its parts (``text_config``) too.
+
+    transformers writes every setting out. One that the other leaves to its default must be left to it here as well.
+    """
+    kept = {name: value for name, value in config.items() if not _is_changed_for_training(name)}
+    kept |= {name: value for name, value in before.items() if _is_changed_for_training(name)}
+    parts = {name: value for name, value in kept.items() if isinstance(value, dict)}
+    return kept | {name: _with_settings_of(_part(before, name), part) for name, part in parts.items()}
+
+
+def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _is_changed_for_training(name: str) -> bool:
+    return name == "use_cache" or is_noise_name(name)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

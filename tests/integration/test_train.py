@@ -221,6 +221,9 @@ def test_going_on_from_an_earlier_checkpoint_removes_the_later_ones(shared_cache
 
 def test_a_run_evaluates_logs_and_saves_a_model_that_loads(reference: Path, tmp_path: Path) -> None:
     tied = write_tiny_model(tmp_path / "tied", tie_word_embeddings=True, dtype=torch.bfloat16)
+    config = json.loads((tied / "config.json").read_text(encoding="utf-8"))
+    del config["use_cache"], config["attention_dropout"]  # left to their defaults, as older checkpoints do
+    (tied / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name, rows in (("train", message_pairs(20)), ("held-out", message_pairs(11, seed=3))):
         dataset = write_rows(tmp_path / f"{name}.jsonl", rows)
         command = ("--model", tied, "--dataset", dataset, "--mixture", name, "--cache", tmp_path / "cache")
@@ -251,6 +254,7 @@ def test_a_run_evaluates_logs_and_saves_a_model_that_loads(reference: Path, tmp_
         tokenizer = AutoTokenizer.from_pretrained(output / folder)
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
         assert prompt == "<|user|>\nhello\n"
+        assert json.loads((output / folder / "config.json").read_text(encoding="utf-8")) == config
 
     header = load_file(output / "model/model.safetensors")
     assert {weight.dtype for weight in header.values()} == {torch.bfloat16}

@@ -11,7 +11,7 @@ import torch
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings
-from dpo_cache.pipeline.training.model_export import _expected_headers, export_model
+from dpo_cache.pipeline.training.model_export import _expected_headers, _restore_config, export_model
 from dpo_cache.pipeline.training.tensor_headers import TensorHeader, read_headers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -80,6 +80,22 @@ def test_a_trained_model_loads_with_from_pretrained_and_answers_as_the_policy(tm
         assert PreTrainedTokenizerFast.from_pretrained(output / "model").chat_template == "{{ messages }}"
         config = json.loads((output / "model" / "config.json").read_text())
         assert (config["dtype"], config["use_cache"], config["attention_dropout"]) == ("bfloat16", True, 0.1)
+
+
+def test_what_was_changed_for_training_only_is_as_in_the_base_again_in_parts_of_the_config_too(tmp_path: Path) -> None:
+    trained = {"use_cache": False, "attention_dropout": 0.0, "hidden_size": 8}
+    before = {
+        **{"hidden_size": 8, "attention_dropout": 0.25},
+        **{"text_config": {"hidden_size": 8, "use_cache": True}, "rope_parameters": {"rope_theta": 1e4}},
+    }
+    for name, content in (
+        ("base.json", before),
+        ("written.json", {**trained, "text_config": trained, "rope_parameters": {"rope_theta": 1e4}}),
+    ):
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    _restore_config(tmp_path / "written.json", tmp_path / "base.json", torch.bfloat16)
+    written = json.loads((tmp_path / "written.json").read_text(encoding="utf-8"))
+    assert written == {**before, "dtype": "bfloat16"}
 
 
 def export_of_rounded_training(folder: str) -> list[Any]:
