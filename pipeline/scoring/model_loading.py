@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ...errors import DpoCacheError, first_line
 from .attention_names import GPU_KERNELS
 from .quantization import loading_options, prepare_quantized_layers
+
+log = logging.getLogger(__name__)
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -53,7 +57,7 @@ def load_causal_lm(
     quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load a model in evaluation mode, every dropout set to zero, its cache of keys and values off.
+    """Load a model in evaluation mode and one dtype, every dropout set to zero, its cache of keys and values off.
 
     While a DeepSpeed ZeRO-3 configuration of transformers is alive (and ``deepspeed.init_distributed`` has been
     called), weights are partitioned as they are read and DeepSpeed decides where they lie; else they are moved to
@@ -93,6 +97,8 @@ def load_causal_lm(
             expected=attention,
             next_step=f"--attn-implementation {base.config._attn_implementation}",
         )
+    if quantizing or not getattr(base, "is_quantized", False):
+        _bring_to_one_dtype(base, dtype)
     prepare_quantized_layers(base)
     base.config.use_cache = False
     model: nn.Module = base if adapter is None else _with_adapter(base, adapter)
@@ -118,6 +124,28 @@ def _read_model(path: str | Path, **options: Any) -> Any:
         ) from error
     _refuse_incomplete(path, loading)
     return model
+
+
+def _bring_to_one_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights that transformers keeps in float32, such as a router's, as DeepSpeed does with all it trains.
+
+    Else the reference would be computed with them and the policy without. Codes of quantized weights are no
+    floating-point numbers and stay; so do buffers, which DeepSpeed leaves alone too.
+    """
+    kept = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and parameter.dtype != dtype
+    }
+    for parameter in kept.values():
+        parameter.data = parameter.data.to(dtype)
+    if kept:
+        kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in kept})
+        log.warning(
+            "weights that transformers keeps in float32 are brought to %s: %s",
+            str(dtype).removeprefix("torch."),
+            ", ".join(kinds),
+        )
 
 
 def _refuse_kernel_out_of_place(attention: str, device: torch.device) -> None:

@@ -21,6 +21,7 @@ from dpo_cache.pipeline.scoring.model_loading import (
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from safetensors.torch import load_file, save_file
 from tiny_model_factory import tiny_model, token_pairs
+from transformers import AutoConfig, AutoModelForCausalLM
 
 CPU = torch.device("cpu")
 
@@ -41,6 +42,27 @@ def test_a_loaded_model_has_the_dtype_and_kernel_asked_for_and_is_ready_to_score
     assert model.config._attn_implementation == "eager"
     assert not model.training
     assert not model.config.use_cache
+
+
+def test_a_router_that_transformers_keeps_in_float32_is_scored_in_the_dtype_it_is_trained_in(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DeepSpeed trains every weight in one dtype."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = AutoConfig.for_model("ernie4_5_moe", **sizes, **experts, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kept = {name for name, parameter in plain.named_parameters() if parameter.dtype == torch.float32}
+    assert "model.layers.1.mlp.gate.weight" in kept
+    model = load(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers()} == {buffer.dtype for buffer in plain.buffers()}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "brought to bfloat16: model.layers.*.mlp.gate.moe_statics" in caplog.text
+    quantized = load(tmp_path, dtype=torch.bfloat16, quantization="nf4")
+    assert {parameter.dtype for parameter in quantized.parameters()} == {torch.bfloat16, torch.uint8}
 
 
 @pytest.mark.parametrize(
