@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..scoring.scoring_batch import PairLogps
+from .host_group import host_group
 from .micro_batch import MicroBatch
 from .objective import Objective
 from .pair_terms import SortedPartners, pair_terms
@@ -26,20 +28,21 @@ def sorted_partners(objective: Objective, scored: Sequence[tuple[MicroBatch, Pai
 
     Args:
         objective: Says how the tail of a longer response is weighed.
-        scored: This rank's micro-batches of one global batch with their forward passes.
+        scored: This rank's micro-batches of one global batch with their forward passes; at least one.
     """
-    mine = [pair for micro_batch, policy in scored for pair in _sort_values(objective, micro_batch, policy)]
+    values_B4 = torch.cat([_sort_values(objective, micro_batch, policy) for micro_batch, policy in scored])
+    keys = [key for micro_batch, _ in scored for key in micro_batch.keys]
+    mine = [SortValues(key, *values) for key, values in zip(keys, values_B4.tolist(), strict=True)]
     of_ranks: list[list[SortValues]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(of_ranks, mine)
+    dist.all_gather_object(of_ranks, mine, group=host_group())  # objects of the host, not by way of the GPUs
     partners = match([pair for of_rank in of_ranks for pair in of_rank])
     start = sum(len(of_rank) for of_rank in of_ranks[: dist.get_rank()])
-    result = []
-    for micro_batch, policy in scored:
-        values = torch.tensor(partners[start : start + micro_batch.num_pairs], dtype=torch.float64).reshape(-1, 3)
-        margin_B, rejected_B, chosen_B = values.to(policy.chosen_logps_B.device).unbind(1)
-        result.append(SortedPartners(reference_margin_B=margin_B, rejected_B=rejected_B, chosen_B=chosen_B))
-        start += micro_batch.num_pairs
-    return result
+    of_mine = torch.tensor(partners[start : start + len(mine)], dtype=torch.float64).reshape(-1, 3)
+    of_micro_batches = of_mine.to(values_B4.device).split([micro_batch.num_pairs for micro_batch, _ in scored])
+    return [
+        SortedPartners(reference_margin_B=margin_B, rejected_B=rejected_B, chosen_B=chosen_B)
+        for margin_B, rejected_B, chosen_B in (of_one.unbind(1) for of_one in of_micro_batches)
+    ]
 
 
 class SortValues(NamedTuple):
@@ -52,11 +55,10 @@ class SortValues(NamedTuple):
     rejected: float
 
 
-def _sort_values(objective: Objective, micro_batch: MicroBatch, policy: PairLogps) -> list[SortValues]:
+def _sort_values(objective: Objective, micro_batch: MicroBatch, policy: PairLogps) -> Tensor:
+    """The numbers of :class:`SortValues`, still on the device, shape (B, 4)."""
     terms = pair_terms(objective, policy, micro_batch.reference)
-    columns = (terms.policy_margin_B, terms.reference_margin_B, terms.chosen_B, terms.rejected_B)
-    values = zip(micro_batch.keys, *(column.tolist() for column in columns), strict=True)
-    return [SortValues(*of_pair) for of_pair in values]
+    return torch.stack([terms.policy_margin_B, terms.reference_margin_B, terms.chosen_B, terms.rejected_B], dim=1)
 
 
 def match(pairs: Sequence[SortValues]) -> list[tuple[float, float, float]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from distributed_run import run_ranks
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
+from dpo_cache.pipeline.training.host_group import forget_host_group, host_group, open_host_group
 from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.objective import resolve_objective
 from dpo_cache.pipeline.training.preference_loss import preference_loss
@@ -75,6 +78,42 @@ def test_any_split_gives_the_gradient_of_the_whole_batch(num_ranks: int, splits:
             for name, found, wanted in zip(NAMES, of_split, expected, strict=True):
                 # Not 1e-15: RMSNorm of transformers computes in float32 whatever the model's dtype.
                 assert found == pytest.approx(wanted, rel=1e-5, abs=1e-7), name
+
+
+def test_the_values_of_a_global_batch_leave_the_device_once_and_travel_over_the_hosts_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each transfer waits for the device, and the training's own group would take pickled objects through the GPUs."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        open_host_group()
+        objective, scorer = resolve_objective("aot"), PairScorer(tiny_policy())
+        batches = [collate(part, LAYOUT) for part in (PAIRS[:3], PAIRS[3:], [])]
+        with torch.no_grad():
+            scored = [(batch, scorer(batch.batch)) for batch in batches]
+        transfers, groups = [], []
+        to_list, gather = torch.Tensor.tolist, dist.all_gather_object
+
+        def counted(tensor: torch.Tensor) -> object:
+            transfers.append(tensor.shape)
+            return to_list(tensor)
+
+        def watched(found: list[Any], mine: Any, group: Any = None) -> None:
+            groups.append(group)
+            with monkeypatch.context() as inside:  # what torch itself does to gather is not ours
+                inside.setattr(torch.Tensor, "tolist", to_list)
+                gather(found, mine, group=group)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", counted)
+        monkeypatch.setattr(dist, "all_gather_object", watched)
+        partners = sorted_partners(objective, scored)
+        assert transfers == [(7, 4)]
+        assert groups == [host_group()]
+        assert groups != [None]
+        assert [len(of_batch.chosen_B) for of_batch in partners] == [3, 4, 0]
+    finally:
+        forget_host_group()
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", NAMES)
