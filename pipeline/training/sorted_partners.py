@@ -37,12 +37,13 @@ def sorted_partners(objective: Objective, scored: Sequence[tuple[MicroBatch, Pai
     dist.all_gather_object(of_ranks, mine, group=host_group())  # objects of the host, not by way of the GPUs
     partners = match([pair for of_rank in of_ranks for pair in of_rank])
     start = sum(len(of_rank) for of_rank in of_ranks[: dist.get_rank()])
-    of_mine = torch.tensor(partners[start : start + len(mine)], dtype=torch.float64).reshape(-1, 3)
-    of_micro_batches = of_mine.to(values_B4.device).split([micro_batch.num_pairs for micro_batch, _ in scored])
-    return [
-        SortedPartners(reference_margin_B=margin_B, rejected_B=rejected_B, chosen_B=chosen_B)
-        for margin_B, rejected_B, chosen_B in (of_one.unbind(1) for of_one in of_micro_batches)
-    ]
+    of_mine_B3 = values_B4.new_tensor(partners[start : start + len(mine)]).reshape(-1, 3)
+    result, first = [], 0
+    for micro_batch, _ in scored:
+        margin_B, rejected_B, chosen_B = of_mine_B3[first : first + micro_batch.num_pairs].unbind(1)
+        result.append(SortedPartners(reference_margin_B=margin_B, rejected_B=rejected_B, chosen_B=chosen_B))
+        first += micro_batch.num_pairs
+    return result
 
 
 class SortValues(NamedTuple):

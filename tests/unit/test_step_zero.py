@@ -87,10 +87,12 @@ def figures_of_short_sides(folder: str) -> dict[str, dict[str, Any]]:
     """Pairs of answers of one token and of twenty, by how far the cached sums are from the policy's."""
     engine = make_engine(Path(folder), zero_stage=0, num_ranks=1)
     random = np.random.default_rng(0)
+
+    def ids(length: int) -> Any:
+        return random.integers(1, 64, length, dtype=np.int32)
+
     lengths = [1] * ONE_TOKEN + [20] * LONG
-    pairs = [
-        TokenPair(**{name: random.integers(1, 64, length, dtype=np.int32) for name in SIDES}) for length in lengths
-    ]
+    pairs = [TokenPair(prompt_ids=ids(5), chosen_ids=ids(length), rejected_ids=ids(length)) for length in lengths]
     shifts = np.zeros((5, len(pairs), 2))
     shifts[0, 0, 0] = 0.1
     shifts[1, 0, 0] = 0.13
@@ -101,9 +103,6 @@ def figures_of_short_sides(folder: str) -> dict[str, dict[str, Any]]:
         name: _shifted_figures(engine, int(name == "other weights"), pairs, of_pairs)
         for name, of_pairs in zip(names, shifts, strict=True)
     }
-
-
-SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def _shifted_figures(engine: PolicyEngine, seed: int, pairs: list[TokenPair], shifts: Any) -> dict[str, Any]:
