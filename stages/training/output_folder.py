@@ -11,12 +11,14 @@ from pathlib import Path
 
 from ...errors import DpoCacheError
 from ...pipeline.cache.durable_file import unfinished_writes
+from .run_config import FILE as CONFIG
+from .run_config import has_run_config
 
 LOCK = ".lock"
 TRIAL_MODEL = "model.dry-run"
 """What a dry run saves to measure it, and removes again."""
-BEFORE_FIRST_STEP = {LOCK, "config.json", "step0.json", "dry-run.json"}
-"""What a run that failed before its first update leaves: nothing to lose, nothing to resume."""
+BEFORE_FIRST_STEP = {LOCK, "step0.json", "dry-run.json"}
+"""What a run that failed before its first update leaves, besides its config: nothing to lose, nothing to resume."""
 
 
 def refuse_overwriting(output: Path) -> None:
@@ -25,21 +27,46 @@ def refuse_overwriting(output: Path) -> None:
     Raises:
         DpoCacheError: The folder is not empty, or another process trains into it.
     """
-    if not output.exists():
+    held = held_by(output)
+    if not held:
         return
+    if not has_run_config(output):
+        raise _not_a_run(output, held)
+    if (output / LOCK).exists():  # a run that is still training cannot be resumed
+        with output_lock(output):
+            pass
+    raise DpoCacheError(
+        f"--output {output} is not empty: it holds {_some_of(held)}",
+        expected="an empty folder, one that does not exist yet, or a run to resume",
+        next_step="add --resume to continue that run, or give another --output",
+    )
+
+
+def refuse_other_folder(output: Path) -> None:
+    """Refuse to resume in a folder that holds anything but a run.
+
+    Raises:
+        DpoCacheError: The folder is not empty, and no run wrote what it holds.
+    """
+    held = held_by(output)
+    if held and not has_run_config(output):
+        raise _not_a_run(output, held)
+
+
+def held_by(output: Path) -> list[str]:
+    """What a folder holds that a fresh run could harm; empty where there is no such folder.
+
+    Raises:
+        DpoCacheError: It is a file.
+    """
+    if not output.exists():
+        return []
     if not output.is_dir():
         raise DpoCacheError(f"--output {output} is a file", expected="a folder, or a name that is free")
-    leftovers = {path.name for path in _leftovers(output)}
-    held = sorted(set(os.listdir(output)) - BEFORE_FIRST_STEP - leftovers)
-    if held:
-        if (output / LOCK).exists():  # a run that is still training cannot be resumed
-            with output_lock(output):
-                pass
-        raise DpoCacheError(
-            f"--output {output} is not empty: it holds {', '.join(held[:5])}",
-            expected="an empty folder, one that does not exist yet, or a run to resume",
-            next_step="add --resume to continue that run, or give another --output",
-        )
+    harmless = BEFORE_FIRST_STEP | {path.name for path in _leftovers(output)}
+    if has_run_config(output):
+        harmless.add(CONFIG)
+    return sorted(set(os.listdir(output)) - harmless)
 
 
 @contextmanager
@@ -68,6 +95,18 @@ def output_lock(output: Path) -> Iterator[None]:
         lock.flush()
         _remove_leftovers(output)
         yield
+
+
+def _not_a_run(output: Path, held: list[str]) -> DpoCacheError:
+    return DpoCacheError(
+        f"--output {output} is not the folder of a run: it holds {_some_of(held)}, and no {CONFIG} of a run",
+        expected="an empty folder, one that does not exist yet, or a run to resume",
+        next_step="give another --output",
+    )
+
+
+def _some_of(names: list[str]) -> str:
+    return ", ".join(names[:5])
 
 
 def _leftovers(output: Path) -> list[Path]:

@@ -10,17 +10,17 @@ import torch
 
 from ...errors import DpoCacheError
 from ...pipeline.cache.cache_folder import ReferenceCache
-from ...pipeline.training.run_file import write_run_json
 from ...pipeline.training.tensorboard_files import require_tensorboard
 from ..console.terminal import say
 from ..hub.hub_model import HubTarget, prepare_hub_target
 from ..processes.process_group import all_or_none, decided_by_first, refuse_other_settings
 from ..processes.ranks import Ranks
 from .held_out_overlap import overlap_warnings
-from .output_folder import output_lock, refuse_overwriting
+from .output_folder import output_lock, refuse_other_folder, refuse_overwriting
 from .policy import PolicyOrigin, check_policy, find_policy
 from .recipe import Recipe, resolve_recipe, warnings_of
 from .run_checkpoints import RunCheckpoints
+from .run_config import write_run_config
 from .train_config import TrainConfig
 from .training_cache import TrainingCache, training_cache
 
@@ -95,13 +95,8 @@ def prepare_upload(run: PreparedRun) -> HubTarget | None:
 
 def write_config(run: PreparedRun) -> None:
     """Leave settings and resolved numbers in ``config.json`` of the run's folder."""
-    if not run.is_main:
-        return
-    given = asdict(run.config)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    origin = run.origin
-    resolved = {"policy": origin.model.name, "policy_is_reference": origin.is_reference, **run.recipe.to_json()}
-    write_run_json(run.config.output / "config.json", {"settings": settings, "resolved": resolved})
+    if run.is_main:
+        write_run_config(run.config, run.recipe, run.origin, fingerprint=run.checkpoints.fingerprint)
 
 
 def _open_pairs(config: TrainConfig, ranks: Ranks, cache_folder: Path, held: ExitStack) -> tuple[TrainingCache, Recipe]:
@@ -121,6 +116,8 @@ def _open_pairs(config: TrainConfig, ranks: Ranks, cache_folder: Path, held: Exi
 def _claim_output(config: TrainConfig, held: ExitStack) -> None:
     if config.resume is None:
         refuse_overwriting(config.output)
+    else:
+        refuse_other_folder(config.output)
     held.enter_context(output_lock(config.output))
 
 

@@ -13,6 +13,7 @@ from ...pipeline.training.checkpoint_folder import (
     Checkpoint,
     TrainerState,
     check_same_run,
+    changed_values,
     held_bytes,
     newest_checkpoint,
     open_checkpoint,
@@ -26,7 +27,9 @@ from ...pipeline.training.policy_engine import PolicyEngine
 from ..console.terminal import say
 from ..processes.process_group import all_or_none, decided_by_first, say_once
 from ..processes.ranks import Ranks
+from .output_folder import held_by
 from .recipe import Recipe
+from .run_config import recorded_fingerprint
 from .train_config import TrainConfig
 
 CONVERTED = "converted"
@@ -41,13 +44,16 @@ class RunCheckpoints:
         recipe: The resolved numbers.
         ranks: Which rank of how many this is.
         policy_sha256: Of the weights that the policy starts from, which a checkpoint of an adapter needs again.
+
+    Attributes:
+        fingerprint: What has to be the same for the run to be resumed.
     """
 
     def __init__(self, config: TrainConfig, recipe: Recipe, ranks: Ranks, *, policy_sha256: str) -> None:
         self._config = config
         self._recipe = recipe
         self._ranks = ranks
-        self._fingerprint = recipe.resume_fingerprint(policy_sha256)
+        self.fingerprint = recipe.resume_fingerprint(policy_sha256)
         self._folder = config.output / "checkpoints"
         self._keep_last = None if config.keep_last_n_checkpoints == -1 else config.keep_last_n_checkpoints
 
@@ -134,7 +140,7 @@ class RunCheckpoints:
                 step=updates_done,
                 num_ranks=self._ranks.num_ranks,
                 zero_stage=self._config.zero_stage,
-                run=self._fingerprint,
+                run=self.fingerprint,
                 tracking_run_id=tracking_run_id,
                 unlogged=unlogged,
             ),
@@ -142,9 +148,12 @@ class RunCheckpoints:
         )
 
     def _choose(self, resume: str) -> Checkpoint | None:
-        checkpoint = newest_checkpoint(self._folder) if resume == "latest" else open_checkpoint(Path(resume))
+        is_named = resume != "latest"
+        checkpoint = open_checkpoint(Path(resume).expanduser()) if is_named else newest_checkpoint(self._folder)
         if checkpoint is not None:
-            check_same_run(checkpoint, run=self._fingerprint, zero_stage=self._config.zero_stage)
+            check_same_run(checkpoint, run=self.fingerprint, zero_stage=self._config.zero_stage)
+            if is_named:
+                self._refuse_other_output(checkpoint)
         elif (self._config.output / "model").exists():
             raise DpoCacheError(
                 f"the run in {self._config.output} is finished, and its checkpoints are gone",
@@ -154,3 +163,17 @@ class RunCheckpoints:
         remove_unfinished(self._folder)  # before the free space is looked at
         shutil.rmtree(self._folder / CONVERTED, ignore_errors=True)
         return checkpoint
+
+    def _refuse_other_output(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint from elsewhere begins a new folder, or continues the same run: it replaces no other run."""
+        output = self._config.output
+        is_its_own = checkpoint.path.absolute().parent.resolve() == self._folder.resolve()
+        if is_its_own or not held_by(output):
+            return
+        different = changed_values(recorded_fingerprint(output), self.fingerprint)
+        if different:
+            raise DpoCacheError(
+                f"--output {output} holds another run than that of {checkpoint.path}: {'; '.join(different)}",
+                expected="a new folder, or the run that the checkpoint is of",
+                next_step=f"give another --output to continue from {checkpoint.path}",
+            )

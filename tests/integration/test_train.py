@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import dpo_cache, dpo_train, kill_when, metrics, run
+from commands import dpo_cache, dpo_train, fails, kill_when, metrics, run
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.example_key import key_at
 from safetensors.torch import load_file
@@ -149,6 +149,12 @@ def test_swapping_chosen_and_rejected_flips_the_margin(reference: Path, tmp_path
     assert lines[0]["rewards/accuracy"] == pytest.approx(1 - lines[1]["rewards/accuracy"])
 
 
+def content_of(folder: Path) -> dict[Path, bytes]:
+    """Every file of a run but the one that says which process has it."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: path.read_bytes() for path in files}
+
+
 # ---- resuming --------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +220,24 @@ def test_going_on_from_an_earlier_checkpoint_removes_the_later_ones(shared_cache
     run(train(shared_cache, output, *options, *back))
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step_2", "step_3"]
     assert [line["training_step"] for line in metrics(output)] == [1, 2, 3]
+
+
+def test_a_checkpoint_from_elsewhere_begins_a_new_run_and_replaces_no_other(shared_cache: Path, tmp_path: Path) -> None:
+    ours, theirs, copy = tmp_path / "ours", tmp_path / "theirs", tmp_path / "copy"
+    options = ("--max-steps", 2, "--checkpointing-steps", 1)
+    run(train(shared_cache, ours, *options, "--beta", 5))
+    run(train(shared_cache, theirs, *options, "--beta", 10))
+    before = content_of(theirs)
+    resume = ("--beta", 5, "--resume", ours / "checkpoints/step_1")
+    message = fails(train(shared_cache, theirs, *options, *resume))
+    assert f"--output {theirs} holds another run than that of {ours / 'checkpoints/step_1'}: " in message
+    assert "loss.losses.0.beta was 10.0 and is 5.0" in message
+    assert content_of(theirs) == before
+
+    for _ in range(2):  # the same command also where it has been before
+        report = run(train(shared_cache, copy, *options, *resume))
+        assert (report["steps"], report["pairs"]) == (2, 16)
+    assert [line["training_step"] for line in metrics(copy)] == [2]
 
 
 # ---- what a run leaves -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from dpo_cache.cli import dpo_train
 from dpo_cache.pipeline.cache import shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.stages.training import policy, recipe
+from run_factory import write_run
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
 
@@ -124,16 +126,36 @@ def test_a_value_that_no_reference_gives_names_count_and_key(
 def test_an_output_folder_that_is_not_empty(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
+    for resume in ([], ["--resume"]):  # there is no run to resume
+        message = refusal(cache, tmp_path / "run", *resume)
+        assert f"--output {tmp_path / 'run'} is not the folder of a run: it holds thesis.tex" in message
+        assert "next: give another --output" in message
+    assert os.listdir(tmp_path / "run") == ["thesis.tex"]
+
+
+def test_a_run_is_not_trained_again_over_itself(cache: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
     message = refusal(cache, tmp_path / "run")
-    assert f"--output {tmp_path / 'run'} is not empty: it holds thesis.tex" in message
-    assert "--resume" in message
+    assert f"--output {tmp_path / 'run'} is not empty: it holds metrics.jsonl" in message
+    assert "next: add --resume to continue that run" in message
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_folder_with_a_models_config_is_not_a_run_to_resume(
+    resume: list[str], cache: Path, reference: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sft").mkdir()
+    config = (reference / "config.json").read_bytes()
+    (tmp_path / "sft/config.json").write_bytes(config)
+    message = refusal(cache, tmp_path / "sft", *resume)
+    assert "is not the folder of a run: it holds config.json, and no config.json of a run" in message
+    assert (tmp_path / "sft/config.json").read_bytes() == config
 
 
 def test_an_output_folder_in_use_by_another_run(cache: Path, tmp_path: Path) -> None:
     import fcntl
 
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/metrics.jsonl").touch()  # it has begun: --resume would not help
+    write_run(tmp_path / "run")  # it has begun: --resume would not help
     with (tmp_path / "run/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "is in use by process" in refusal(cache, tmp_path / "run")
@@ -193,7 +215,7 @@ def finished_checkpoint(cache: Path, tmp_path: Path) -> Callable[[], None]:
     """Write a checkpoint as another run would have left it, without running it."""
 
     def write() -> None:
-        folder = tmp_path / "run/checkpoints/step_3"
+        folder = write_run(tmp_path / "run") / "checkpoints/step_3"
         (folder / "engine").mkdir(parents=True)
         state = {
             "step": 3,

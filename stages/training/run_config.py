@@ -1,0 +1,55 @@
+"""``config.json`` of a run's folder: what the run was begun with. It tells a run's folder from any other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...pipeline.training.run_file import write_run_json
+from .policy import PolicyOrigin
+from .recipe import Recipe
+from .train_config import TrainConfig
+
+FILE = "config.json"
+
+
+def write_run_config(
+    config: TrainConfig, recipe: Recipe, origin: PolicyOrigin, *, fingerprint: Mapping[str, Any]
+) -> None:
+    """Leave the settings and the resolved numbers in the run's folder.
+
+    Args:
+        config: The settings.
+        recipe: The resolved numbers.
+        origin: What the policy starts from.
+        fingerprint: What has to be the same for the run to be resumed.
+    """
+    given = asdict(config)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    resolved = {"policy": origin.model.name, "policy_is_reference": origin.is_reference, **recipe.to_json()}
+    write_run_json(
+        config.output / FILE, {"settings": settings, "resolved": resolved, "resume_fingerprint": fingerprint}
+    )
+
+
+def has_run_config(output: Path) -> bool:
+    """Whether the folder has a ``config.json`` that a run wrote; models have a file of that name too."""
+    config = _read(output)
+    return isinstance(config.get("settings"), dict) and isinstance(config.get("resolved"), dict)
+
+
+def recorded_fingerprint(output: Path) -> dict[str, Any]:
+    """The fingerprint of the run in the folder; empty where it recorded none."""
+    fingerprint = _read(output).get("resume_fingerprint")
+    return fingerprint if isinstance(fingerprint, dict) else {}
+
+
+def _read(output: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((output / FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

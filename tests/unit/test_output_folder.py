@@ -1,0 +1,26 @@
+"""Which folders a resumed run may write to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.stages.training.output_folder import refuse_other_folder
+from run_factory import write_run
+
+
+def test_a_run_is_resumed_where_it_was_moved_to_and_a_fresh_one_begins_where_there_is_nothing(tmp_path: Path) -> None:
+    moved = write_run(tmp_path / "run").rename(tmp_path / "moved")
+    killed = tmp_path / "killed"  # before it had written its config
+    killed.mkdir()
+    (killed / ".lock").write_text("17")
+    (killed / f"{'0' * 16}.partial").write_text('{"sett')
+    for folder in (moved, killed, tmp_path / "new"):
+        refuse_other_folder(folder)
+
+
+def test_the_checkpoints_of_another_trainer_are_not_a_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step_100").mkdir(parents=True)
+    with pytest.raises(DpoCacheError, match="is not the folder of a run: it holds checkpoints"):
+        refuse_other_folder(tmp_path)
