@@ -210,13 +210,21 @@ def _options(protocol: str) -> dict[str, Any]:
 
 
 def _refuse_secrets(address: str) -> None:
-    """An address stands in messages and in the records of runs: no place for a password or a signature."""
+    """An address stands in messages and in the records of runs: no place for a name, a password or a signature.
+
+    A token may stand where a name does. On the Hub, what follows an ``@`` is a revision.
+    """
     parts = urlsplit(address)
-    if parts.scheme in ("http", "https") and (parts.password or parts.query):
+    if parts.scheme == "hf":
+        return
+    if "@" in parts.netloc:
         raise DpoCacheError(
-            f"the address of {parts.hostname} carries a password or a query",
-            expected="https://HOST/PATH; a name and password can stand in ~/.netrc",
+            f"the address of {parts.hostname} carries a user name or a password",
+            expected="an address without them; for https:// they can stand in ~/.netrc, and s3:// and gs:// use the "
+            "logins of their own tools",
         )
+    if parts.scheme in ("http", "https") and parts.query:
+        raise DpoCacheError(f"the address of {parts.hostname} carries a query", expected="https://HOST/PATH")
 
 
 def _pinned(filesystem: Any, root: str) -> tuple[str | None, str]:

@@ -607,8 +607,11 @@ def test_what_a_protocol_needs_is_named_where_it_is_not_installed(monkeypatch: p
 
 
 def test_an_address_never_carries_a_secret() -> None:
-    for address in ("https://me:secret@127.0.0.1/cache", "https://127.0.0.1/cache?signature=secret"):
-        with pytest.raises(DpoCacheError, match="carries a password or a query") as failure:
+    for address in (
+        *("https://me:secret@127.0.0.1/cache", "http://hf_secret@127.0.0.1/cache", "s3://KEY:secret@127.0.0.1/cache"),
+        *("s3://secret@127.0.0.1/cache", "https://127.0.0.1/cache?signature=secret"),
+    ):
+        with pytest.raises(DpoCacheError, match=r"^the address of 127.0.0.1 carries a ") as failure:
             local_copy(address)
         assert "secret" not in str(failure.value)
 
