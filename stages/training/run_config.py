@@ -28,6 +28,8 @@ def write_run_config(
         fingerprint: What has to be the same for the run to be resumed.
     """
     given = asdict(config)
+    if isinstance(config.cache, Path):
+        given["cache"] = config.cache.absolute()  # a report is often made in another working folder
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     resolved = {"policy": origin.model.name, "policy_is_reference": origin.is_reference, **recipe.to_json()}
     write_run_json(
