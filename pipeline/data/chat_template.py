@@ -97,7 +97,7 @@ def _chosen_template(own: dict[str, str], choice: str) -> ChatTemplate:
         return _dated(text, name=choice)
     if choice in own:
         return _dated(own[choice], name=f"tokenizer:{choice}")
-    path = Path(choice)
+    path = Path(choice).expanduser()
     if path.is_file():
         return _dated(path.read_text(encoding="utf-8"), name=path.name)
     raise DpoCacheError(

@@ -242,6 +242,16 @@ def test_resuming_another_run_names_each_field(
     assert "loss.losses.0.beta was 3.0 and is 5.0" in message
 
 
+def test_a_checkpoint_below_the_home_folder_is_found_where_no_shell_has_looked_for_it(
+    cache: Path, tmp_path: Path, finished_checkpoint: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished_checkpoint()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("resume: ~/run/checkpoints/step_3", "utf-8")
+    message = refusal(cache, tmp_path / "run", "--config", tmp_path / "c.yaml")
+    assert f"{tmp_path}/run/checkpoints/step_3 belongs to another run" in message
+
+
 def test_resuming_from_a_checkpoint_that_is_not_complete(
     cache: Path, tmp_path: Path, finished_checkpoint: Callable[[], None]
 ) -> None:

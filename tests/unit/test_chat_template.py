@@ -139,3 +139,13 @@ def test_the_date_in_a_template_does_not_move_with_the_clock(tmp_path: Path) -> 
         render(tmp_path / "tokenizer", str(file), [{"role": "user", "content": "Hi"}]) for file in (dated, literal)
     ]
     assert renderings[0] == renderings[1]
+
+
+def test_a_file_below_the_home_folder_is_found_where_no_shell_has_looked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.jinja").write_text(CHATML, encoding="utf-8")
+    template = resolve_chat_template(tokenizer(tmp_path / "tokenizer"), "~/mine.jinja")
+    assert template is not None
+    assert template.name == "mine.jinja"
