@@ -35,6 +35,7 @@ def config_options(
         return click.option(
             "--config",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            multiple=True,  # only so that a second one can be refused
             is_eager=True,
             expose_value=False,
             callback=functools.partial(_read_config_file, config_class, frozenset(without)),
@@ -83,11 +84,17 @@ def _read_config_file(
     without: Collection[str],
     context: click.Context,
     _parameter: click.Parameter,
-    path: Path | None,
+    paths: tuple[Path, ...],
 ) -> None:
     """Make the file's values the defaults of this command; an unknown key is an error."""
-    if path is None:
+    if not paths:
         return
+    if len(paths) > 1:
+        raise click.BadParameter(
+            f"it is given {len(paths)} times ({', '.join(map(str, paths))}), and one file would replace the other: "
+            "put all options into one file, or give some as flags"
+        )
+    (path,) = paths
     import yaml
 
     try:

@@ -170,7 +170,7 @@ def _element_from_file(declared: Setting, value: Any) -> Any:
     is_plain = isinstance(value, str | int | float) and (wanted is bool) == isinstance(value, bool)
     if is_plain and not (wanted is int and isinstance(value, float)):
         try:
-            return wanted(value)
+            return Path(str(value)) if wanted is Path else wanted(value)
         except ValueError:
             pass
     raise DpoCacheError(f"{declared.flag} is {value!r}", expected=_KINDS[wanted])

@@ -71,6 +71,23 @@ def test_flags_override_the_yaml_file(tmp_path: Path) -> None:
     assert config == TrainConfig(cache=Path("c"), output=Path("o"), beta=5.0, learning_rate=1e-6)
 
 
+def test_a_second_file_of_options_is_refused_because_it_would_replace_the_first(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("beta: 7")
+    second.write_text("learning-rate: 1e-6")
+    given = ["--cache", "c", "--output", str(tmp_path / "run"), "--config", str(first), "--config", str(second)]
+    result = CliRunner().invoke(dpo_train, given)
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.split())
+    assert f"it is given 2 times ({first}, {second}), and one file would replace the other" in said
+
+
+def test_a_path_in_a_file_may_look_like_a_number(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("cache: 7\noutput: 20260101\nmodel: 13\n", "utf-8")
+    config = parsed(TrainConfig, ["--config", str(tmp_path / "c.yaml")])
+    assert config == TrainConfig(cache=Path("7"), output=Path("20260101"), model="13")
+
+
 def test_a_yaml_key_that_is_no_option_is_an_error(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("cache: c\noutput: o\nbetta: 0.1\n")
