@@ -24,6 +24,8 @@ from .stages.interchange.import_config import NOT_IMPORTED, ImportConfig
 from .stages.sweeping.sweep_config import SweepConfig
 from .stages.training.train_config import TrainConfig
 
+SAME_COMMAND = "the same command continues from there"
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
@@ -59,7 +61,7 @@ def build_command(as_json: bool, **values: Any) -> None:
       dpo-cache build --model allenai/Llama-3.1-Tulu-3-8B-SFT \\
           --dataset allenai/llama-3.1-tulu-3-8b-preference-mixture --cache tulu3-cache
     """
-    with command_run():
+    with command_run(to_go_on=SAME_COMMAND):
         config = BuildConfig(**values)
         from .stages.build import build
 
@@ -200,7 +202,7 @@ def push_command(
     Example:
       dpo-cache push tulu3-cache my-lab/tulu3-cache
     """
-    with command_run():
+    with command_run(to_go_on=SAME_COMMAND):
         from .stages.push import push
 
         report = push(cache, repository, revision=revision, public=public, mixture_names=mixtures)
@@ -225,7 +227,7 @@ def pull_command(
     Example:
       dpo-cache pull my-lab/tulu3-cache tulu3-cache --mixture train
     """
-    with command_run():
+    with command_run(to_go_on=SAME_COMMAND):
         from .stages.pull import pull
 
         report = pull(source, folder, revision=revision, mixture_names=mixtures, replace=replace)
@@ -245,7 +247,7 @@ def merge_command(sources: tuple[Path, ...], cache: Path, as_json: bool) -> None
     Example:
       dpo-cache merge node0-cache node1-cache --cache tulu3-cache
     """
-    with command_run():
+    with command_run(to_go_on=SAME_COMMAND):
         from .stages.merge import merge
 
         report = merge(sources, cache)
@@ -289,7 +291,7 @@ def import_command(source: Path, as_json: bool, **values: Any) -> None:
     Example:
       dpo-cache import 3f1c8a.pt --values averages --model my-sft-model --dataset pairs.jsonl --cache my-cache
     """
-    with command_run():
+    with command_run(to_go_on=SAME_COMMAND):
         config = ImportConfig(**values)
         from .stages.value_import import import_values
 
@@ -410,7 +412,7 @@ def dpo_sweep(grid: Path, as_json: bool, **values: Any) -> None:
     Example:
       dpo-sweep scripts/sweep/beta_and_rate.yaml
     """
-    with command_run():
+    with command_run(to_go_on=SAME_COMMAND):
         config = SweepConfig(**values)
         from .stages.sweep import sweep
         from .stages.sweeping.sweep_report import SweepReport

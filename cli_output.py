@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import click
 
 from .errors import DpoCacheError
+from .pipeline.finite_json import finite_json
 from .stages.processes.child_processes import leave_fault
 from .stages.processes.ranks import ranks_from_environment
 
@@ -33,11 +33,14 @@ class Report(Protocol):
 
 
 @contextlib.contextmanager
-def command_run(*, to_go_on: str = "the same command continues from there") -> Iterator[None]:
+def command_run(*, to_go_on: str | None = None) -> Iterator[None]:
     """The work of a command: libraries' prints, some as early as their import, go to stderr.
 
     A fault that the user can fix ends in its message and exit code 1, without a traceback; with ``--json`` also in an
     object ``error`` on stdout.
+
+    Args:
+        to_go_on: How to continue once it was stopped; None for a command that starts over.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr), _sigterm_as_ctrl_c():
@@ -51,7 +54,7 @@ def command_run(*, to_go_on: str = "the same command continues from there") -> I
         _tell(str(refused), {"found": str(refused)})
         sys.exit(1)
     except KeyboardInterrupt:
-        stopped = f"Stopped. Finished work is kept; {to_go_on}."
+        stopped = f"Stopped. Finished work is kept; {to_go_on}." if to_go_on else "Stopped."
         _tell(stopped, {"found": "stopped", "next_step": to_go_on}, prefix="")
         sys.exit(1)
 
@@ -71,14 +74,14 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 def print_report(report: Report, as_json: bool) -> None:
     """What a command was asked for goes to stdout; colours only to a terminal."""
-    click.echo(json.dumps(report.to_json(), indent=2) if as_json else report.text())
+    click.echo(finite_json(report.to_json(), indent=2) if as_json else report.text())
 
 
 def print_summary(summary: str, as_json: Mapping[str, Any] | None) -> None:
     """The closing lines of a command that does work: to stderr; stdout is left to the JSON object, if any."""
     click.echo(summary, err=True)
     if as_json is not None:
-        click.echo(json.dumps(as_json, indent=2))
+        click.echo(finite_json(as_json, indent=2))
 
 
 def _tell(message: str, error: Mapping[str, str | None], *, prefix: str = "Error: ") -> None:
@@ -88,7 +91,7 @@ def _tell(message: str, error: Mapping[str, str | None], *, prefix: str = "Error
     click.echo(prefix + message, err=True)
     context = click.get_current_context(silent=True)
     if context is not None and context.params.get("as_json") and _speaks_for_the_job():
-        click.echo(json.dumps({"error": error}, indent=2))
+        click.echo(finite_json({"error": error}, indent=2))
 
 
 def _speaks_for_the_job() -> bool:

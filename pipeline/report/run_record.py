@@ -120,14 +120,14 @@ def metrics_lines(folder: Path) -> tuple[list[Line], int]:
 
 
 def logged_line(folder: Path, step: int, field: str) -> dict[str, float] | None:
-    """The last line with this field that a run has logged after update ``step``, without what is not a number.
+    """The last line with this field that a run has logged after update ``step``; a null is not a number in it.
 
     Raises:
         DpoCacheError: The file cannot be read at all.
     """
     lines, _ = metrics_lines(folder)
     found = [line for line in lines if line["training_step"] == step and field in line]
-    return {name: value for name, value in found[-1].items() if not math.isnan(value)} if found else None
+    return dict(found[-1]) if found else None
 
 
 def _json_lines(path: Path) -> list[dict[str, Any] | None]:

@@ -97,7 +97,7 @@ def step_zero_row(run: NumberedRun) -> StepZeroRow:
     else:
         try:
             cells = [
-                f"{figures['loss']:.6f}",
+                "–" if figures["loss"] is None else f"{figures['loss']:.6f}",
                 "–" if figures["expected_loss"] is None else f"{figures['expected_loss']:.6f}",
                 figure(figures["mean_per_token"]),
                 figure(figures["max_per_token"]),

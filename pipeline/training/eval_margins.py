@@ -5,8 +5,6 @@ Shapes: P pairs of the evaluation mixture, B pairs of a micro-batch.
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..cache.example_key import Keys, key_at
+from ..finite_json import finite_json
 from .micro_batch import ScoredMicroBatch
 from .run_file import write_run_file
 
@@ -62,7 +61,6 @@ def write_eval_margins(path: Path, *, training_step: int, keys: Keys, margins: n
     """
     lines = []
     for place, margin in enumerate(margins.tolist()):
-        shown = margin if math.isfinite(margin) else None
-        line = {"training_step": training_step, "key": key_at(keys, place).hex(), "rewards/margin": shown}
-        lines.append(json.dumps(line) + "\n")
+        line = {"training_step": training_step, "key": key_at(keys, place).hex(), "rewards/margin": margin}
+        lines.append(finite_json(line) + "\n")
     write_run_file(path, "".join(lines))

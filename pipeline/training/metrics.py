@@ -107,9 +107,11 @@ class PairMetrics:
         )
 
     def _right(self, chosen_rewards_B: Tensor, rejected_rewards_B: Tensor, average_margin_B: Tensor) -> Tensor:
-        """1 where chosen has the higher reward, 0 where rejected has, 1/2 for a tie."""
+        """1 where chosen has the higher reward, 0 where rejected has, 1/2 for a tie; no number for a margin that is
+        none."""
         tie_B = (average_margin_B.abs() < self._tie_margin) | (chosen_rewards_B == rejected_rewards_B)
-        return torch.where(tie_B, 0.5, (chosen_rewards_B > rejected_rewards_B).double())
+        right_B = torch.where(tie_B, 0.5, (chosen_rewards_B > rejected_rewards_B).double())
+        return torch.where((chosen_rewards_B - rejected_rewards_B).isnan(), torch.nan, right_B)
 
     def unlogged_sums(self) -> dict[str, float]:
         """The sums since the last line, over all ranks, and the seconds; nothing is reset. All ranks call this."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..cache.durable_file import write_durably
+from ..finite_json import finite_json
 
 
 def write_run_file(path: Path, text: str) -> None:
@@ -19,5 +19,5 @@ def write_run_file(path: Path, text: str) -> None:
 
 
 def write_run_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, as :func:`write_run_file` does."""
-    write_run_file(path, json.dumps(value, indent=2) + "\n")
+    """Write a value as indented JSON, as :func:`write_run_file` does; a number that is not finite is null."""
+    write_run_file(path, finite_json(value, indent=2) + "\n")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ..cache.durable_file import write_durably
+from ..finite_json import finite_json
 from .tensorboard_files import TensorBoardFiles
 
 logger = logging.getLogger(__name__)
@@ -56,9 +56,8 @@ class MetricsFile:
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, line: Line) -> None:
-        """Append one line; a number that is not finite is written as null, JSON having no word for it."""
-        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        """Append one line; a number that is not finite is written as null."""
+        self._file.write(finite_json(line) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ starts, what it is judged by, and what is kept of it."""
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
     """The rewards of a run at some update; a figure that an objective does not have, or that is not finite, is None.
+    Where the margin is not finite, the accuracy is None too: such a run has diverged.
 
     Attributes:
         accuracy: Share of the pairs whose chosen response has the higher reward.
@@ -86,9 +87,10 @@ class SweepRun:
         return max([report.steps if report else 0, *logged])
 
     def step_zero_loss(self) -> float | None:
-        """Loss before the first update; None before it was measured."""
+        """Loss before the first update; None before it was measured, and where it was not finite."""
         proof = self.folder / "step0.json"
-        return float(json.loads(proof.read_text(encoding="utf-8"))["loss"]) if proof.exists() else None
+        loss: float | None = json.loads(proof.read_text(encoding="utf-8"))["loss"] if proof.exists() else None
+        return loss
 
     def has_begun(self) -> bool:
         """Whether there is anything to resume from."""
@@ -111,7 +113,7 @@ class SweepRun:
     def _score(self, line: Line, prefix: str) -> Score:
         margin = _finite(line.get(f"{prefix}rewards/margin"))
         return Score(
-            accuracy=_finite(line.get(f"{prefix}rewards/accuracy")),
+            accuracy=None if margin is None else _finite(line.get(f"{prefix}rewards/accuracy")),
             margin=margin,
             separation=None if margin is None else margin / self.recipe.objective.lead.beta,
         )

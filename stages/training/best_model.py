@@ -40,8 +40,8 @@ class BestModel:
         """Whether an evaluation after at least one update is better than all before; the first of equals stays."""
         if self._field is None or line["training_step"] == 0:
             return False
-        value = _number(line.get(self._field, math.nan))  # a line read back leaves out what was not a number
-        return value is not None and (self._kept is None or value > self._kept["value"])
+        value = line[self._field]
+        return math.isfinite(value) and (self._kept is None or value > self._kept["value"])
 
     def remember(self, line: dict[str, float], *, is_main: bool) -> None:
         """This evaluation's model has been saved."""
@@ -49,8 +49,3 @@ class BestModel:
         self._kept = {"field": self._field, "value": line[self._field], "training_step": line["training_step"]}
         if is_main:
             write_run_json(self._path, self._kept)
-
-
-def _number(value: float) -> float | None:
-    """None for what is not a number: nothing would ever be better."""
-    return None if math.isnan(value) else float(value)

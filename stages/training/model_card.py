@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.mixture import Mixture
+from ...pipeline.finite_json import finite_json
 from ..hub.model_folder import ModelFolder
 from ..hub.public_name import public_name
 from ..hub.recorded_reference import RecordedReference
@@ -58,7 +58,7 @@ def model_card(
             "## Recipe",
             "",
             "```json",
-            json.dumps(_numbers(recipe), indent=2),
+            finite_json(_numbers(recipe), indent=2),
             "```",
             "",
             "## Reference and pairs",

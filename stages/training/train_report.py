@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ...pipeline.training.run_file import write_run_json
 from ..console.counted_noun import counted
@@ -14,6 +16,7 @@ from ..hub.hub_model import HubUpload
 from .best_model import FIELDS
 
 FILE = "summary.json"
+HELD_OUT = ("eval/rewards/accuracy", "eval/rewards/margin")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +32,7 @@ class TrainReport:
         step0: How far policy and cache were apart before the first update.
         eval_before: Evaluation before the first update, where there is one.
         eval_after: Evaluation after the last.
-        last: The last logged line.
+        last: The last logged line. A figure that is not finite is None where a line was read from the disk.
         best: With ``--keep-best``, what ``best.json`` says of the model in ``best/``; None where none is kept.
         hub: The result of ``--push-to-hub``; None without it.
     """
@@ -40,9 +43,9 @@ class TrainReport:
     pairs: int
     seconds: float
     step0: dict[str, Any] | None
-    eval_before: dict[str, float] | None
-    eval_after: dict[str, float] | None
-    last: dict[str, float]
+    eval_before: Mapping[str, float | None] | None
+    eval_after: Mapping[str, float | None] | None
+    last: Mapping[str, float | None]
     best: dict[str, Any] | None = None
     hub: HubUpload | None = None
 
@@ -74,14 +77,14 @@ class TrainReport:
         ]
         if self.step0:
             lines.append(
-                f"step 0: loss {self.step0['loss']:.6f}, policy and cache differ by at most "
-                f"{self.step0['max_per_token']:.2g} nats per token"
+                f"step 0: loss {_shown(self.step0['loss'], '.6f')}, policy and cache differ by at most "
+                f"{_shown(self.step0['max_per_token'], '.2g')} nats per token"
             )
-        figures = ("eval/rewards/accuracy", "eval/rewards/margin")
         before, after = self.eval_before or {}, self.eval_after or {}
-        if all(name in line for name in figures for line in (before, after)):
-            accuracies = f"{before[figures[0]]:.1%} before, {after[figures[0]]:.1%} after"
-            lines.append(f"held out: reward accuracy {accuracies}, margin {after[figures[1]]:.3g}")
+        if all(name in line for name in HELD_OUT for line in (before, after)):
+            accuracy, margin = HELD_OUT
+            accuracies = f"{_shown(before[accuracy], '.1%')} before, {_shown(after[accuracy], '.1%')} after"
+            lines.append(f"held out: reward accuracy {accuracies}, margin {_shown(after[margin], '.3g')}")
         if self.is_finished:
             lines.append(f"model: {self.output}/model")
         else:
@@ -94,4 +97,18 @@ class TrainReport:
             lines.append(self.hub.summary())
         page = Path(self.output) / "report.html"
         lines.append(f"next: {shlex.join(['dpo-report', self.output, '-o', str(page)])}")
+        diverged = [name for name, value in after.items() if not _is_finite(value)]
+        if diverged:
+            lines.append(
+                f"warning: after the last update the policy has diverged: {', '.join(diverged)} "
+                f"{'is' if len(diverged) == 1 else 'are'} not finite; train again with a lower --learning-rate"
+            )
         return "\n".join(lines)
+
+
+def _is_finite(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return format(value, form) if _is_finite(value) else "not finite"

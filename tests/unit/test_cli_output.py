@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from cache_factory import make_cache
 from click.testing import CliRunner
 from dpo_cache.cli import dpo_cache, dpo_train
-from dpo_cache.cli_output import command_run
+from dpo_cache.cli_output import command_run, print_summary
 
 
 def test_a_fault_is_one_object_on_stdout_where_json_was_asked_for(tmp_path: Path) -> None:
@@ -56,10 +57,24 @@ def test_what_names_no_repository_is_not_asked_for(tmp_path: Path) -> None:
 
 def test_a_request_to_stop_ends_a_command_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit), command_run():
+    with pytest.raises(SystemExit), command_run(to_go_on="--resume continues"):
         signal.raise_signal(signal.SIGTERM)
-    assert "Stopped. Finished work is kept" in capsys.readouterr().err
+    assert capsys.readouterr().err == "Stopped. Finished work is kept; --resume continues.\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_command_that_starts_over_does_not_promise_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for stage in ("info.cache_info", "verify.verify_cache", "build.build"):
+        monkeypatch.setattr(f"dpo_cache.stages.{stage}", stop)
+    for command in ("info", "verify"):
+        result = CliRunner().invoke(dpo_cache, [command, str(tmp_path), "--json"])
+        assert result.stderr == "Stopped.\n"
+        assert json.loads(result.stdout)["error"] == {"found": "stopped", "next_step": None}
+    result = CliRunner().invoke(dpo_cache, ["build", "--model", "m", "--dataset", "d", "--cache", str(tmp_path)])
+    assert result.stderr == "Stopped. Finished work is kept; the same command continues from there.\n"
 
 
 def test_nobody_to_ask_is_no_consent(tmp_path: Path) -> None:
@@ -69,3 +84,9 @@ def test_nobody_to_ask_is_no_consent(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "removal was not confirmed\n  next: add --yes" in result.stderr
     assert (cache.path / "tmp" / "left.partial").exists()
+
+
+def test_what_is_not_a_finite_number_is_null_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary("done", {"eval_after": {"eval/loss": math.nan}, "seconds": math.inf})
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert printed == {"eval_after": {"eval/loss": None}, "seconds": None}

@@ -198,6 +198,14 @@ def test_ties_and_differences_within_rounding_count_half() -> None:
     assert metrics.reduce()["rewards/accuracy"] == pytest.approx((0.5 + 0.5 + 1.0) / 3)
 
 
+def test_a_margin_that_is_no_number_is_neither_right_nor_wrong_nor_a_tie() -> None:
+    metrics = _metrics()
+    metrics.add(_scored([(math.nan, -6.0, -5.0, -6.0), (-5.0, -6.0, -5.1, -6.0)]))
+    line = metrics.reduce()
+    assert math.isnan(line["rewards/margin"])
+    assert math.isnan(line["rewards/accuracy"])
+
+
 def test_a_line_starts_over_after_it_was_reduced() -> None:
     metrics = _metrics()
     metrics.add(_scored(PAIRS))

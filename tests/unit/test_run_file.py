@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,3 +103,9 @@ def test_a_file_of_a_run_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_run_json(tmp_path / "file", {"short": 1})
     assert (tmp_path / "file").read_text(encoding="utf-8") == '{\n  "short": 1\n}\n'
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_number_that_is_not_finite_is_null_in_every_file_of_a_run(tmp_path: Path) -> None:
+    write_run_json(tmp_path / "file", {"figures": [math.nan, {"loss": -math.inf}], "pair": (1.5, np.float64("nan"))})
+    read = json.loads((tmp_path / "file").read_text(), parse_constant=pytest.fail)
+    assert read == {"figures": [None, {"loss": None}], "pair": [1.5, None]}

@@ -75,11 +75,13 @@ def test_a_line_without_a_step_is_none(tmp_path: Path, step: str) -> None:
     assert (len(run.steps), run.unreadable_lines) == (1, 1)
 
 
-def test_the_last_line_of_a_step_that_has_a_field_is_found_without_what_is_no_number(tmp_path: Path) -> None:
+def test_the_last_line_of_a_step_that_has_a_field_is_found_with_what_was_not_a_number(tmp_path: Path) -> None:
     lines = (
         '{"training_step": 2, "eval/loss": 0.5}\n{"training_step": 2, "train_loss": 0.7}\n'
-        '{"training_step": 2, "eval/loss": 0.4, "eval/rewards/accuracy": NaN}\n{"training_step": 3, "eval/loss": 0.1}\n'
+        '{"training_step": 2, "eval/loss": 0.4, "eval/rewards/accuracy": null}\n'
+        '{"training_step": 3, "eval/loss": 0.1}\n'
     )
     (tmp_path / "metrics.jsonl").write_text(lines)
-    assert logged_line(tmp_path, 2, "eval/loss") == {"training_step": 2, "eval/loss": 0.4}
+    line = logged_line(tmp_path, 2, "eval/loss")
+    assert line == {"training_step": 2, "eval/loss": 0.4, "eval/rewards/accuracy": pytest.approx(math.nan, nan_ok=True)}
     assert logged_line(tmp_path, 4, "eval/loss") is None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,8 +32,21 @@ def report(eval_after: dict[str, float], best: dict[str, Any] | None = None) -> 
 def test_held_out_figures_are_told_where_they_are_numbers() -> None:
     told = "held out: reward accuracy 50.0% before, 75.0% after, margin 0.2"
     assert told in report({**BEFORE, "eval/rewards/accuracy": 0.75, "eval/rewards/margin": 0.2}).summary()
-    # Of a finished run that is resumed, what was not a number is left out.
-    assert "held out" not in report({"training_step": 4.0, "eval/rewards/accuracy": 0.0}).summary()
+    assert "held out" not in report({"training_step": 4.0, "eval/loss": 0.7}).summary()
+
+
+def test_an_evaluation_that_is_not_finite_ends_in_a_warning_also_where_it_was_read_from_the_disk(
+    tmp_path: Path,
+) -> None:
+    diverged = {**BEFORE, "eval/rewards/accuracy": math.nan, "eval/rewards/margin": -math.inf}
+    ours = replace(report(diverged), output=str(tmp_path), step0={"loss": math.nan, "max_per_token": math.inf})
+    ours.write()
+    assert json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)["step0"]["loss"] is None
+    for told in (ours, TrainReport.read(tmp_path)):
+        lines = told.summary().splitlines()
+        assert "held out: reward accuracy 50.0% before, not finite after, margin not finite" in lines
+        assert lines[-1].startswith("warning: after the last update the policy has diverged: eval/rewards/accuracy, ")
+    assert "warning" not in report(BEFORE).summary()
 
 
 @pytest.mark.parametrize(
