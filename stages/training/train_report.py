@@ -99,9 +99,10 @@ class TrainReport:
         lines.append(f"next: {shlex.join(['dpo-report', self.output, '-o', str(page)])}")
         diverged = [name for name, value in after.items() if not _is_finite(value)]
         if diverged:
+            some = ", ".join(diverged[:2]) + (", …" if len(diverged) > 2 else "")
             lines.append(
-                f"warning: after the last update the policy has diverged: {', '.join(diverged)} "
-                f"{'is' if len(diverged) == 1 else 'are'} not finite; train again with a lower --learning-rate"
+                f"warning: the last evaluation has figures that are not finite ({some}), so the policy has diverged; "
+                "train again with a lower --learning-rate"
             )
         return "\n".join(lines)
 

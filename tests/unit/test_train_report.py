@@ -45,7 +45,8 @@ def test_an_evaluation_that_is_not_finite_ends_in_a_warning_also_where_it_was_re
     for told in (ours, TrainReport.read(tmp_path)):
         lines = told.summary().splitlines()
         assert "held out: reward accuracy 50.0% before, not finite after, margin not finite" in lines
-        assert lines[-1].startswith("warning: after the last update the policy has diverged: eval/rewards/accuracy, ")
+        figures = "eval/rewards/accuracy, eval/rewards/margin"
+        assert lines[-1].startswith(f"warning: the last evaluation has figures that are not finite ({figures}), so ")
     assert "warning" not in report(BEFORE).summary()
 
 
