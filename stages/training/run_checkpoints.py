@@ -12,8 +12,8 @@ from ...errors import DpoCacheError
 from ...pipeline.training.checkpoint_folder import (
     Checkpoint,
     TrainerState,
-    check_same_run,
     changed_values,
+    check_same_run,
     held_bytes,
     newest_checkpoint,
     open_checkpoint,
