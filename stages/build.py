@@ -39,6 +39,7 @@ from .building.left_out import keys_by_reason, pairs_in_words
 from .building.mixture_change import left_out_before, mixture_content, new_content
 from .building.mixture_content import MixtureContent
 from .building.pair_collection import CollectedPairs
+from .building.row_counts import truncation_warning
 from .console.counted_noun import counted
 from .console.library_output import quiet_libraries
 from .console.terminal import say
@@ -134,6 +135,8 @@ class Build:
             reusable = self._reusable(cache, known, damaged)
             collected = left_out_before(cache, self._config, self._collect(datasets, reusable, scratch))
             self._say_what_is_to_do(collected)
+            if warning := self._truncation_warning(collected):
+                say(f"warning: {warning}")  # here too: scoring may take hours
             content = mixture_content(cache, self._config, collected, known=known, warn=say)
             outcome = self._score(cache, collected, scratch, job)
             wait_until_visible(cache, outcome.shards)
@@ -177,6 +180,9 @@ class Build:
             f"{collected.num_distinct} distinct pairs: {collected.num_reused} in the cache, "
             f"{len(collected.waiting)} to score"
         )
+
+    def _truncation_warning(self, collected: CollectedPairs) -> str | None:
+        return truncation_warning(collected.truncated, num_rows=collected.num_usable_rows)
 
     def _score(
         self, cache: ReferenceCache, collected: CollectedPairs, scratch: Path, job: JobStore | None
@@ -224,6 +230,7 @@ class Build:
             )
 
     def _report(self, collected: CollectedPairs, content: MixtureContent, outcome: ScoringOutcome) -> BuildReport:
+        warning = self._truncation_warning(collected)
         return BuildReport(
             cache=self._config.cache,
             mixture=self._config.mixture,
@@ -241,5 +248,6 @@ class Build:
             forward_share=outcome.forward_share,
             dropped=collected.without(keys_by_reason(outcome.unusable)).dropped,
             truncated=collected.truncated,
-            warnings=outcome.faults,
+            usable_rows=collected.num_usable_rows,
+            warnings=(*([warning] if warning else []), *outcome.faults),
         )

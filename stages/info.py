@@ -11,6 +11,7 @@ from ..pipeline.cache.reference_identity import ReferenceIdentity
 from ..pipeline.cache.remote_cache import distinct_shards, num_bytes
 from .addresses.local_copy import glance
 from .addresses.location import Location, is_address
+from .building.row_counts import truncated_in_words, truncated_rows
 from .console.byte_size import byte_size
 from .console.counted_noun import counted
 from .hub.recorded_reference import RecordedReference
@@ -111,6 +112,7 @@ def _mixture_json(mixture: Mixture) -> dict[str, Any]:
         "distinct_pairs": mixture.num_distinct_pairs,
         "tokens": mixture.num_ids,
         "dropped": mixture.dropped,
+        "truncated": truncated_rows(mixture.sources),
         "sources": mixture.sources,
         "tokenization": mixture.tokenization,
         "shards": len(mixture.shards),
@@ -122,6 +124,7 @@ def _mixture_lines(mixture: Mixture) -> list[str]:
     settings = mixture.tokenization.get("settings") or {}
     tokens = sum(mixture.num_ids.values())
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in mixture.dropped.items()) or "nothing"
+    truncated = truncated_rows(mixture.sources)
     distinct = "" if mixture.num_distinct_pairs == mixture.num_pairs else f" ({mixture.num_distinct_pairs:,} distinct)"
     return [
         f"mixture    {mixture.name}",
@@ -130,5 +133,6 @@ def _mixture_lines(mixture: Mixture) -> list[str]:
         f"           max length {settings.get('max_seq_length')}, {settings.get('truncation')}, {settings.get('mask')}",
         *(["           with the log-probability of each scored token"] if mixture.has_token_logps else []),
         f"           dropped: {dropped}",
+        *([f"           cut: {truncated_in_words(truncated)}"] if truncated else []),
         *(f"           from {source.get('path')} ({source.get('picked_rows')} rows)" for source in mixture.sources),
     ]

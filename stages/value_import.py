@@ -81,6 +81,7 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
         pairs_imported=len(waiting.found),
         pairs_reused=collected.num_reused,
         dropped=collected.dropped,
+        truncated=collected.truncated,
         rescored=spread,
     )
 

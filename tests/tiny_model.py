@@ -92,16 +92,20 @@ def message_pairs(count: int, *, seed: int = 0, pairs_per_prompt: int = 1) -> li
 
     rows: list[dict[str, Any]] = []
     while len(rows) < count:
-        prompt = [{"role": "user", "content": f"{len(rows)} {sentence(2, 12)}"}]
+        prompt = f"{len(rows)} {sentence(2, 12)}"
         for _ in range(min(pairs_per_prompt, count - len(rows))):
             chosen, rejected = f"{len(rows)} yes {sentence(1, 20)}", f"{len(rows)} no {sentence(1, 20)}"
-            rows.append(
-                {
-                    "chosen": [*prompt, {"role": "assistant", "content": chosen}],
-                    "rejected": [*prompt, {"role": "assistant", "content": rejected}],
-                }
-            )
+            rows.append(message_pair(prompt, chosen, rejected))
     return rows
+
+
+def message_pair(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
+    """A pair as message lists."""
+    asked = {"role": "user", "content": prompt}
+    return {
+        "chosen": [asked, {"role": "assistant", "content": chosen}],
+        "rejected": [asked, {"role": "assistant", "content": rejected}],
+    }
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

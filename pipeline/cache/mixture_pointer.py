@@ -88,7 +88,7 @@ def read_pointer(cache_path: Path, name: str) -> Mixture:
         block_rows=block_rows,
         tokenization=_tokenization(pointer, path),
         sources=_sources(pointer, path),
-        dropped=_counts(pointer, path),
+        dropped=_counts(pointer, "dropped", path),
         shards=[_shard_ref(entry, path) for entry in take(pointer, "shards", list, source=path)],
         has_token_logps="token_logps" in pointer and take(pointer, "token_logps", bool, source=path),
         table=MixtureTable(
@@ -139,13 +139,14 @@ def _sources(pointer: JsonObject, path: Path) -> list[JsonObject]:
     for source in sources:
         if not isinstance(source, dict):
             raise DpoCacheError(f"{path}: 'sources' must hold objects")
-        if source.get("dropped") is not None:
-            _counts(source, path)
+        for name in ("dropped", "truncated"):
+            if source.get(name) is not None:
+                _counts(source, name, path)
     return sources
 
 
-def _counts(holder: JsonObject, path: Path) -> JsonObject:
-    dropped = take(holder, "dropped", dict, source=path)
-    for reason in dropped:
-        take(dropped, reason, int, source=path)
-    return dropped
+def _counts(holder: JsonObject, name: str, path: Path) -> JsonObject:
+    counts = take(holder, name, dict, source=path)
+    for counted in counts:
+        take(counts, counted, int, source=path)
+    return counts

@@ -46,8 +46,8 @@ class PairTokenizer:
         tokenizer: The tokenizer of ``transformers``.
         chat_template: The template messages are rendered with; None where there is none.
         tool_template: The one for rows with tools; None where that is the same.
-        truncated: Rows whose ``chosen`` and whose ``rejected`` side was longer than ``max_seq_length``, whatever
-            ``truncation`` then did about it.
+        truncated: Rows of which something was cut to make a pair that fits: of how many the ``prompt``, of how many
+            the ``chosen`` and the ``rejected`` response, and of how many ``either`` of these two.
 
     Raises:
         DpoCacheError: The tokenizer cannot be loaded, or the template writes two bos or two eos.
@@ -188,15 +188,18 @@ class PairTokenizer:
         longer_answer = max(len(pair.chosen_ids), len(pair.rejected_ids))
         if limit is None or len(pair.prompt_ids) + longer_answer <= limit:
             return pair
-        for side, answer in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
-            self.truncated[side] += len(pair.prompt_ids) + len(answer) > limit
         match self.settings.truncation:
             case "drop":
                 raise UnusableRow("too-long", f"{len(pair.prompt_ids) + longer_answer} tokens")
             case "truncate-prompt-left":
-                return self._with_prompt_of(pair, limit - longer_answer)
+                fitted = self._with_prompt_of(pair, limit - longer_answer)
+                self.truncated["prompt"] += 1
             case "truncate-response-right":
-                return _with_answers_of(pair, limit - len(pair.prompt_ids))
+                fitted = _with_answers_of(pair, limit - len(pair.prompt_ids))
+                self.truncated["chosen"] += len(fitted.chosen_ids) < len(pair.chosen_ids)
+                self.truncated["rejected"] += len(fitted.rejected_ids) < len(pair.rejected_ids)
+                self.truncated["either"] += 1
+        return fitted
 
     def _with_prompt_of(self, pair: TokenPair, num_tokens: int) -> TokenPair:
         """Cut the prompt at its left; a leading bos stays, since models are lost without it."""

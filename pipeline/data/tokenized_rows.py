@@ -40,7 +40,7 @@ class TokenizedChunk:
     Attributes:
         source_rows: Row numbers in the source, shape (rows of the chunk,).
         results: For each row its pair, or why it has none.
-        truncated: Rows whose ``chosen`` and whose ``rejected`` side was longer than the limit.
+        truncated: Rows of which something was cut, by part, as :class:`PairTokenizer` counts them.
     """
 
     source_rows: npt.NDArray[np.int64]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..console.counted_noun import counted
 from ..console.next_command import training_commands
+from .row_counts import truncated_in_words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +31,9 @@ class BuildReport:
         forward_seconds: Time in forward passes, summed over the scoring processes.
         forward_share: The same as a share of the time between a process's first batch and its last.
         dropped: Skipped rows, by reason.
-        truncated: Rows with a side longer than the limit, by side.
-        warnings: Faults that did not stop the build.
+        truncated: Rows of which something was cut, by part: ``prompt``, or ``chosen``, ``rejected`` and ``either``.
+        usable_rows: Distinct rows of the datasets that make pairs.
+        warnings: What did not stop the build and should be known.
     """
 
     cache: Path
@@ -50,6 +52,7 @@ class BuildReport:
     forward_share: float
     dropped: dict[str, int]
     truncated: dict[str, int]
+    usable_rows: int
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -62,6 +65,8 @@ class BuildReport:
         if self.dropped:
             dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             lines.append(f"skipped rows: {dropped}")
+        if self.truncated:
+            lines.append(f"cut: {truncated_in_words(self.truncated, num_rows=self.usable_rows)}")
         if self.already_there:
             lines.append(f"{counted(self.already_there, 'row')} already in mixture {self.mixture}")
         if self.dry_run:

@@ -15,11 +15,10 @@ import numpy as np
 from ...pipeline.cache.example_key import KEY_BYTES, Keys, keys_array
 from ...pipeline.cache.mixture_rows import MixtureRows
 from ...pipeline.cache.scored_pair import ScoredPair, unusable_in_words, unusable_reasons, values_of, whole_values
+from .row_counts import DROPPED
 
 LEFT_OUT = "left_out"
 """Member of a dataset's record: for each reason the keys of its pairs, in hex."""
-DROPPED = "dropped"
-"""Member of a dataset's record: how many of its rows are not in the mixture, by reason."""
 
 KeysByReason = Mapping[str, Keys]
 
@@ -100,15 +99,6 @@ def recorded_keys(sources: Iterable[dict[str, Any]]) -> dict[str, Keys]:
         for reason, keys in by_reason.items() if isinstance(by_reason, dict) else ():
             found.setdefault(reason, set()).update(map(_parsed, keys if isinstance(keys, list) else []))
     return {reason: keys_array(sorted(keys - {b""})) for reason, keys in found.items() if keys - {b""}}
-
-
-def dropped_rows(sources: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """How many rows of all datasets together are not in the mixture, by reason."""
-    total: dict[str, int] = {}
-    for source in sources:
-        for reason, count in (source.get(DROPPED) or {}).items():
-            total[reason] = total.get(reason, 0) + count
-    return dict(sorted(total.items()))
 
 
 def _with_left_out(source: dict[str, Any], reason: str, keys: Keys, *, num_rows: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.key_index import KeyIndex
 from ...pipeline.cache.mixture import Mixture
 from ...pipeline.cache.mixture_rows import MixtureRows
-from .left_out import KeysByReason, dropped_rows, without_pairs
+from .left_out import KeysByReason, without_pairs
+from .row_counts import dropped_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from ...pipeline.cache.canonical_json import canonical_bytes
 from ...pipeline.cache.mixture_rows import MixtureRows, places_in_runs
-from .left_out import DROPPED, LEFT_OUT
+from .left_out import LEFT_OUT
 from .mixture_content import MixtureContent
+from .row_counts import DROPPED, TRUNCATED
 
 Dataset = tuple[bytes, int]
 """What a dataset is, and how many of the same stand before it in its mixture."""
@@ -59,7 +60,7 @@ def _identity(source: dict[str, Any]) -> bytes:
         named = {name: source.get(name) for name in ("split", "config", "picked_rows")}
         return canonical_bytes({**named, "files": [file["sha256"] for file in files]})
     # The commit says more than the revision, the number of rows more than the amount.
-    unimportant = ("revision", "amount", DROPPED, LEFT_OUT)
+    unimportant = ("revision", "amount", DROPPED, TRUNCATED, LEFT_OUT)
     return canonical_bytes({name: value for name, value in source.items() if name not in unimportant})
 
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from ...pipeline.cache.example_key import Keys
 from ...pipeline.cache.mixture_rows import MixtureRows
-from .left_out import KeysByReason, dropped_rows, without_pairs
+from .left_out import KeysByReason, without_pairs
+from .row_counts import dropped_rows, truncated_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -62,7 +63,6 @@ class CollectedPairs:
         waiting: The distinct pairs that the cache does not hold; their tokens lie in the spool.
         num_distinct: Distinct pairs among ``rows``.
         num_source_rows: Distinct rows read from the sources.
-        truncated: Rows with a side longer than the limit, by side.
         sources: What each source was and what of it is not used, for the mixture's record.
         tokenization: How the tokens were made, for the mixture's record.
     """
@@ -71,7 +71,6 @@ class CollectedPairs:
     waiting: SpooledPairs
     num_distinct: int
     num_source_rows: int
-    truncated: dict[str, int]
     sources: list[dict[str, Any]]
     tokenization: dict[str, Any]
 
@@ -79,6 +78,16 @@ class CollectedPairs:
     def dropped(self) -> dict[str, int]:
         """Rows that are not used, by reason."""
         return dropped_rows(self.sources)
+
+    @property
+    def truncated(self) -> dict[str, int]:
+        """Rows of which something was cut, by part."""
+        return truncated_rows(self.sources)
+
+    @property
+    def num_usable_rows(self) -> int:
+        """Distinct rows that make pairs."""
+        return self.num_source_rows - sum(self.dropped.values())
 
     @property
     def num_reused(self) -> int:

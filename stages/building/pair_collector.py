@@ -28,8 +28,8 @@ from ...pipeline.data.tokenization_settings import TokenizationSettings
 from ...pipeline.data.tokenized_rows import TokenizedChunk, source_format, tokenize_rows
 from ...pipeline.data.unusable_row import UnusableRow
 from ..console.progress import Progress
-from .left_out import DROPPED, dropped_rows
 from .pair_collection import CollectedPairs, SpooledPairs
+from .row_counts import DROPPED, TRUNCATED, dropped_rows
 
 CHUNK_ROWS = 512
 ROWS_WORTH_A_PROCESS = 4096
@@ -116,13 +116,13 @@ class _Collector:
         self._parts: list[MixtureRows] = []
         self._spooled: list[SpooledPairs] = []
         self._dropped: defaultdict[int, Counter[str]] = defaultdict(Counter)
-        self._truncated: Counter[str] = Counter()
+        self._truncated: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._say_unusable = say_unusable
         self._num_source_rows = 0
 
     def add(self, source: int, source_name: str, chunk: TokenizedChunk, repeats_of: dict[int, int]) -> None:
         """Take in one chunk of a source."""
-        self._truncated += chunk.truncated
+        self._truncated[source] += chunk.truncated
         self._num_source_rows += len(chunk.source_rows)
         pairs: list[TokenPair] = []
         source_rows: list[int] = []
@@ -153,9 +153,7 @@ class _Collector:
 
     def collected(self, sources: list[dict[str, Any]], tokenization: dict[str, Any]) -> CollectedPairs:
         """Everything that was taken in."""
-        records = [
-            {**source, DROPPED: dict(sorted(self._dropped[number].items()))} for number, source in enumerate(sources)
-        ]
+        records = [source | self._counts_of(number) for number, source in enumerate(sources)]
         if not self._parts:
             raise DpoCacheError(
                 f"none of {self._num_source_rows} rows makes a pair: {_listed(dropped_rows(records))}",
@@ -167,10 +165,14 @@ class _Collector:
             waiting=SpooledPairs.concatenate(self._spooled).distinct(),
             num_distinct=len(np.unique(rows.example_keys)),
             num_source_rows=self._num_source_rows,
-            truncated=dict(sorted(self._truncated.items())),
             sources=records,
             tokenization=tokenization,
         )
+
+    def _counts_of(self, source: int) -> dict[str, dict[str, int]]:
+        """What became of a dataset's rows, for its record."""
+        dropped, truncated = (dict(sorted(counts[source].items())) for counts in (self._dropped, self._truncated))
+        return {DROPPED: dropped, **({TRUNCATED: truncated} if truncated else {})}
 
     def _refuse_unknown_token(self, pair: TokenPair, where: str) -> None:
         """Refuse a token without an embedding: on a GPU, looking it up ends the process without saying why."""

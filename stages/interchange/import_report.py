@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..building.row_counts import truncated_in_words
 from ..console.next_command import training_commands
 from .import_proof import SampleSpread
 
@@ -21,6 +22,7 @@ class ImportReport:
         pairs_imported: Distinct pairs whose values were taken over.
         pairs_reused: Distinct pairs the cache held already.
         dropped: Rows that make no pair, by reason.
+        truncated: Rows of which something was cut, by part.
         rescored: The comparison with the reference; None where it was turned off or nothing was imported.
     """
 
@@ -31,6 +33,7 @@ class ImportReport:
     pairs_imported: int
     pairs_reused: int
     dropped: dict[str, int]
+    truncated: dict[str, int]
     rescored: SampleSpread | None
 
     def to_json(self) -> dict[str, Any]:
@@ -43,6 +46,8 @@ class ImportReport:
         if self.dropped:
             dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             lines.append(f"skipped rows: {dropped}")
+        if self.truncated:
+            lines.append(f"cut: {truncated_in_words(self.truncated)}")
         lines.append(
             f"imported {self.pairs_imported:,} pairs from {self.source['name']} ({self.source['from']}); "
             f"{self.pairs_reused:,} were in the cache"

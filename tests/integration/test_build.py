@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import assert_same_logps, dpo_cache, fails, logps_by_key, run, shard_rows
-from commands_in_process import refusal
-from tiny_model import message_pairs, plain_logps, rendered_pair, write_rows, write_tiny_model
+from commands_in_process import invoke, refusal, report
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.cache.pair_spool import PairSpool
+from dpo_cache.stages.building.build_plan import ScoringPlan
+from tiny_model import message_pair, message_pairs, plain_logps, rendered_pair, write_rows, write_tiny_model
 
 from .conftest import NUM_PAIRS, real_rows
 
@@ -208,9 +211,56 @@ def test_unusable_rows_are_counted_by_reason_listed_and_refused_beyond_a_share(r
     assert info["mixtures"]["train"]["dropped"] == report["dropped"]
 
 
+def test_cut_responses_are_counted_by_side_told_recorded_and_warned_of(reference: Path, tmp_path: Path) -> None:
+    long, short = "the quick brown fox jumps over a lazy dog", "watch"
+    few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
+    write_rows(few, [message_pair(f"{row}?", short, f"{row}") for row in range(17)] + [message_pair("?", short, long)])
+    write_rows(many, [message_pair("1!", long, short), message_pair("2!", long, f"no, {long}")])
+    cache, limits = tmp_path / "cache", ("--max-seq-length", 12, "--truncation", "truncate-response-right")
+    build_few = build(reference, few, cache, *limits)
+    assert run(build_few)["warnings"] == []
+    extend = build(reference, many, cache, *limits, "--extend")
+    report = run(extend)
+    assert report["truncated"] == {"chosen": 2, "either": 2, "rejected": 1}
+    assert "2 of 2 rows have a response that was cut and so ends without its eos" in report["warnings"][0]
+    again = invoke(*extend[3:])
+    assert "cut: 2 chosen and 1 rejected responses in 2 of 2 rows" in again.output
+    assert again.stderr.index("warning: 2 of 2 rows") < again.stderr.index("nothing to score")
+    mixture = run(dpo_cache("info", cache))["mixtures"]["train"]
+    assert [source["truncated"] for source in mixture["sources"]] == [
+        {"either": 1, "rejected": 1},
+        {"chosen": 2, "either": 2, "rejected": 1},
+    ]
+    assert mixture["truncated"] == {"chosen": 2, "either": 3, "rejected": 2}
+    assert "           cut: 2 chosen and 2 rejected responses in 3 rows\n" in invoke("info", cache).output
+
+
+def test_of_a_cache_where_nothing_was_cut_or_which_does_not_say_info_shows_no_cuts(shared_cache: Path) -> None:
+    mixture = report("info", shared_cache)["mixtures"]["train"]
+    assert (mixture["truncated"], "truncated" in mixture["sources"][0]) == ({}, False)
+    assert "cut:" not in invoke("info", shared_cache).output
+
+
 def test_a_folder_with_something_else_in_it_is_no_cache(reference: Path, pairs_file: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     assert "is not a cache and not empty: it holds" in fails(build(reference, pairs_file, tmp_path))
+
+
+def test_the_pair_that_every_worker_tries_first_is_the_longest(
+    reference: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[int, int]] = []
+
+    def planned(job: object, plan: ScoringPlan, *_: Any, **__: Any) -> None:
+        assert plan.longest is not None
+        lengths = [pair.shared_prefix_tokens for pair in PairSpool(Path(plan.spool)).read(range(plan.num_pairs))]
+        tried.append((lengths[plan.longest], max(lengths)))
+        raise DpoCacheError("planned")
+
+    monkeypatch.setattr("dpo_cache.stages.build.lead_scoring", planned)
+    assert "planned" in refusal(*build(reference, pairs_file, tmp_path / "cache")[3:])
+    ((length, greatest),) = tried
+    assert length == greatest
 
 
 def test_a_number_of_workers_that_could_not_be_had_is_refused(

@@ -24,6 +24,7 @@ REPORT = BuildReport(
     forward_share=0.98,
     dropped={"identical-answers": 2},
     truncated={},
+    usable_rows=97,
     warnings=("worker 1 died",),
 )
 
@@ -35,6 +36,15 @@ def test_what_was_scored_is_told_with_one_time_and_what_is_in_it() -> None:
         "scored 96 pairs (4,048 tokens) in 9 forward passes, 5.5 s with start-up; reused 0 pairs",
         "mixture train: 97 pairs; the build took 8.0 s",
     ]
+
+
+def test_what_was_cut_is_told_beside_what_was_skipped() -> None:
+    said = replace(REPORT, truncated={"chosen": 28, "either": 30, "rejected": 26}).summary().splitlines()
+    assert said[1:3] == [
+        "skipped rows: 2 identical-answers",
+        "cut: 28 chosen and 26 rejected responses in 30 of 97 rows",
+    ]
+    assert "cut: the prompt in 12 of 97 rows" in replace(REPORT, truncated={"prompt": 12}).summary()
 
 
 def test_one_pair_is_not_written_as_several() -> None:

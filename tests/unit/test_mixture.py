@@ -166,6 +166,7 @@ POINTER_LIES: list[tuple[str, Any, str]] = [
     ("table", None, "'table' is not what it must be"),
     ("sources", ["x"], "'sources' must hold objects"),
     ("sources", [{"dropped": {"too-long": "3"}}], "'too-long' is not what it must be"),
+    ("sources", [{"truncated": {"chosen": "3"}}], "'chosen' is not what it must be"),
     ("dropped", {"too-long": "3"}, "'too-long' is not what it must be"),
     ("tokenization", [], "'tokenization' is not what it must be"),
     ("tokenization", {"settings": 5}, "'settings' of 'tokenization' must be an object"),

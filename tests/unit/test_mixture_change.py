@@ -52,7 +52,6 @@ def collected(
         waiting=waiting,
         num_distinct=len(rows),
         num_source_rows=len(rows),
-        truncated={},
         sources=[source],
         tokenization=tokenization,
     )

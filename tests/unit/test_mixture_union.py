@@ -103,6 +103,7 @@ def test_a_dataset_is_told_by_its_bytes_and_a_hub_dataset_by_its_commit() -> Non
     changed = {**A, "files": [{"name": "a.jsonl", "sha256": "other bytes", "num_bytes": 1}]}
     assert len(united([built(A), built(changed)]).sources) == 2
     assert len(united([built(HUB), built({**HUB, "revision": None})]).sources) == 1
+    assert len(united([built(HUB), built({**HUB, "truncated": {"prompt": 1}})]).sources) == 1
     assert len(united([built(HUB), built({**HUB, "commit": "2" * 40})]).sources) == 2
 
 

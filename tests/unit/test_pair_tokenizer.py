@@ -552,10 +552,10 @@ def test_a_pair_that_just_fits_is_left_alone(make: MakeTokenizer, truncation: st
     assert not tokenizer.truncated
 
 
-def test_drop_counts_the_side_that_is_too_long(make: MakeTokenizer) -> None:
+def test_drop_cuts_nothing(make: MakeTokenizer) -> None:
     tokenizer = fitted(make, "drop", PROMPT_TOKENS + 10)
     assert reason(tokenizer, chat("Hi", "No", "Absolutely")) == "too-long"
-    assert tokenizer.truncated == {"chosen": 0, "rejected": 1}
+    assert not tokenizer.truncated
 
 
 def test_truncate_prompt_left_keeps_answers_whole(make: MakeTokenizer) -> None:
@@ -564,7 +564,7 @@ def test_truncate_prompt_left_keeps_answers_whole(make: MakeTokenizer) -> None:
     assert pair.prompt_ids.tolist() == ids(ONE_TURN_PROMPT[-9:])
     assert pair.chosen_ids.tolist() == [*ids("Absolutely"), EOS]
     assert pair.rejected_ids.tolist() == [*ids("No"), EOS]
-    assert tokenizer.truncated == {"chosen": 1, "rejected": 1}
+    assert tokenizer.truncated == {"prompt": 1}
 
 
 def test_truncate_prompt_left_keeps_a_leading_bos(make: MakeTokenizer) -> None:
@@ -590,7 +590,25 @@ def test_truncate_response_right_cuts_each_answer_and_its_eos(make: MakeTokenize
     assert pair.prompt_ids.tolist() == ids(ONE_TURN_PROMPT)
     assert pair.chosen_ids.tolist() == ids("Abso")
     assert pair.rejected_ids.tolist() == [*ids("No"), EOS]
-    assert tokenizer.truncated == {"chosen": 1, "rejected": 0}
+    assert tokenizer.truncated == {"chosen": 1, "rejected": 0, "either": 1}
+    tokenizer.tokenize(chat("Hi", "Absolutely", "Certainly"))
+    assert tokenizer.truncated == {"chosen": 2, "rejected": 1, "either": 2}
+
+
+@pytest.mark.parametrize(
+    ("truncation", "length", "answers"),
+    [
+        ("truncate-prompt-left", 11, ("Absolutely", "No")),
+        ("truncate-response-right", PROMPT_TOKENS, ("Absolutely", "No")),
+        ("truncate-response-right", PROMPT_TOKENS + 4, ("Absolutely", "Absolute")),
+    ],
+)
+def test_a_row_that_makes_no_pair_is_not_counted_as_cut(
+    make: MakeTokenizer, truncation: str, length: int, answers: tuple[str, str]
+) -> None:
+    tokenizer = fitted(make, truncation, length)
+    reason(tokenizer, chat("Hi", *answers))
+    assert not tokenizer.truncated
 
 
 def test_truncate_response_right_keeps_the_mask_of_earlier_turns(make: MakeTokenizer) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ def test_pairs_about_images_are_refused_and_not_scored_as_if_they_had_none(
 
 def test_any_number_of_processes_yields_the_same_chunks(tmp_path: Path, settings: TokenizationSettings) -> None:
     source = open_rows(tmp_path, transcripts(23), amount="40")
+    cutting = replace(settings, truncation="truncate-response-right")
     of_processes = [
-        list(tokenize_rows(source, settings, num_processes=num_processes, chunk_rows=5)) for num_processes in (1, 3)
+        list(tokenize_rows(source, cutting, num_processes=num_processes, chunk_rows=5)) for num_processes in (1, 3)
     ]
     alone, shared_out = of_processes
     assert np.concatenate([chunk.source_rows for chunk in alone]).tolist() == list(range(23))
@@ -90,9 +92,12 @@ def test_any_number_of_processes_yields_the_same_chunks(tmp_path: Path, settings
 
 def test_chunks_count_their_own_truncations(tmp_path: Path, settings: TokenizationSettings) -> None:
     source = open_rows(tmp_path, transcripts(23))
-    chunks = list(tokenize_rows(source, settings, num_processes=1, chunk_rows=7))
+    cutting = replace(settings, truncation="truncate-response-right")
     # Rows 0, 7, 14 and 21 have a chosen side beyond the limit.
-    assert [chunk.truncated for chunk in chunks] == [Counter(chosen=1)] * 4
+    chunks = list(tokenize_rows(source, cutting, num_processes=1, chunk_rows=7))
+    assert [chunk.truncated for chunk in chunks] == [Counter(chosen=1, either=1)] * 4
+    chunks = list(tokenize_rows(source, settings, num_processes=1, chunk_rows=7))
+    assert [chunk.truncated for chunk in chunks] == [Counter()] * 4
     reasons = Counter(result.reason for chunk in chunks for result in chunk.results if isinstance(result, UnusableRow))
     assert reasons == {"identical-answers": 4, "too-long": 4}
 
