@@ -128,6 +128,63 @@ def test_answers_that_render_alike_are_identical(make: MakeTokenizer) -> None:
     assert reason(make(None, chat_template=stripping), chat("Hi", "Yes", "Yes ")) == "identical-answers"
 
 
+HEADERS = (
+    "{%- for message in messages -%}"
+    "{{- bos_token if loop.first -}}"
+    "{{- '[' + message['role'] + ']\n\n' + message['content'] | trim + '<|im_end|>' -}}"
+    "{%- endfor -%}"
+    "{{- '[assistant]\n\n' if add_generation_prompt -}}"
+)
+"""In the style of Llama-3: a header for each role, the same end behind each message, whose text is stripped."""
+RENAMED_ROLE = (
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{ raise_exception('no system role') }}{%- endif -%}"
+    "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
+    "{{- '<|im_start|>' + role + '\n' + message['content'] | trim + '<|im_end|>\n' -}}"
+    "{%- endfor -%}"
+    "{{- '<|im_start|>model\n' if add_generation_prompt -}}"
+)
+"""In the style of Gemma: the assistant under another name, no system role, a newline behind each message's end."""
+INSTRUCTION = (
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{%- else -%}{{ 'SPACE' + message['content'] + eos_token }}{%- endif -%}"
+    "{%- endfor -%}"
+)
+"""In the style of Mistral: no header before a response, so no generation prompt; eos behind responses only."""
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [
+        (
+            HEADERS,
+            "<s>[user]\n\nHi<|im_end|>[assistant]\n\n⟦Hello there<|im_end|>⟧"
+            "[user]\n\nBye<|im_end|>[assistant]\n\n⟦ANSWER<|im_end|>⟧",
+        ),
+        (
+            RENAMED_ROLE,
+            "<s><|im_start|>user\nHi<|im_end|>\n<|im_start|>model\n⟦Hello there<|im_end|>\n⟧"
+            "<|im_start|>user\nBye<|im_end|>\n<|im_start|>model\n⟦ANSWER<|im_end|>\n⟧",
+        ),
+        (INSTRUCTION.replace("SPACE", ""), "<s>[INST] Hi [/INST]⟦Hello there</s>⟧[INST] Bye [/INST]⟦ANSWER</s>⟧"),
+        (INSTRUCTION.replace("SPACE", " "), "<s>[INST] Hi [/INST]⟦ Hello there</s>⟧[INST] Bye [/INST]⟦ ANSWER</s>⟧"),
+    ],
+)
+def test_templates_of_other_families_get_one_bos_and_a_mask_of_whole_responses(
+    make: MakeTokenizer, template: str, rendered: str, adds_bos: bool
+) -> None:
+    last_turn = rendered.replace("⟦", "", 1).replace("⟧", "", 1)
+    for mask, expected in (("all-turns", rendered), ("last-turn", last_turn)):
+        tokenizer = make(None, chat_template=template, adds_bos=adds_bos, mask=mask)
+        pair = tokenizer.tokenize(chat(MULTI_TURN[1:], "Goodbye now", "No"))
+        assert marked(pair, "chosen") == expected.replace("ANSWER", "Goodbye now")
+        assert marked(pair, "rejected") == expected.replace("ANSWER", "No")
+
+
 # ---- masks ----
 
 
