@@ -86,6 +86,19 @@ def test_a_build_that_ends_without_a_plan_lets_following_ranks_go(job: Callable[
     assert follower.wait_for_plan() is None
 
 
+def test_a_machine_that_does_not_see_the_cache_folder_says_so_instead_of_scoring(
+    job: Callable[[int], JobStore], tmp_path: Path
+) -> None:
+    leader, follower = job(0), job(1)
+    plan = tmp_path / "plan.json"
+    leader.announce_plan(plan)
+    with pytest.raises(DpoCacheError, match=r"this machine does not see .*plan\.json, which rank 0 wrote") as unseen:
+        follower.wait_for_plan()
+    assert "dpo-cache merge" in str(unseen.value)
+    plan.touch()
+    assert follower.wait_for_plan() == plan
+
+
 def test_a_leader_waits_for_ranks_that_score_and_not_for_dead_ones(
     job: Callable[[int], JobStore], tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,21 @@ def test_unchanged_files_are_not_read_again_and_changed_ones_are(model: Path, mo
 def test_a_file_that_changed_a_moment_ago_is_not_remembered(model: Path) -> None:
     weights_digest(model)
     assert DigestMemo().get(model / "model.safetensors", (model / "model.safetensors").stat()) is None
+
+
+@pytest.mark.parametrize("changed", ["st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_dev"])
+def test_a_file_that_differs_in_anything_that_its_bytes_could_depend_on_is_not_recognised(
+    model: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another disk is mounted in the same place, size, times and inode may all be equal."""
+    monkeypatch.setattr(digest_memo, "SETTLED_NS", -1)
+    weights_digest(model)
+    path = model / "model.safetensors"
+    seen = {name: getattr(path.stat(), name) for name in dir(path.stat()) if name.startswith("st_")}
+    unchanged: Any = SimpleNamespace(**seen)
+    other: Any = SimpleNamespace(**{**seen, changed: seen[changed] + 1})
+    assert DigestMemo().get(path, unchanged) is not None
+    assert DigestMemo().get(path, other) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 300])
