@@ -67,6 +67,11 @@ class ScoringPlan:
     longest: int | None
     units: list[Unit]
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs to be scored."""
+        return self.units[-1].stop if self.units else 0
+
     def write(self, path: Path) -> None:
         """Write the plan for the workers of this build."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

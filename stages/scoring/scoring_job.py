@@ -71,6 +71,7 @@ def lead_scoring(
         def show() -> None:
             progress.reach(
                 min(total_tokens, queue.add("tokens", 0)),
+                pairs=f"{min(plan.num_pairs, queue.add('pairs', 0)):,}/{plan.num_pairs:,}",
                 units=f"{queue.num_finished}/{queue.num_units}",
                 **meter_reading(queue),
                 **({"ranks": f"{job.num_living()}/{ranks.num_ranks}"} if ranks else {}),

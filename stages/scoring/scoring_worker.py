@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -129,7 +129,12 @@ class ScoringWorker:
                 unit |= self._score(batch.places, batch.pairs, batch.tensors)
                 forward_s = time.monotonic() - forward_started
                 if batch.ends_unit:
-                    writer.submit(partial(self._write, batch.unit, unit))
+                    recorded = {
+                        "layout": str(self._layout),
+                        "device": self._device.type,
+                        "tokens_per_batch": self._budget.tokens,
+                    }
+                    writer.submit(partial(self._write, batch.unit, unit, recorded=recorded))
                     unit = {}
                 turn_s = time.monotonic() - turn_started
                 self._meter.add(batch.tensors, forward_s=forward_s, turn_s=turn_s)
@@ -164,6 +169,7 @@ class ScoringWorker:
                 raise  # the other ranks are in the middle of the same pass
         else:
             self._counting.add("forwards", 1)
+            self._counting.add("pairs", len(pairs))
             self._counting.add("tokens", sum(pair.shared_prefix_tokens for pair in pairs))
             return dict(zip(places, zip(pairs, values, strict=True), strict=True))
         # Only now: the handler keeps the tensors of the failed pass alive.
@@ -189,7 +195,7 @@ class ScoringWorker:
             for sums_of_pair, of_chosen, of_rejected in zip(sums, chosen, rejected, strict=True)
         ]
 
-    def _write(self, number: int, unit: ScoredUnit) -> None:
+    def _write(self, number: int, unit: ScoredUnit, *, recorded: dict[str, Any]) -> None:
         """Write a unit's shard, in the writing thread; pairs whose values are refused are reported instead."""
         rows = [_scored_pair(*unit[place]) for place in sorted(unit)]
         unusable = unusable_pairs(rows)
@@ -198,7 +204,6 @@ class ScoringWorker:
         usable = [row for row in rows if row.key.hex() not in refused]
         shard = ""
         if usable:
-            recorded = {"layout": str(self._layout), "device": self._device.type}
             shard = self._cache.shards.write(usable, recorded=recorded).file_name
         self._finishing.finish(number, shard)
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dpo_cache.stages.building.build_plan import Unit
+from dpo_cache.stages.console import progress
 from dpo_cache.stages.processes.job_store import JobStore
 from dpo_cache.stages.processes.ranks import Ranks
 from dpo_cache.stages.scoring import scoring_job
 from dpo_cache.stages.scoring.scoring_job import lead_scoring
+from dpo_cache.stages.scoring.unit_queue import UnitQueue
 from scoring_plans import EMPTY_PLAN
 
 NOTHING = replace(EMPTY_PLAN, zero_stage=3)
@@ -29,3 +36,26 @@ def test_no_process_starts_where_nothing_is_to_be_scored(tmp_path: Path, monkeyp
     outcome = lead_scoring(JobStore(None), NOTHING, tmp_path / "plan", ranks=ranks, num_workers=1, total_tokens=0)
     assert started == []
     assert outcome.forwards == 0
+
+
+def test_progress_is_told_in_pairs_and_tokens_with_rate_and_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, log = JobStore(None), io.StringIO()
+    plan = replace(EMPTY_PLAN, units=[Unit(start=0, stop=1500), Unit(start=1500, stop=2000)])
+
+    def score(*_: Any, while_waiting: Callable[[], None], **__: Any) -> list[str]:
+        queue = UnitQueue(job.store, 2)
+        for unit, (pairs, tokens) in zip(queue.units("worker"), [(1500, 6000), (500, 2000)], strict=True):
+            queue.add("pairs", pairs)
+            queue.add("tokens", tokens)
+            queue.finish(unit)
+            while_waiting()
+        return []
+
+    monkeypatch.setattr(scoring_job, "run_children", score)
+    monkeypatch.setattr(sys, "stderr", log)
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
+    lead_scoring(job, plan, tmp_path / "plan", ranks=None, num_workers=1, total_tokens=8000)
+    half = next(line for line in log.getvalue().splitlines() if "6.00k/8.00k" in line)
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d, .*tok/s, pairs=1,500/2,000, units=1/2, GiB=0.0\]", half), half

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import logps_by_key
@@ -115,7 +117,36 @@ def scored_values(plan: ScoringPlan) -> tuple[dict[bytes, tuple[float, float]], 
     ScoringWorker(plan, job.address, CPU).run()
     queue = UnitQueue(job.store, len(plan.units))
     assert queue.num_finished == len(plan.units)
+    assert queue.add("pairs", 0) == plan.num_pairs
     return logps_by_key(Path(plan.cache)), queue.add("forwards", 0)
+
+
+def recorded_of(shard: Path) -> dict[str, Any]:
+    """What a shard's footer says of how its rows were scored."""
+    recorded: dict[str, Any] = json.loads(pq.read_metadata(shard).metadata[b"dpo_cache.recorded"])
+    return recorded
+
+
+def test_a_shard_records_the_device_the_layout_and_the_token_budget_of_its_batches(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    scored_values(plan_in(tmp_path / "cache", model_folder, pairs(4), tokens_per_batch=512))
+    recorded = [recorded_of(shard) for shard in (tmp_path / "cache" / "shards").iterdir()]
+    assert recorded == 2 * [{"device": "cpu", "layout": "prefix-shared", "tokens_per_batch": 512}]
+
+
+def test_a_longest_pair_that_does_not_fit_shows_before_a_unit_is_drawn(
+    device: Device, model_folder: Path, tmp_path: Path
+) -> None:
+    prompt, chosen, rejected = np.arange(100, 400, dtype=np.int32).reshape(3, 100) % 200
+    longest = TokenPair(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
+    plan = plan_in(tmp_path / "cache", model_folder, [*pairs(4), longest], tokens_per_batch=8192)
+    device.fits = 299
+    job = JobStore(None)
+    ScoringWorker(plan, job.address, CPU)  # tries another pair than the longest
+    with pytest.raises(torch.OutOfMemoryError):
+        ScoringWorker(replace(plan, longest=4), job.address, CPU)
+    assert job.store.add("units/drawn", 0) == 0
 
 
 def test_a_batch_that_does_not_fit_is_scored_in_parts_and_the_budget_stays_halved(
@@ -131,6 +162,8 @@ def test_a_batch_that_does_not_fit_is_scored_in_parts_and_the_budget_stays_halve
         assert parts[key] == pytest.approx(values, rel=1e-5)
     assert len(device.refused) >= 2
     assert forwards > 5
+    recorded = [recorded_of(shard) for shard in (tmp_path / "parts" / "shards").iterdir()]
+    assert max(shard["tokens_per_batch"] for shard in recorded) <= device.fits
     # Once the budget has shrunk, what is laid out anew fits: only batches that were waiting already failed.
     assert len(device.refused) < 12
 
