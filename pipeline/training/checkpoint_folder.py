@@ -145,10 +145,15 @@ def complete_checkpoint(path: Path, state: TrainerState) -> None:
     settle_folder(path.parent)
 
 
-def held_bytes(folder: Path, *, at_most: int | None) -> int:
-    """Size of the newest complete checkpoints, ``at_most`` of them; all for None."""
-    complete = [path for path in _newest_first(folder) if is_complete(path)]
-    return sum(file.stat().st_size for path in complete[:at_most] for file in path.rglob("*") if file.is_file())
+def num_complete(folder: Path, *, up_to: int) -> int:
+    """How many complete checkpoints there are of updates up to this one."""
+    return sum(_step(path) <= up_to and is_complete(path) for path in _newest_first(folder))
+
+
+def bytes_later_than(step: int, folder: Path) -> int:
+    """Size of what :func:`remove_later_than` removes."""
+    later = [path for path in _newest_first(folder) if _step(path) > step]
+    return sum(file.stat().st_size for path in later for file in path.rglob("*") if file.is_file())
 
 
 def remove_unfinished(folder: Path) -> None:

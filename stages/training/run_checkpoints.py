@@ -12,16 +12,17 @@ from ...errors import DpoCacheError
 from ...pipeline.training.checkpoint_folder import (
     Checkpoint,
     TrainerState,
+    bytes_later_than,
     changed_values,
     check_same_run,
-    held_bytes,
     newest_checkpoint,
+    num_complete,
     open_checkpoint,
     remove_later_than,
     remove_unfinished,
 )
 from ...pipeline.training.checkpoints import convert_checkpoint, load_checkpoint, needs_conversion, save_checkpoint
-from ...pipeline.training.disk_space import check_free_space
+from ...pipeline.training.disk_space import PlannedFiles, check_free_space, planned_sizes
 from ...pipeline.training.host_group import wait_for_all
 from ...pipeline.training.policy_engine import PolicyEngine
 from ..console.terminal import say
@@ -104,30 +105,48 @@ class RunCheckpoints:
         if removed:
             say(f"removed the checkpoints past update {step}: {', '.join(removed)}")
 
-    def check_free_space(self, engine: PolicyEngine, saved_dtype: torch.dtype) -> None:
+    def check_free_space(self, engine: PolicyEngine, saved_dtype: torch.dtype, *, first_step: int) -> None:
         """Check that the disk has room for checkpoints and models, before any time is spent on training.
 
         Args:
             engine: The policy.
             saved_dtype: What the model is written in.
+            first_step: Updates done before this process.
 
         Raises:
             DpoCacheError: There is too little room; on all ranks alike.
         """
 
         def check() -> None:
-            check_free_space(
-                self._config.output,
-                parameters=engine.parameters(),
-                weight_bytes=4 if self._recipe.dtype == "float32" else 2,
+            config = self._config
+            planned = PlannedFiles(
+                **planned_sizes(
+                    engine.parameters(),
+                    zero_stage=config.zero_stage,
+                    weight_bytes=4 if self._recipe.dtype == "float32" else 2,
+                    saved_bytes=saved_dtype.itemsize,
+                    only_adapter=config.saves_adapter,
+                ),
+                checkpoints_to_save=sum(self.is_due(done) for done in range(first_step + 1, self.last_step + 1)),
+                checkpoints_held=num_complete(self._folder, up_to=first_step),
                 keep_last=self._keep_last,
-                held_bytes=held_bytes(self._folder, at_most=self._keep_last),
-                num_models=1 if self._config.keep_best is None else 2,
-                saved_bytes=saved_dtype.itemsize,
-                only_adapter=self._config.saves_adapter,
+                keeps_best=config.keep_best is not None,
+                has_best=(config.output / "best").exists(),
+                saves_model=self.last_step == self._recipe.total_steps,
             )
+            check_free_space(config.output, planned, freed_bytes=bytes_later_than(first_step, self._folder))
 
         all_or_none(check, on=self._ranks.rank == 0)
+
+    @property
+    def last_step(self) -> int:
+        """Updates of the run that are done when this process ends."""
+        return self._config.stop_after_steps or self._recipe.total_steps
+
+    def is_due(self, updates_done: int) -> bool:
+        """Whether a checkpoint is saved after so many updates; one is after the last, whatever it is."""
+        every = self._config.checkpointing_steps
+        return updates_done == self.last_step or (every is not None and updates_done % every == 0)
 
     def save(
         self, engine: PolicyEngine, *, updates_done: int, unlogged: Mapping[str, float], tracking_run_id: str | None

@@ -57,7 +57,8 @@ def start_run(run: PreparedRun, checkpoint: Checkpoint | None) -> StartedRun:
     """
     saved_dtype = checkpoint_dtype(run.origin.model.folder)  # may refuse the model, so before it is loaded
     engine = _start_engine(run, checkpoint)
-    run.checkpoints.check_free_space(engine, saved_dtype)
+    first_step = checkpoint.state.step if checkpoint else 0
+    run.checkpoints.check_free_space(engine, saved_dtype, first_step=first_step)
     layout = choose_layout(engine.deepspeed, device=run.device)
     if checkpoint is not None:
         run.checkpoints.load(engine, checkpoint)

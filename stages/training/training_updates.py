@@ -34,7 +34,7 @@ class TrainingUpdates:
         self._log = log
         self._best = best
         self._first_step = started.first_step
-        self._last_step = run.config.stop_after_steps or run.recipe.total_steps
+        self._last_step = run.checkpoints.last_step
 
     @property
     def updates_done(self) -> int:
@@ -62,7 +62,7 @@ class TrainingUpdates:
                 if self._evaluates_after(done) and not is_last:
                     self._keep_best(line, self._evaluate(done))
                 stop = any_rank(stop_requested(), self._run.device) and not is_last
-                if stop or is_last or self._saves_after(done):
+                if stop or self._run.checkpoints.is_due(done):
                     self._run.checkpoints.save(
                         self._started.engine,
                         updates_done=done,
@@ -95,10 +95,6 @@ class TrainingUpdates:
             self._keep_best(line, evaluation)
         if is_finished:
             self._started.models.write(self._config.output / "model", line, evaluation)
-
-    def _saves_after(self, updates_done: int) -> bool:
-        every = self._config.checkpointing_steps
-        return every is not None and updates_done % every == 0
 
     def _evaluates_after(self, updates_done: int) -> bool:
         return self._config.eval_steps is not None and updates_done % self._config.eval_steps == 0

@@ -97,25 +97,60 @@ def test_ten_updates_equal_plain_pytorch_on_one_rank_and_on_two(
         torch.testing.assert_close(ours_after, plainly_after, rtol=1e-3, atol=2e-4, msg=name)
 
 
-COUNTING_MODELS = """
+COUNTING = """
 import sys
-from transformers import AutoModelForCausalLM
+from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
+from dpo_cache.stages.training.training_loop import TrainingLoop
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoModelForCausalLM, LlamaModel
+
 loaded, load = [], AutoModelForCausalLM.from_pretrained
 AutoModelForCausalLM.from_pretrained = lambda path, **options: loaded.append(str(path)) or load(path, **options)
+forwards, before_loop = [], []
+register_module_forward_pre_hook(lambda module, inputs: forwards.append(1) if isinstance(module, LlamaModel) else None)
+make = TrainingLoop.__init__
+TrainingLoop.__init__ = lambda *given: before_loop.append(len(forwards)) or make(*given)
 from dpo_cache.cli import dpo_train
 dpo_train(sys.argv[1:], standalone_mode=False)
-print(loaded)
+print(loaded, len(forwards) - before_loop[0])
 """
 
 
-def test_a_run_loads_one_model_the_policy(shared_cache: Path, reference: Path, tmp_path: Path) -> None:
-    command = train(shared_cache, tmp_path / "run", "--max-steps", 1)
+def as_script(program: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command of ``dpo-train``, run by a program that changes something first."""
     arguments = command[command.index("train") + 1 :]
-    done = subprocess.run(
-        [sys.executable, "-c", COUNTING_MODELS, *arguments], capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_a_run_loads_the_policy_alone_and_scores_the_first_batch_the_updates_and_the_evaluations(
+    shared_cache: Path, reference: Path, tmp_path: Path
+) -> None:
+    whole_batches = ("--tokens-per-microbatch", 4096)
+    command = train(shared_cache, tmp_path / "run", "--max-steps", 2, "--eval-mixture", "train", *whole_batches)
+    done = as_script(COUNTING, command)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str([str(reference)])
+    evaluations = 2 * 40 // BATCH  # before the first update and after the last
+    assert done.stdout.splitlines()[-1] == f"['{reference}'] {1 + 2 + evaluations}"
+
+
+FULL_DISK = """
+import shutil, sys
+from types import SimpleNamespace
+
+shutil.disk_usage = lambda folder: SimpleNamespace(free=1000)
+from dpo_cache.cli import dpo_train
+dpo_train(sys.argv[1:])
+"""
+
+
+def test_a_run_that_would_fill_the_disk_is_refused_before_its_first_update(shared_cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    keeping = ("--max-steps", 9, "--checkpointing-steps", 2, "--keep-last-n-checkpoints", -1)
+    done = as_script(FULL_DISK, train(shared_cache, output, *keeping))
+    assert done.returncode == 1, done.stderr
+    assert f"Error: {output} has 0.0 GiB free" in done.stderr
+    assert "for 5 more checkpoints and 1 more model" in done.stderr
+    assert not (output / "step0.json").exists()
 
 
 def test_a_sum_with_a_loss_that_sorts_the_global_batch_does_not_depend_on_the_ranks(

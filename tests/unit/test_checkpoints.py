@@ -20,9 +20,10 @@ from dpo_cache.pipeline.training.checkpoint_folder import (
     MARKER,
     Checkpoint,
     TrainerState,
+    bytes_later_than,
     check_same_run,
-    held_bytes,
     newest_checkpoint,
+    num_complete,
     open_checkpoint,
     remove_later_than,
     remove_unfinished,
@@ -33,7 +34,7 @@ from dpo_cache.pipeline.training.checkpoints import (
     needs_conversion,
     save_checkpoint,
 )
-from dpo_cache.pipeline.training.disk_space import check_free_space
+from dpo_cache.pipeline.training.disk_space import PlannedFiles, check_free_space, planned_sizes
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from torch import nn
 from training_factory import make_engine, random_pairs, train_steps
@@ -127,16 +128,15 @@ def test_only_the_last_k_are_kept_and_steps_are_numbers_not_words(tmp_path: Path
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_what_is_held_is_the_size_of_the_complete_checkpoints(tmp_path: Path) -> None:
-    assert held_bytes(tmp_path, at_most=3) == 0
-    sizes = {}
+def test_what_is_held_is_complete_and_what_is_later_goes(tmp_path: Path) -> None:
+    assert num_complete(tmp_path, up_to=3) == bytes_later_than(0, tmp_path) == 0
     for step in (1, 2, 3):
-        path = _saved(tmp_path, step)
-        sizes[step] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    (tmp_path / "step_4").mkdir()
-    (tmp_path / "step_4" / "half").write_bytes(bytes(10**6))
-    assert held_bytes(tmp_path, at_most=2) == sizes[3] + sizes[2]
-    assert held_bytes(tmp_path, at_most=None) == sum(sizes.values())
+        _saved(tmp_path, step)
+    sizes = [file.stat().st_size for file in (tmp_path / "step_3").rglob("*") if file.is_file()]
+    (tmp_path / "step_2" / MARKER).unlink()
+    assert num_complete(tmp_path, up_to=2) == 1
+    assert num_complete(tmp_path, up_to=3) == 2
+    assert bytes_later_than(2, tmp_path) == sum(sizes)
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -169,26 +169,68 @@ def test_another_run_is_refused_by_field() -> None:
         check_same_run(checkpoint, run={**RUN, "loss": "dpo"}, zero_stage=3)
 
 
-def test_a_disk_that_is_too_small_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gib = nn.Parameter(torch.empty(2**30, device="meta"))
-    disk_usage = SimpleNamespace(free=58 * 2**30)
+PLANNED = PlannedFiles(checkpoint_bytes=100, model_bytes=40, checkpoints_to_save=8, keep_last=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "checkpoints", "models"),
+    [
+        ({}, 4, 0),  # while the fourth is saved; there is more room for the model once one of them has gone
+        ({"checkpoints_to_save": 1}, 1, 1),
+        ({"checkpoints_to_save": 3}, 3, 1),
+        ({"keep_last": None}, 8, 1),
+        ({"model_bytes": 400}, 3, 1),
+        ({"saves_model": False, "checkpoints_to_save": 2}, 2, 0),
+        ({"keeps_best": True}, 4, 1),
+        ({"keeps_best": True, "model_bytes": 400}, 3, 2),
+        ({"keeps_best": True, "has_best": True, "model_bytes": 400}, 3, 1),
+        # A resumed run.
+        ({"checkpoints_held": 3}, 1, 0),
+        ({"checkpoints_held": 3, "model_bytes": 400}, 0, 1),
+        ({"checkpoints_held": 1, "checkpoints_to_save": 1}, 1, 1),
+        ({"checkpoints_held": 2, "keep_last": None}, 8, 1),
+        ({"checkpoints_held": 3, "checkpoints_to_save": 0}, 0, 1),  # only the model is saved once more
+        ({"checkpoints_held": 5}, 1, 0),  # fewer are kept than before
+        ({"checkpoints_held": 5, "model_bytes": 400}, -2, 1),
+    ],
+)
+def test_room_is_needed_for_what_is_still_to_be_written_at_the_fullest_moment(
+    change: dict[str, Any], checkpoints: int, models: int
+) -> None:
+    assert replace(PLANNED, **change).most_at_once() == (checkpoints, models)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "weight_bytes", "bytes_per_weight"), [(0, 4, 12), (0, 2, 14), (1, 4, 16), (2, 2, 14), (3, 4, 12)]
+)
+def test_a_checkpoint_holds_what_is_trained_as_deepspeed_keeps_it_at_this_stage(
+    zero_stage: int, weight_bytes: int, bytes_per_weight: int
+) -> None:
+    trained, frozen = (nn.Parameter(torch.empty(1000, device="meta"), requires_grad=on) for on in (True, False))
+
+    def sizes(*, only_adapter: bool) -> dict[str, int]:
+        return planned_sizes(
+            [trained, frozen],
+            zero_stage=zero_stage,
+            weight_bytes=weight_bytes,
+            saved_bytes=2,
+            only_adapter=only_adapter,
+        )
+
+    assert sizes(only_adapter=False) == {"checkpoint_bytes": 1000 * bytes_per_weight, "model_bytes": 4000}
+    assert sizes(only_adapter=True) == {"checkpoint_bytes": 1000 * bytes_per_weight, "model_bytes": 2000}
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 2**30
+    disk_usage = SimpleNamespace(free=13 * gib)
     monkeypatch.setattr("shutil.disk_usage", lambda _: disk_usage)
-    check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3)  # 4 checkpoints of 14 GiB, a model of 2
+    planned = PlannedFiles(checkpoint_bytes=4 * gib, model_bytes=gib, checkpoints_to_save=3, keep_last=3)
+    check_free_space(tmp_path, planned)
     disk_usage.free -= 1
-    with pytest.raises(DpoCacheError, match=r"58\.0 GiB free\n.*58\.0 GiB for 4 checkpoints, and the model"):
-        check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3)
-    # What an earlier part of the run left is not needed once more; the best model and wider weights are.
-    disk_usage.free = (4 * 14 - 3 * 14 + 2 * 4) * 2**30
-    more: dict[str, Any] = {"held_bytes": 3 * 14 * 2**30, "num_models": 2, "saved_bytes": 4}
-    check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3, **more)
-    disk_usage.free -= 1
-    with pytest.raises(DpoCacheError, match=r"64\.0 GiB for 4 checkpoints, 42\.0 GiB of which are there, and 2 models"):
-        check_free_space(tmp_path, parameters=[gib], weight_bytes=2, keep_last=3, **more)
-    frozen = nn.Parameter(gib.detach(), requires_grad=False)
-    disk_usage.free = 2 * 2**30
-    check_free_space(tmp_path, parameters=[frozen], weight_bytes=2, keep_last=3)
-    disk_usage.free = 0
-    check_free_space(tmp_path, parameters=[frozen], weight_bytes=2, keep_last=3, only_adapter=True)
+    with pytest.raises(DpoCacheError, match=r"13\.0 GiB free\n.*13\.0 GiB for 3 more checkpoints and 1 more model\n"):
+        check_free_space(tmp_path, planned)
+    check_free_space(tmp_path, planned, freed_bytes=1)
 
 
 def test_a_conversion_that_fails_leaves_nothing_in_the_way_of_the_next(tmp_path: Path) -> None:
