@@ -123,7 +123,7 @@ def test_the_same_command_goes_on_and_a_failing_point_does_not_stop_the_others(
         assert [row["name"] for row in csv.DictReader(table)] == [row["name"] for row in finished["rows"]]
 
 
-def test_the_reference_ran_in_the_one_build_and_never_after(workplace: Path, finished: dict[str, Any]) -> None:
+def test_the_report_has_the_forward_passes_of_the_one_build(workplace: Path, finished: dict[str, Any]) -> None:
     (built,) = finished["builds"]  # by the start that was stopped; the second found everything there
     assert built["pairs_scored"] == 24
     assert finished["reference_forwards"] == built["reference_forwards"] > 0
