@@ -139,6 +139,9 @@ def load_policy(
             quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,
         )
+    assert recipe.zero_stage != 3 or all(hasattr(weight, "ds_id") for weight in policy.parameters()), (
+        "every rank has read the whole model: at stage 3 it has to be partitioned while it is read"
+    )
     if quantized_layers(policy) and not config.quantization:
         raise DpoCacheError(
             f"the weights of {model.name} are quantized in the checkpoint itself, and cannot be trained",

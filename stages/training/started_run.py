@@ -13,7 +13,9 @@ from ...pipeline.training.checkpoint_folder import Checkpoint
 from ...pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
 from ...pipeline.training.host_memory import fix_mmap_threshold
 from ...pipeline.training.policy_engine import PolicyEngine
+from ...pipeline.training.resident_memory import resident_bytes_of_ranks
 from ...pipeline.training.tensor_headers import checkpoint_dtype
+from ..console.byte_size import byte_size
 from ..console.terminal import say
 from ..processes.devices import share_cores
 from .model_writer import ModelWriter
@@ -97,6 +99,7 @@ def _start_engine(run: PreparedRun, checkpoint: Checkpoint | None) -> PolicyEngi
         )
     )
     policy = load_policy(config, recipe, model, run.device, engine_config)
+    _say_host_memory(run)
     return PolicyEngine(
         PairScorer(policy, load_balancing=config.load_balancing_loss),
         config=engine_config,
@@ -107,6 +110,15 @@ def _start_engine(run: PreparedRun, checkpoint: Checkpoint | None) -> PolicyEngi
         bad_batch_path=config.output / "bad_batch.json",
         load_balancing_weight=recipe.load_balancing_weight or 0.0,
     )
+
+
+def _say_host_memory(run: PreparedRun) -> None:
+    of_ranks = resident_bytes_of_ranks()
+    if run.is_main:
+        say(
+            f"host memory after loading: {byte_size(max(of_ranks))} at most on a rank, {byte_size(sum(of_ranks))} over "
+            "all ranks"
+        )
 
 
 def _micro_batches(run: PreparedRun, mixture: Mixture, layout: Layout, engine: PolicyEngine) -> MicroBatches:
