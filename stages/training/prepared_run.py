@@ -15,13 +15,13 @@ from ..console.terminal import say
 from ..hub.hub_model import HubTarget, prepare_hub_target
 from ..processes.process_group import all_or_none, decided_by_first, refuse_other_settings
 from ..processes.ranks import Ranks
-from .held_out_overlap import overlap_warnings
 from .output_folder import output_lock, refuse_other_folder, refuse_overwriting
 from .policy import PolicyOrigin, check_policy, find_policy
-from .recipe import Recipe, resolve_recipe, warnings_of
+from .recipe import Recipe, resolve_recipe
 from .run_checkpoints import RunCheckpoints
 from .run_config import write_run_config
 from .train_config import TrainConfig
+from .train_plan import plan_of
 from .training_cache import TrainingCache, training_cache
 
 PATHS_OF_A_MACHINE = {"cache", "model"}
@@ -108,8 +108,7 @@ def _open_pairs(config: TrainConfig, ranks: Ranks, cache_folder: Path, held: Exi
     pairs = held.enter_context(training_cache(config, cache_folder, ranks))
     recipe = resolve_recipe(config, pairs.cache, pairs.mixture, num_ranks=ranks.num_ranks)
     if is_main:
-        for warning in (*warnings_of(recipe), *overlap_warnings(pairs.mixture, pairs.eval_mixture)):
-            say(f"warning: {warning}")
+        say(plan_of(config, recipe, pairs.cache, pairs.mixture, pairs.eval_mixture).summary())
     return pairs, recipe
 
 

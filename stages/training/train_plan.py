@@ -1,4 +1,4 @@
-"""What ``dpo-train --plan`` prints: every number of a run that would start now, and what looks wrong about them."""
+"""Every number of a run, and what looks wrong about them, as ``dpo-train --plan`` and every run print them."""
 
 from __future__ import annotations
 
