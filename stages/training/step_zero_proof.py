@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from ...pipeline.training.step_zero import StepZeroFigures, check_step_zero, read_step_zero, write_step_zero
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ...pipeline.training.run_file import write_run_json
+from ...pipeline.training.step_zero import StepZeroFigures, check_step_zero
 from ..processes.process_group import decided_by_first, say_once
 from .prepared_run import PreparedRun
 from .started_run import StartedRun
@@ -19,13 +25,33 @@ def prove_step_zero(run: PreparedRun, started: StartedRun) -> StepZeroFigures | 
     """
     record = run.config.output / "step0.json"
     if started.checkpoint is not None:
-        return decided_by_first(lambda: read_step_zero(record))
+        return decided_by_first(lambda: _recorded_figures(record))
     figures = started.loop.prove_step_zero()
     if run.is_main:
-        write_step_zero(record, figures)
+        write_run_json(record, {**asdict(figures), **_what_was_compared(run)})
     if run.origin.is_reference and not run.config.allow_numerics_mismatch:
         check_step_zero(figures)
     elif not figures.within_bound:
         allowed = "--allow-numerics-mismatch" if run.origin.is_reference else "--allow-other-policy"
         say_once(f"warning: {figures.summary()}; the run goes on, because {allowed} was given")
     return figures
+
+
+def _what_was_compared(run: PreparedRun) -> dict[str, Any]:
+    """With it, the record says by itself which reference, pairs and policy its figures are of."""
+    recipe, origin = run.recipe, run.origin
+    return {
+        "reference_id": recipe.reference_id,
+        "mixture_digest": recipe.mixture_digest,
+        "policy_sha256": origin.sha256,
+        "policy_is_reference": origin.is_reference,
+        "attention": recipe.attention,
+    }
+
+
+def _recorded_figures(record: Path) -> StepZeroFigures | None:
+    """The figures of a record; None where the file is gone."""
+    if not record.exists():
+        return None
+    recorded = json.loads(record.read_text(encoding="utf-8"))
+    return StepZeroFigures(**{field.name: recorded[field.name] for field in fields(StepZeroFigures)})
