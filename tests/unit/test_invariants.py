@@ -90,7 +90,9 @@ INVARIANTS = {
     "loading at stage 3 never holds the whole model on a rank": [
         "unit/test_partitioned_loading.py::test_two_ranks_hold_half_each_and_a_file_in_hand",
     ],
-    "all ranks run one configuration, under any launcher": [
+    "all ranks run one configuration on the same pairs, under any launcher": [
+        "integration/test_ranks_that_differ.py::test_another_learning_rate_is_refused_by_name",
+        "integration/test_ranks_that_differ.py::test_another_cache_is_refused",
         "integration/test_train.py::test_other_launchers_start_the_same_ranks",
     ],
     "a failed upload leaves the run successful": [
