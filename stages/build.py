@@ -237,6 +237,7 @@ class Build:
             dry_run=self._config.dry_run,
             training_pairs=len(content.rows),
             already_there=content.already_there,
+            pairs_repeated=content.repeated,
             distinct_pairs=collected.num_distinct,
             pairs_reused=collected.num_reused,
             pairs_scored=len(collected.waiting) - len(outcome.unusable),

@@ -21,6 +21,7 @@ class BuildReport:
         dry_run: Whether it only reported what it would do.
         training_pairs: Pairs of the mixture, repeats included.
         already_there: Of this build's rows, those that the mixture had before ``--extend``.
+        pairs_repeated: Of the rows that ``--extend`` adds, those whose pair the mixture had from another row.
         distinct_pairs: Distinct pairs among this build's rows.
         pairs_reused: Distinct pairs the cache held already.
         pairs_scored: Distinct pairs scored now; to be scored, in a dry run.
@@ -41,6 +42,7 @@ class BuildReport:
     dry_run: bool
     training_pairs: int
     already_there: int
+    pairs_repeated: int
     distinct_pairs: int
     pairs_reused: int
     pairs_scored: int
@@ -69,6 +71,11 @@ class BuildReport:
             lines.append(f"cut: {truncated_in_words(self.truncated, num_rows=self.usable_rows)}")
         if self.already_there:
             lines.append(f"{counted(self.already_there, 'row')} already in mixture {self.mixture}")
+        if self.pairs_repeated:
+            lines.append(
+                f"warning: {self.pairs_repeated:,} of the added pairs were already in mixture {self.mixture}: an epoch "
+                "trains on them once more; to train on each once, build with --replace from data that has each once"
+            )
         if self.dry_run:
             lines.append(
                 f"would score {counted(self.pairs_scored, 'pair')} and reuse {self.pairs_reused:,}; "

@@ -107,7 +107,13 @@ def _extended(existing: Mixture, added: MixtureContent, known: KeyIndex) -> Mixt
         both,
         is_new=num_added > 0 or len(both.sources) > len(before.sources),
         already_there=len(added.rows) - num_added,
+        repeated=_num_repeated(before, both),
     )
+
+
+def _num_repeated(before: MixtureContent, both: MixtureContent) -> int:
+    """How many of the rows that ``both`` adds to ``before`` have a pair that was there."""
+    return int(np.isin(both.rows.example_keys, before.rows.example_keys).sum()) - len(before.rows)
 
 
 def _refuse_lost_pairs(existing: Mixture, before: MixtureContent, added: MixtureContent, known: KeyIndex) -> None:
@@ -148,13 +154,19 @@ def _changed(existing: Mixture, content: MixtureContent, config: BuildConfig) ->
     because = f", because of {settings_in_words(differing)}" if differing else ""
     left_out = np.concatenate([np.empty(0, dtype=new.dtype), *recorded_keys(existing.sources).values()])
     again = len(np.intersect1d(new, left_out))
+    before = MixtureContent.of(existing)
+    repeated = _num_repeated(before, united([before, content]))
+    replacing = (
+        "to put these pairs in place of the old ones" if kept < len(old) else "to have no other pairs than these"
+    )
+    repeating = f" ({repeated} that are there already are then trained on once more per epoch)" if repeated else ""
     return DpoCacheError(
         f"mixture {config.mixture} has {existing.num_pairs} training pairs, this build makes {len(content.rows)}: "
         f"{len(new) - kept} are new and {len(old) - kept} are gone{because}",
         expected="the same pairs, or --replace, --extend or another --mixture",
         next_step=(f"add --drop-nonfinite to leave out {again} as before; else " if again else "")
-        + "add --replace to put these pairs in place of the old ones, --extend to add them, or --mixture OTHER to keep "
-        "both; pairs that are in the cache are reused in each case",
+        + f"add --replace {replacing}, --extend to add them{repeating}, or --mixture OTHER to keep both; pairs that "
+        "are in the cache are reused in each case",
     )
 
 

@@ -23,6 +23,7 @@ class MixtureContent:
         sources: The records of their datasets, each with what of it is not used.
         is_new: Whether the cache has to be told: it has no whole mixture of this name that says just this.
         already_there: Of the rows that were to be added to a mixture, those that it had.
+        repeated: Of the rows that are added, those whose pair the mixture had from another row.
     """
 
     rows: MixtureRows
@@ -30,6 +31,7 @@ class MixtureContent:
     sources: list[dict[str, Any]]
     is_new: bool
     already_there: int = 0
+    repeated: int = 0
 
     @classmethod
     def of(cls, mixture: Mixture) -> MixtureContent:

@@ -13,6 +13,7 @@ REPORT = BuildReport(
     dry_run=False,
     training_pairs=97,
     already_there=0,
+    pairs_repeated=0,
     distinct_pairs=96,
     pairs_reused=0,
     pairs_scored=96,
@@ -51,6 +52,13 @@ def test_one_pair_is_not_written_as_several() -> None:
     said = replace(REPORT, pairs_scored=1, reference_forwards=1, pairs_reused=1, training_pairs=1).summary()
     assert "scored 1 pair (4,048 tokens) in 1 forward pass, 5.5 s with start-up; reused 1 pair" in said
     assert "mixture train: 1 pair;" in said
+
+
+def test_added_pairs_that_are_trained_on_twice_are_a_warning() -> None:
+    assert replace(REPORT, pairs_repeated=60).summary().splitlines()[2] == (
+        "warning: 60 of the added pairs were already in mixture train: an epoch trains on them once more; to train "
+        "on each once, build with --replace from data that has each once"
+    )
 
 
 def test_a_build_that_scored_nothing_says_why() -> None:

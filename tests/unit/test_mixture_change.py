@@ -122,12 +122,29 @@ def test_extending_adds_every_row_of_another_dataset_and_counts_those_that_are_t
     """The other dataset shares four pairs with the mixture; one build of both would train on them twice."""
     other = collected(ROWS[:4], source={"path": "other", "dropped": {"empty-answer": 1, "too-long": 2}})
     extended = content_of(cache, other, extend=True)
-    assert (len(extended.rows), extended.already_there) == (16, 0)
+    assert (len(extended.rows), extended.already_there, extended.repeated) == (16, 0, 4)
     assert extended.dropped == {"empty-answer": 4, "too-long": 2}
     extended.write(cache, "train", key_index=cache.shards.key_index())
     again = content_of(cache, other, extend=True)
-    assert (len(again.rows), again.already_there, again.is_new) == (16, 4, False)
+    assert (len(again.rows), again.already_there, again.repeated, again.is_new) == (16, 4, 0, False)
     assert cache.read_mixture("train").num_distinct_pairs == 12
+
+
+def test_the_refusal_of_other_pairs_says_which_of_them_extending_would_repeat(cache: ReferenceCache) -> None:
+    more = make_rows(3, seed=5)
+    larger_file, part_of_it = (collected(rows, source={"path": "other"}) for rows in (ROWS + more, ROWS[:4] + more))
+    with pytest.raises(DpoCacheError, match="3 are new and 0 are gone") as caught:
+        content_of(cache, larger_file)
+    assert str(caught.value.next_step).startswith(
+        "add --replace to have no other pairs than these, --extend to add them (12 that are there already are then "
+        "trained on once more per epoch), or --mixture OTHER"
+    )
+    with pytest.raises(DpoCacheError, match="3 are new and 8 are gone") as caught:
+        content_of(cache, part_of_it)
+    assert "in place of the old ones, --extend to add them (4 that are there already" in str(caught.value.next_step)
+    with pytest.raises(DpoCacheError, match="3 are new and 12 are gone") as caught:
+        content_of(cache, collected(more, source={"path": "other"}))
+    assert "--extend to add them, or --mixture OTHER" in str(caught.value.next_step)
 
 
 def test_a_mixture_that_lost_pairs_is_not_extended_and_its_datasets_are_named(cache: ReferenceCache) -> None:
