@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
@@ -57,6 +58,7 @@ def detect_format(column_names: Sequence[str], first_rows: Iterable[Row]) -> Pre
         DpoCacheError: ``chosen`` and ``rejected`` are not both there, or hold neither messages nor text; or text that
             is messages in JSON, which is nothing to train on as it stands.
     """
+    first_rows = list(first_rows)
     rows = [row for row in first_rows if row.get("chosen") and row.get("rejected")]
     has_prompt = "prompt" in column_names
     answers = [row[side] for row in rows for side in ("chosen", "rejected")]
@@ -84,10 +86,11 @@ def detect_format(column_names: Sequence[str], first_rows: Iterable[Row]) -> Pre
         texts = [row for row in rows if _is_text(row["chosen"]) and _is_text(row["rejected"])]
         if not has_prompt and _mostly(lambda row: bool(common_words(row["chosen"], row["rejected"])), texts):
             return PreferenceFormat.PLAIN_TEXT
+    found, next_step = _why_none_fits(column_names, first_rows)
     raise DpoCacheError(
-        f"no preference format fits these columns: {', '.join(column_names) or 'none'}",
+        f"no preference format fits {found}",
         expected="\n    ".join(["one of these", *(f"{name}: {name.description}" for name in PreferenceFormat)]),
-        next_step="rename or build the columns, then run the same command again",
+        next_step=f"{next_step}, then run the same command again",
     )
 
 
@@ -135,3 +138,58 @@ def common_words(one: str, other: str) -> str:
     inside_a_word = bool(next_characters) and not next_characters.isspace()
     common = one[:length]
     return re.sub(r"\S+\Z", "", common) if inside_a_word else common
+
+
+# ---- why none fits ----
+
+TEXT, MESSAGES = "text", "messages"
+
+
+def _why_none_fits(column_names: Sequence[str], first_rows: Sequence[Row]) -> tuple[str, str]:
+    """What is wrong, the columns' names or their values, and what to do about it."""
+    these_columns = f"these columns: {', '.join(column_names) or 'none'}"
+    if not {"chosen", "rejected"} <= set(column_names):
+        return these_columns, "rename or build the columns"
+    kinds = {
+        name: Counter(_kind(row.get(name)) for row in first_rows) for name in TELLING_COLUMNS if name in column_names
+    }
+    of_responses = kinds["chosen"].keys() | kinds["rejected"].keys()
+    if "prompt" not in kinds and of_responses == {TEXT}:
+        return these_columns, "rename the column that holds the prompt to `prompt`"
+    values = "; ".join(f"`{name}` is {_listed(counts)}" for name, counts in kinds.items())
+    return f"the values of these columns (first {len(first_rows)} rows): {values}", _remedy(kinds)
+
+
+def _remedy(kinds: Mapping[str, Counter[str]]) -> str:
+    every_kind = {kind for counts in kinds.values() for kind in counts}
+    if any("with the keys" in kind for kind in every_kind):
+        return "write messages as lists of objects with `role` (user, assistant, …) and `content`: rename their keys"
+    if not kinds.get("prompt", Counter()).keys() <= {TEXT, MESSAGES}:
+        return "put text or messages into `prompt`, or drop that column if the responses begin with the prompt"
+    if every_kind == {TEXT, MESSAGES}:
+        return "write all rows in the same way: the responses as text, or as messages"
+    return "put text or messages into these columns"
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words."""
+    if _is_messages(value):
+        return MESSAGES
+    if isinstance(value, list) and value:
+        first = value[0]
+        keys = f"objects with the keys {', '.join(first)}" if isinstance(first, dict) else type(first).__name__
+        return f"a list of {keys}"
+    if isinstance(value, dict):
+        return f"an object with the keys {', '.join(value)}"
+    if isinstance(value, str):
+        return TEXT
+    if value is None:
+        return "null"
+    return "an empty list" if isinstance(value, list) else f"of type {type(value).__name__}"
+
+
+def _listed(counts: Counter[str]) -> str:
+    """The kinds of a column's values: with their numbers where there are several."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{kind} in {count}" for kind, count in counts.most_common())

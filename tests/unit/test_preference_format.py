@@ -55,9 +55,6 @@ def test_one_odd_row_does_not_decide_the_format() -> None:
     [
         {"text": "Hi"},
         {"chosen": "Yes"},
-        row(1, 2),
-        row(["Yes"], ["No"]),
-        row("Yes", "No", prompt=3),
         row("Yes", "No", question="Hi"),
     ],
 )
@@ -68,6 +65,47 @@ def test_other_columns_are_refused_with_what_would_fit(example: dict[str, Any]) 
     assert error.value.expected is not None
     for preference_format in PreferenceFormat:
         assert preference_format.description in error.value.expected
+
+
+SHAREGPT = row([{"from": "gpt", "value": "Yes"}], [{"from": "gpt", "value": "No"}], prompt="Hi")
+TEXTS, MESSAGES = row("Yes", "No", prompt="Hi"), row([assistant("Yes")], [assistant("No")], prompt="Hi")
+
+
+@pytest.mark.parametrize(
+    ("rows", "values", "next_step"),
+    [
+        (
+            [SHAREGPT] * 3,
+            "`prompt` is text; `chosen` is a list of objects with the keys from, value; "
+            "`rejected` is a list of objects with the keys from, value",
+            "write messages as lists of objects with `role` (user, assistant, …) and `content`: rename their keys",
+        ),
+        (
+            [row("Yes", "No", prompt=None)] * 2,
+            "`prompt` is null; `chosen` is text; `rejected` is text",
+            "put text or messages into `prompt`, or drop that column if the responses begin with the prompt",
+        ),
+        ([row(1, "No")], "`chosen` is of type int; `rejected` is text", "put text or messages into these columns"),
+        (
+            [row(["Yes"], None), row([], None)],
+            "`chosen` is a list of str in 1, an empty list in 1; `rejected` is null",
+            "put text or messages into these columns",
+        ),
+        (
+            [MESSAGES, TEXTS, TEXTS, MESSAGES],
+            "`prompt` is text; `chosen` is messages in 2, text in 2; `rejected` is messages in 2, text in 2",
+            "write all rows in the same way: the responses as text, or as messages",
+        ),
+    ],
+)
+def test_if_the_columns_are_right_their_values_are_told(
+    rows: list[dict[str, Any]], values: str, next_step: str
+) -> None:
+    with pytest.raises(DpoCacheError) as error:
+        detect_format(list(rows[0]), rows)
+    told = f"no preference format fits the values of these columns (first {len(rows)} rows): {values}"
+    assert error.value.found == told
+    assert error.value.next_step == f"{next_step}, then run the same command again"
 
 
 def test_messages_written_as_json_text_are_not_taken_for_plain_text() -> None:
