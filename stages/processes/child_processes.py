@@ -162,7 +162,8 @@ def leave_fault(message: str) -> bool:
     """
     if not is_child():
         return False
-    Path(os.environ[FAULT_FILE]).write_text(message, encoding="utf-8")
+    with contextlib.suppress(FileNotFoundError):  # the folder went with a parent that no longer listens
+        Path(os.environ[FAULT_FILE]).write_text(message, encoding="utf-8")
     return True
 
 
@@ -208,18 +209,21 @@ def _start(
 
 def _stop_all(children: Sequence[Child], grace_s: float, *, grace_after_failure_s: float) -> None:
     """Ask, wait, insist. Once one has failed, others that can only wait for it get the usual grace at most."""
-    for child in children:
-        if child.process.poll() is None:
-            child.process.send_signal(signal.SIGTERM)
-    asked = time.monotonic()
-    while any(child.process.poll() is None for child in children):
-        has_failure = any(child.process.poll() for child in children)
-        if time.monotonic() - asked > (grace_after_failure_s if has_failure else grace_s):
-            break
-        time.sleep(POLL_S)
-    for child in children:
-        child.process.kill()
-        child.process.wait()
+    try:
+        for child in children:
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        while any(child.process.poll() is None for child in children):
+            has_failure = any(child.process.poll() for child in children)
+            if time.monotonic() - asked > (grace_after_failure_s if has_failure else grace_s):
+                break
+            time.sleep(POLL_S)
+    finally:  # also where a second Ctrl-C ends the wait: they would fail one by one for what goes with this process
+        for child in children:
+            child.process.kill()
+        for child in children:
+            child.process.wait()
 
 
 def _faults(failed: Sequence[Child]) -> list[str]:

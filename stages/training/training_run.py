@@ -31,6 +31,7 @@ LESS_MEMORY = (
     "--gradient-checkpointing, a smaller --tokens-per-microbatch, more GPUs at --zero-stage 3, --offload-optimizer, or "
     "--use-lora; --dry-run measures each"
 )
+STOPPING = "stopping: a checkpoint is saved after this update; Ctrl-C again stops at once, without one"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +114,7 @@ def _train(run: PreparedRun, started: StartedRun, began: float) -> TrainReport:
     wait_for_all()  # all ranks have read what rank 0 is about to write
     updates = TrainingUpdates(run, started, log, best)
     eval_before = updates.evaluate_before()
-    with stop_requests() as stop_requested:
+    with stop_requests(notice=STOPPING if run.is_main else None) as stop_requested:
         last_line = updates.carry_out(stop_requested)
     eval_after = updates.evaluate_after()
     updates.save_model(last_line, eval_after)

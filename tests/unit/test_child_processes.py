@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.processes import child_processes
-from dpo_cache.stages.processes.child_processes import Job, run_children, run_jobs
+from dpo_cache.stages.processes.child_processes import Job, leave_fault, run_children, run_jobs
 
 FAILS = """
 import sys
@@ -120,6 +120,29 @@ def test_no_child_outlives_its_parent(tmp_path: Path, signum: signal.Signals) ->
             return
         time.sleep(0.05)
     raise AssertionError("the child is still there")
+
+
+STUBBORN = """
+import os, signal, time
+signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getppid(), signal.SIGINT))
+open({pid!r}, "w").write(str(os.getpid()))
+os.kill(os.getppid(), signal.SIGINT)
+while True: time.sleep(60)
+"""
+
+
+def test_a_second_ctrl_c_kills_the_children_that_have_not_stopped_for_the_first(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    with pytest.raises(KeyboardInterrupt):
+        run_children([python(STUBBORN.format(pid=str(pid_file)))], [{}])
+    assert not is_alive(int(pid_file.read_text()))
+
+
+def test_a_fault_whose_parent_has_stopped_listening_is_no_further_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(child_processes.FAULT_FILE, str(tmp_path / "removed" / "fault-0"))
+    assert leave_fault("Stopped.")
 
 
 # ---- jobs that have nothing to do with each other ---------------------------------------------------------------
