@@ -7,6 +7,8 @@ programmer can cause.
 
 from __future__ import annotations
 
+import shlex
+
 MAX_QUOTED_CHARACTERS = 300
 
 
@@ -14,6 +16,11 @@ def first_line(error: BaseException) -> str:
     """What another library's exception says, fit for a message of ours: one line, without its full stop."""
     said = str(error).strip() or type(error).__name__
     return said.splitlines()[0].rstrip(".")[:MAX_QUOTED_CHARACTERS]
+
+
+def as_argument(value: object) -> str:
+    """A path or a name as it is typed in a command: quoted where the shell would take it apart."""
+    return shlex.quote(str(value))
 
 
 class DpoCacheError(Exception):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DpoCacheError
+from ..errors import DpoCacheError, as_argument
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.canonical_json import JsonObject, canonical_bytes
 from ..pipeline.cache.durable_file import remove_durably
@@ -77,7 +77,7 @@ def compact(path: Path) -> CompactReport:
         if unusable := cache.shards.unusable():
             raise DpoCacheError(
                 f"{len(unusable)} shards of {path} cannot be used, the first: {unusable[0].reason}",
-                next_step=f"dpo-cache verify {path} --repair",
+                next_step=f"dpo-cache verify {as_argument(path)} --repair",
             )
         index = cache.shards.key_index()
         outdated = _rewrite_shards(cache, index)

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import DpoCacheError
+from ..errors import DpoCacheError, as_argument
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.durable_file import write_durably
 from ..pipeline.cache.mixture import Mixture
@@ -75,7 +75,7 @@ def export(path: Path, output: Path, *, mixture_name: str) -> ExportReport:
     if output.exists():
         raise DpoCacheError(f"{output} exists", expected="a new file", next_step="name another, or remove it")
     if not output.parent.is_dir():
-        raise DpoCacheError(f"there is no folder {output.parent}", next_step=f"mkdir -p {output.parent}")
+        raise DpoCacheError(f"there is no folder {output.parent}", next_step=f"mkdir -p {as_argument(output.parent)}")
     cache = ReferenceCache.open(path)
     mixture = cache.read_mixture(mixture_name)
     tables = _tables(cache, mixture)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import DpoCacheError
+from ..errors import DpoCacheError, as_argument
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.durable_file import remove_durably
 from ..pipeline.cache.parquet_file import reading
@@ -119,7 +119,9 @@ def _remove(path: Path) -> None:
     try:
         shutil.rmtree(path)
     except OSError as error:
-        raise DpoCacheError(f"cannot remove {path}: {error.strerror}", next_step=f"ls -la {path}") from error
+        raise DpoCacheError(
+            f"cannot remove {path}: {error.strerror}", next_step=f"ls -la {as_argument(path)}"
+        ) from error
 
 
 def _find_garbage(cache: ReferenceCache, min_age_days: float) -> GarbageReport:
@@ -135,7 +137,7 @@ def _unnamed_files(cache: ReferenceCache) -> Iterator[Garbage]:
     except DpoCacheError as error:
         raise DpoCacheError(
             f"nobody can say what is in use: {error.found}",
-            next_step=f"dpo-cache verify {cache.path} --repair",
+            next_step=f"dpo-cache verify {as_argument(cache.path)} --repair",
         ) from error
     named = {shard.file_name for mixture in mixtures for shard in mixture.shards}
     named |= {mixture.table.path.name for mixture in mixtures}

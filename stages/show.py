@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DpoCacheError
+from ..errors import DpoCacheError, as_argument
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.pair_lookup import KEY_LETTERS, PairLookup
@@ -93,7 +93,7 @@ def _find_row(cache: ReferenceCache, key: str) -> ScoredPair:
             raise DpoCacheError(
                 f"{len(found) or 'no'} pairs of {cache.path} have a key that begins with {wanted}",
                 expected="enough digits to name one pair",
-                next_step=f"dpo-cache show {cache.path} prints pairs with their keys",
+                next_step=f"dpo-cache show {as_argument(cache.path)} prints pairs with their keys",
             )
         row = lookup.find(found[0])
     assert row is not None, "the key comes from the same index"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DpoCacheError
+from ..errors import DpoCacheError, as_argument
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.example_key import Keys, example_key, name_keys
 from ..pipeline.cache.mixture_rows import MixtureRows
@@ -153,8 +153,8 @@ class _WaitingValues:
             raise DpoCacheError(
                 f"{path} has values for {len(self.found)} of {len(self._waiting)} pairs, which are imported, and none "
                 f"for {missing}: {name_keys(self._waiting.keys[is_missing])}",
-                next_step=f"dpo-cache build --cache {config.cache} --mixture {config.mixture} … with the same options "
-                "scores just these",
+                next_step=f"dpo-cache build --cache {as_argument(config.cache)} --mixture {config.mixture} … with the "
+                "same options scores just these",
             )
 
     def _tokens(self, places: npt.NDArray[np.int64]) -> list[TokenPair]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DpoCacheError
+from ..errors import DpoCacheError, as_argument
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.cache_json import MAX_CACHE_JSON_BYTES
 from ..pipeline.cache.canonical_json import read_sealed_json
@@ -52,7 +52,7 @@ def verify_cache(location: Location, *, repair: bool = False, rescoring: Rescore
     if repair and is_address(location):
         raise DpoCacheError(
             f"{location} is read-only: --repair works on folders",
-            next_step=f"pull a copy, repair that, and upload it again: dpo-cache pull {location} DIR",
+            next_step=f"pull a copy, repair that, and upload it again: dpo-cache pull {as_argument(location)} DIR",
         )
     try:
         return _verify(local_copy(location), repair=repair, rescoring=rescoring)

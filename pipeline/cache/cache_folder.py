@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, as_argument
 from ..data.token_pair import TokenPair
 from .cache_json import WRITE_AGAIN, CacheDescription, has_description, read_description, write_description
 from .canonical_json import JsonObject
@@ -117,7 +117,7 @@ class ReferenceCache:
                 raise DpoCacheError(f"cache.json of {path} is missing", next_step=WRITE_AGAIN)
             raise DpoCacheError(
                 f"there is no cache in {path}: cache.json is missing",
-                next_step=f"make one with: dpo-cache build --cache {path} --model … --dataset …",
+                next_step=f"make one with: dpo-cache build --cache {as_argument(path)} --model … --dataset …",
             )
         refuse_linked_subfolders(path)
         return cls(path, read_description(path))
@@ -239,7 +239,7 @@ class ReferenceCache:
             raise DpoCacheError(
                 f"{self.path} has no mixture {name!r}",
                 expected=f"one of: {there_are}",
-                next_step=f"build it with: dpo-cache build --cache {self.path} --mixture {name} …",
+                next_step=f"build it with: dpo-cache build --cache {as_argument(self.path)} --mixture {name} …",
             )
         mixture = read_pointer(self.path, name)
         if mixture.reference_id != self.reference_id:

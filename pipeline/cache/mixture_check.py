@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, as_argument
 from .cache_folder import ReferenceCache
 from .example_key import Keys, name_keys
 from .mixture import Mixture
@@ -38,7 +38,7 @@ def check_mixture(cache: ReferenceCache, mixture: Mixture) -> None:
     hash_now = sum(shard.num_bytes for shard in mixture.shards) <= HASH_AT_ONCE_BYTES
     unscored: list[Keys] = []
     unusable: list[tuple[Keys, PairValues]] = []
-    remedy = f"score them again with: dpo-cache verify --repair {cache.path}, then dpo-cache build"
+    remedy = f"score them again with: dpo-cache verify --repair {as_argument(cache.path)}, then dpo-cache build"
     for shard, path, wanted, rows in _by_shard(cache, mixture):
         try:
             if hash_now:

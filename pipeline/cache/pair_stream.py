@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, as_argument
 from .example_key import key_at
 from .mixture import Mixture
 from .mixture_table import MixtureBlock
@@ -105,5 +105,5 @@ class PairStream:
         return DpoCacheError(
             f"mixture {self._mixture.name} expects the pair {place.key.hex()} in row {place.row} of shard "
             f"{self._mixture.shards[place.shard].sha256[:16]}…, which holds another",
-            next_step=f"find all damage with: dpo-cache verify {self._cache.path}",
+            next_step=f"find all damage with: dpo-cache verify {as_argument(self._cache.path)}",
         )

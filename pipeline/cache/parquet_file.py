@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...errors import DpoCacheError, first_line
+from ...errors import DpoCacheError, as_argument, first_line
 from .example_key import KEY_BYTES, Keys
 from .parquet_footer import check_pages, leaves_of, read_footer
 from .unreadable_file import read_fault
@@ -139,7 +139,7 @@ def reading(path: Path) -> Iterator[None]:
     except (ValueError, KeyError, IndexError, OverflowError, pa.ArrowException) as error:
         raise DpoCacheError(
             f"{path} cannot be read: {first_line(error)}",
-            next_step=f"find all damage with: dpo-cache verify {path.parent.parent}",
+            next_step=f"find all damage with: dpo-cache verify {as_argument(path.parent.parent)}",
         ) from error
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, as_argument
 from .cache_folder import ReferenceCache
 from .cache_json import MAX_CACHE_JSON_BYTES, CacheDescription
 from .mixture import MIXTURE_NAME, Mixture, check_name
@@ -87,7 +87,7 @@ class RemoteCache:
         if not names:
             raise DpoCacheError(
                 f"{self.files.address} lists no mixtures: there are none, or its server does not list folders",
-                next_step=f"name one: dpo-cache pull {self.files.address} DIR --mixture train",
+                next_step=f"name one: dpo-cache pull {as_argument(self.files.address)} DIR --mixture train",
             )
         return names
 
@@ -262,7 +262,7 @@ def _require_room(path: Path, needed: int) -> None:
     if needed > free:
         raise DpoCacheError(
             f"{needed / 2**30:,.1f} GiB are to be fetched into {path}, where {free / 2**30:,.1f} GiB are free",
-            next_step=f"make room there (df -h {path}), or use another disk",
+            next_step=f"make room there (df -h {as_argument(path)}), or use another disk",
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, as_argument
 from .canonical_json import JsonObject, parse_object
 from .example_key import KEY_BYTES, KEY_VERSION, Keys, example_key
 from .format_version import FORMAT_VERSION, require_format_version
@@ -166,7 +166,7 @@ def check_key(row: ScoredPair, path: Path) -> None:
     if example_key(row.pair) != row.key:
         raise DpoCacheError(
             f"{path}: the key {row.key.hex()} is not that of its token ids",
-            next_step=f"drop what is damaged with: dpo-cache verify --repair {path.parent.parent}",
+            next_step=f"drop what is damaged with: dpo-cache verify --repair {as_argument(path.parent.parent)}",
         )
 
 
@@ -181,7 +181,7 @@ def verify_shard(path: Path) -> None:
     if (found := file_sha256(path)) != path.stem:
         raise DpoCacheError(
             f"{path} is damaged: its bytes have the SHA-256 {found[:12]}…",
-            next_step=f"drop what is damaged with: dpo-cache verify --repair {path.parent.parent}",
+            next_step=f"drop what is damaged with: dpo-cache verify --repair {as_argument(path.parent.parent)}",
         )
 
 

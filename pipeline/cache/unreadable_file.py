@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from ...errors import DpoCacheError, first_line
+from ...errors import DpoCacheError, as_argument, first_line
 
 _NOT_A_FILE = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)
 """Something else stands in its place: that does not pass."""
@@ -26,7 +26,7 @@ def read_fault(path: Path, error: OSError | MemoryError) -> DpoCacheError:
     if isinstance(error, OSError) and (error.errno is None or error.errno in _NOT_A_FILE):
         return DpoCacheError(  # without a number it is not the system that speaks, but a decoder
             f"{path} cannot be read: {error.strerror or first_line(error)}",
-            next_step=f"find all damage with: dpo-cache verify {path.parent.parent}",
+            next_step=f"find all damage with: dpo-cache verify {as_argument(path.parent.parent)}",
         )
     reason = error.strerror if isinstance(error, OSError) else "there is not enough memory"
     return UnreadableFileError(

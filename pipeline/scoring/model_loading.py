@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ...errors import DpoCacheError, first_line
+from ...errors import DpoCacheError, as_argument, first_line
 from .attention_names import GPU_KERNELS
 from .quantization import loading_options, prepare_quantized_layers
 
@@ -30,7 +30,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         raise DpoCacheError(
             f"{path} holds an adapter, not a model",
             expected="a folder with config.json and the base model's weights",
-            next_step=f"--model BASE_MODEL --adapter {path}",
+            next_step=f"--model BASE_MODEL --adapter {as_argument(path)}",
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, as_argument
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.canonical_json import canonical_bytes
 from ...pipeline.cache.example_key import Keys, name_keys
@@ -121,7 +121,7 @@ def _refuse_lost_pairs(existing: Mixture, before: MixtureContent, added: Mixture
     keys: Keys = np.unique(before.rows.example_keys)
     lost = keys[(known.find(keys) < 0) & ~np.isin(keys, added.rows.example_keys)]
     if len(lost):
-        datasets = " ".join(f"--dataset {_spec_of(source)}" for source in existing.sources)
+        datasets = " ".join(f"--dataset {as_argument(_spec_of(source))}" for source in existing.sources)
         raise DpoCacheError(
             f"{len(lost)} pairs of mixture {existing.name} are in no shard that can be used: {name_keys(lost)}",
             expected="a whole mixture to add to",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from ...errors import as_argument
+
 USUAL_MIXTURE = "train"
 """The one that a build makes and a training reads where neither names another."""
 
@@ -17,9 +19,9 @@ def training_commands(cache: Path | str, mixtures: Collection[str]) -> str:
         mixtures: Their names.
     """
     if USUAL_MIXTURE in mixtures:
-        return f"next: dpo-train --cache {cache} --mixture {USUAL_MIXTURE} --output runs/first"
+        return f"next: dpo-train --cache {as_argument(cache)} --mixture {USUAL_MIXTURE} --output runs/first"
     first = next(iter(mixtures))
     return (
-        f"next, to train on {first}: dpo-train --cache {cache} --mixture {first} --output runs/first\n"
-        f"or, to evaluate on it: dpo-train --cache {cache} --eval-mixture {first} --output runs/first"
+        f"next, to train on {first}: dpo-train --cache {as_argument(cache)} --mixture {first} --output runs/first\n"
+        f"or, to evaluate on it: dpo-train --cache {as_argument(cache)} --eval-mixture {first} --output runs/first"
     )

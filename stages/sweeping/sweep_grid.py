@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, as_argument
 from ..addresses.location import Location, location_of
 from ..building.build_config import BuildConfig
 from ..setting import command_line_of, values_from_file
@@ -160,7 +160,7 @@ def _builds(given: Any, cache: Location, path: Path) -> Iterator[BuildConfig]:
     if given and isinstance(cache, str):
         raise DpoCacheError(
             f"{path} has a build, but its cache {cache} is an address, which is read-only",
-            next_step=f"dpo-cache pull {cache} DIR copies it to a folder",
+            next_step=f"dpo-cache pull {as_argument(cache)} DIR copies it to a folder",
         )
     for number, options in enumerate(given if isinstance(given, list) else [given], start=1):
         where = f"{path}: build {number}"

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, as_argument
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.key_index import KeyIndex
 from ...pipeline.cache.scored_pair import VALUE_COLUMNS, ScoredPair
@@ -98,7 +98,7 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
     except DpoCacheError as error:
         raise DpoCacheError(
             f"the reference is not where it was when the cache was made: {error.found}",
-            next_step=f"dpo-cache verify {cache.path} --rescore {settings.pairs} --model WHERE_IT_IS_NOW",
+            next_step=f"dpo-cache verify {as_argument(cache.path)} --rescore {settings.pairs} --model WHERE_IT_IS_NOW",
         ) from error
     if recorded.adapter:
         model = replace(model, adapter=recorded.find_adapter())
@@ -106,7 +106,7 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
     if ours.remote_code_sha256 and not settings.trust_remote_code:
         raise DpoCacheError(
             "the values were computed by Python code that came with the model, and it does not run unasked",
-            next_step=f"dpo-cache verify {cache.path} --rescore {settings.pairs} --trust-remote-code",
+            next_step=f"dpo-cache verify {as_argument(cache.path)} --rescore {settings.pairs} --trust-remote-code",
         )
     if ours.attention in GPU_KERNELS and device.type != "cuda":
         raise DpoCacheError(

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from ...errors import as_argument
 from ..console.counted_noun import counted
 from .rescore_report import RescoreReport
 
@@ -145,7 +146,7 @@ class VerifyReport:
             yield "nothing is wrong: every checksum, key, count and value holds"
         elif self.repair is None:
             yield counted(len(self.findings), "finding")
-            yield f"next: dpo-cache verify {self.path} --repair"
+            yield f"next: dpo-cache verify {as_argument(self.path)} --repair"
         else:
             yield f"retired {counted(len(self.repair.retired), 'mixture')}: {', '.join(self.repair.retired) or 'none'}"
             yield f"removed {counted(len(self.repair.removed), 'file')}"

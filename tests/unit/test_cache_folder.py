@@ -45,6 +45,16 @@ def test_a_cache_that_a_failed_build_left_empty_may_be_deleted_for_another_refer
     assert "delete" not in str(filled.value.next_step)
 
 
+def test_commands_that_refusals_suggest_can_be_pasted_whatever_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "my caches"
+    with pytest.raises(DpoCacheError) as absent:
+        ReferenceCache.open(path)
+    assert f"--cache '{path}' --model" in str(absent.value.next_step)
+    with pytest.raises(DpoCacheError) as nameless:
+        make_cache(path).read_mixture("train")
+    assert f"--cache '{path}' --mixture train" in str(nameless.value.next_step)
+
+
 def test_making_a_cache_again_opens_it_and_changes_nothing(tmp_path: Path) -> None:
     first = make_cache(tmp_path / "cache")
     before = (first.path / "cache.json").read_bytes()

@@ -9,15 +9,19 @@ from dpo_cache.cli import dpo_train
 from dpo_cache.stages.console.next_command import training_commands
 from dpo_cache.stages.training.train_config import TrainConfig
 
+CACHE = "the cache's folder"
+"""A path that a shell would take apart."""
+
 
 def suggested(*mixtures: str) -> list[tuple[str, str | None]]:
     """What each command that is suggested would train on, and evaluate on."""
     configs = []
-    for line in training_commands(Path("my-cache"), mixtures).splitlines():
+    for line in training_commands(Path(CACHE), mixtures).splitlines():
         _, arguments = line.split("dpo-train ")
         given = dpo_train.make_context("dpo-train", shlex.split(arguments)).params
         given.pop("as_json")
         configs.append(TrainConfig(**given))
+    assert {str(config.cache) for config in configs} == {CACHE}
     return [(config.mixture, config.eval_mixture) for config in configs]
 
 
