@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -26,12 +27,12 @@ PR_SET_PDEATHSIG = 1
 POLL_S = 0.1
 GRACE_S = 30.0
 FAULT_FILE = "DPO_CACHE_FAULT_FILE"
-"""Variable that names the file in which a child leaves the message of a fault."""
+"""Variable that names the file in which a child leaves a fault."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Child:
-    """A started process, and where it leaves the message of a fault."""
+    """A started process, and where it leaves a fault."""
 
     process: subprocess.Popen[bytes]
     fault_file: Path
@@ -86,8 +87,8 @@ def run_children(
         if stop_requested():
             raise KeyboardInterrupt
         if faults and not survivors_go_on:
-            raise DpoCacheError("\n".join(faults))
-        return faults
+            raise faults[0] if len(faults) == 1 else DpoCacheError("\n".join(map(str, faults)))
+        return [str(fault) for fault in faults]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,8 +155,8 @@ def is_child() -> bool:
     return FAULT_FILE in os.environ
 
 
-def leave_fault(message: str) -> bool:
-    """Leave the message of a fault to the parent, which prints that of several children once.
+def leave_fault(fault: DpoCacheError) -> bool:
+    """Leave a fault to the parent, which tells that of several children once.
 
     Returns:
         Whether there is such a parent.
@@ -163,7 +164,7 @@ def leave_fault(message: str) -> bool:
     if not is_child():
         return False
     with contextlib.suppress(FileNotFoundError):  # the folder went with a parent that no longer listens
-        Path(os.environ[FAULT_FILE]).write_text(message, encoding="utf-8")
+        Path(os.environ[FAULT_FILE]).write_text(json.dumps(fault.to_json()), encoding="utf-8")
     return True
 
 
@@ -226,22 +227,32 @@ def _stop_all(children: Sequence[Child], grace_s: float, *, grace_after_failure_
             child.process.wait()
 
 
-def _faults(failed: Sequence[Child]) -> list[str]:
-    """What went wrong, each message once. A process killed from outside comes first: others may have failed for it."""
+def _faults(failed: Sequence[Child]) -> list[DpoCacheError]:
+    """What went wrong, each fault once. A process killed from outside comes first: others may have failed for it."""
     killed = [_ended(child) for child in failed if child.process.returncode < 0]
-    explained = [child.fault_file.read_text("utf-8") for child in failed if child.fault_file.exists()]
-    return list(dict.fromkeys(killed + explained)) or [_ended(child) for child in failed[:1]]
+    explained = [fault for fault in map(_left_fault, failed) if fault is not None]
+    return list({str(fault): fault for fault in killed + explained}.values()) or [_ended(child) for child in failed[:1]]
 
 
-def _ended(child: Child) -> str:
-    return f"a process of this job ended with {_how(child.process.returncode)}; its own output is above"
+def _left_fault(child: Child) -> DpoCacheError | None:
+    """The fault that a child has left; None where it left none, or a full disk cut it short."""
+    try:
+        return DpoCacheError(**json.loads(child.fault_file.read_bytes()))
+    except (OSError, ValueError):
+        return None
+
+
+def _ended(child: Child) -> DpoCacheError:
+    how = _how(child.process.returncode)
+    return DpoCacheError(f"a process of this job ended with {how}; its own output is above")
 
 
 def _fault_of(job: Job, child: Child) -> str | None:
     if child.process.returncode == 0:
         return None
-    if child.fault_file.exists():
-        return child.fault_file.read_text("utf-8")
+    fault = _left_fault(child)
+    if fault is not None:
+        return str(fault)
     return f"{job.name} ended with {_how(child.process.returncode)}; its output is in {job.log}"
 
 

@@ -90,18 +90,18 @@ def all_or_none(work: Callable[[], Result], *, on: bool = True) -> Result | None
     Raises:
         DpoCacheError: It failed on some rank.
     """
-    fault: str | None = None
+    fault: DpoCacheError | None = None
     result: Result | None = None
     if on:
         try:
             result = work()
         except DpoCacheError as raised:
-            fault = str(raised)
-    faults: list[str | None] = [None] * dist.get_world_size()
+            fault = raised
+    faults: list[DpoCacheError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(faults, fault, group=host_group())
-    explained = [text for text in faults if text]
-    if explained:
-        raise DpoCacheError(explained[0])
+    for first in faults:
+        if first is not None:
+            raise first
     return result
 
 

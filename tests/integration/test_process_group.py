@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -18,10 +19,26 @@ with process_group(Ranks(rank=0, num_ranks=1, rank_of_node=0, ranks_per_node=1))
     print(device)
 """
 
+FAIL = """
+import json
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.stages.processes.process_group import all_or_none, process_group
+from dpo_cache.stages.processes.ranks import Ranks
 
-def join(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def fail():
+    raise DpoCacheError("no", expected="yes", next_step="say yes")
+
+with process_group(Ranks(rank=0, num_ranks=1, rank_of_node=0, ranks_per_node=1)):
+    try:
+        all_or_none(fail)
+    except DpoCacheError as fault:
+        print(json.dumps(fault.to_json()))
+"""
+
+
+def join(environment: dict[str, str], *, code: str = JOIN) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", JOIN],
+        [sys.executable, "-c", code],
         env={**os.environ, "DS_ACCELERATOR": "cpu", **environment},
         capture_output=True,
         text=True,
@@ -37,6 +54,11 @@ def test_ranks_meet_on_a_machine_without_a_compiler(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-1] == "cpu"
     assert not list(empty.iterdir()), "something was compiled"
+
+
+def test_a_fault_of_one_rank_keeps_its_parts_on_all() -> None:
+    done = join({}, code=FAIL)
+    assert json.loads(done.stdout.splitlines()[-1]) == {"found": "no", "expected": "yes", "next_step": "say yes"}
 
 
 def test_a_rank_that_is_alone_needs_no_port_that_another_run_has() -> None:

@@ -16,10 +16,12 @@ from dpo_cache.stages.processes.child_processes import Job, leave_fault, run_chi
 
 FAILS = """
 import sys
+from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.processes.child_processes import leave_fault
-assert leave_fault("no")
+assert leave_fault(DpoCacheError("no", expected="yes", next_step="say yes"))
 sys.exit(1)
 """
+NO = "no\n  expected: yes\n  next: say yes"
 
 
 def python(code: str) -> list[str]:
@@ -50,17 +52,19 @@ def test_children_that_end_well_are_waited_for(tmp_path: Path) -> None:
 def test_a_child_that_fails_stops_its_siblings_and_its_message_is_raised_once(tmp_path: Path) -> None:
     fails = python(FAILS)
     waits = python(f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)")
-    with pytest.raises(DpoCacheError, match=r"^no$"):
+    with pytest.raises(DpoCacheError) as raised:
         run_children([waits, fails, fails], [{}, {}, {}])
+    assert raised.value.to_json() == {"found": "no", "expected": "yes", "next_step": "say yes"}
     pid = tmp_path / "pid"
     assert not pid.exists() or not is_alive(int(pid.read_text() or 0))
 
 
 STOPPED = """
 import signal, time
+from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.processes.child_processes import leave_fault
 def stop(*_):
-    leave_fault("Stopped.")
+    leave_fault(DpoCacheError("Stopped."))
     raise SystemExit(1)
 signal.signal(signal.SIGTERM, stop)
 open({ready!r}, "w").write("x")
@@ -95,7 +99,7 @@ def test_a_child_killed_from_outside_is_named_and_not_the_siblings_stopped_for_i
 def test_a_child_killed_from_outside_is_named_beside_those_that_failed_for_it() -> None:
     killed = python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     faults = run_children([python(FAILS), python("import sys; sys.exit(1)"), killed], [{}] * 3, survivors_go_on=True)
-    assert faults == [f"{SIGKILL_MESSAGE} is above", "no"]
+    assert faults == [f"{SIGKILL_MESSAGE} is above", NO]
 
 
 PARENT = """
@@ -142,7 +146,7 @@ def test_a_fault_whose_parent_has_stopped_listening_is_no_further_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(child_processes.FAULT_FILE, str(tmp_path / "removed" / "fault-0"))
-    assert leave_fault("Stopped.")
+    assert leave_fault(DpoCacheError("Stopped."))
 
 
 # ---- jobs that have nothing to do with each other ---------------------------------------------------------------
@@ -196,7 +200,7 @@ def test_a_job_that_fails_leaves_the_others_alone_and_says_why(tmp_path: Path) -
     journal = Journal(tmp_path)
     journal.run({"a": SAY_PLACE, "b": FAILS, "c": "import sys; sys.exit(3)", "d": SAY_PLACE}, 2)
     assert journal.faults["a"] is None
-    assert journal.faults["b"] == "no"
+    assert journal.faults["b"] == NO
     assert journal.faults["c"] == f"c ended with exit code 3; its output is in {tmp_path / 'c.log'}"
     assert journal.faults["d"] is None
 
