@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,20 +89,37 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path=path, state=_read_state(path))
 
 
-def check_same_run(checkpoint: Checkpoint, *, run: Mapping[str, Any], zero_stage: int) -> None:
+def check_same_run(
+    checkpoint: Checkpoint,
+    *,
+    run: Mapping[str, Any],
+    zero_stage: int,
+    causes: Callable[[str], Sequence[str]] = lambda _field: (),
+) -> None:
     """Refuse to resume a run with other settings.
 
+    Args:
+        checkpoint: To resume from.
+        run: The fingerprint of the run that would resume.
+        zero_stage: Its ZeRO stage.
+        causes: Why the field of this name differs, in words; nothing where only its values can be told.
+
     Raises:
-        DpoCacheError: Naming each field that differs, with both values.
+        DpoCacheError: Naming the causes of each field that differs, or the field with both its values.
     """
-    different = changed_values(
-        {**checkpoint.state.run, "zero_stage": checkpoint.state.zero_stage}, {**run, "zero_stage": zero_stage}
-    )
+    before = {**checkpoint.state.run, "zero_stage": checkpoint.state.zero_stage}
+    now = {**run, "zero_stage": zero_stage}
+    fields = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    different = [
+        words
+        for name in fields
+        for words in causes(name) or changed_values({name: before.get(name)}, {name: now.get(name)})
+    ]
     if different:
         settings = checkpoint.path.parent.parent / "config.json"
         raise DpoCacheError(
-            f"{checkpoint.path} belongs to another run: " + "; ".join(different),
-            expected="the settings the run began with; only the number of ranks may change",
+            f"{checkpoint.path} belongs to another run: " + "; ".join(dict.fromkeys(different)),
+            expected="what the run began with; what changes memory and speed alone may differ, except --zero-stage",
             next_step=f"give the old values, which are in {settings}, or start a new run in another --output",
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from ...pipeline.training.policy_engine import PolicyEngine
 from ..console.terminal import say
 from ..processes.process_group import all_or_none, decided_by_first, say_once
 from ..processes.ranks import Ranks
+from .changed_options import changed_options
 from .output_folder import held_by
 from .recipe import Recipe
 from .run_config import recorded_fingerprint
@@ -170,7 +172,12 @@ class RunCheckpoints:
         is_named = resume != "latest"
         checkpoint = open_checkpoint(Path(resume).expanduser()) if is_named else newest_checkpoint(self._folder)
         if checkpoint is not None:
-            check_same_run(checkpoint, run=self.fingerprint, zero_stage=self._config.zero_stage)
+            check_same_run(
+                checkpoint,
+                run=self.fingerprint,
+                zero_stage=self._config.zero_stage,
+                causes=partial(changed_options, checkpoint.path.parent.parent / "config.json", self._config),
+            )
             if is_named:
                 self._refuse_other_output(checkpoint)
         elif (self._config.output / "model").exists():

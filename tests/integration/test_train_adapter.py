@@ -43,4 +43,4 @@ def test_an_adapter_does_not_go_on_on_other_weights(shared_cache: Path, tmp_path
     moved = [*command, "--model", str(other), "--resume"]
     done = subprocess.run(moved, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "belongs to another run: policy was '" in done.stderr
+    assert f"belongs to another run: --model was left out and is {other}\n" in done.stderr

@@ -169,6 +169,14 @@ def test_another_run_is_refused_by_field() -> None:
         check_same_run(checkpoint, run={**RUN, "loss": "dpo"}, zero_stage=3)
 
 
+def test_causes_take_the_place_of_the_fields_that_follow_from_them() -> None:
+    checkpoint = Checkpoint(path=Path("step_3"), state=STATE)
+    causes = {"total_steps": ["--max-steps was 2 and is 3"], "warmup_steps": ["--max-steps was 2 and is 3"]}
+    longer = {**RUN, "total_steps": 3, "warmup_steps": 1, "seed": 7}
+    with pytest.raises(DpoCacheError, match="run: seed was 42 and is 7; --max-steps was 2 and is 3\n"):
+        check_same_run(checkpoint, run=longer, zero_stage=3, causes=lambda field: causes.get(field, []))
+
+
 PLANNED = PlannedFiles(checkpoint_bytes=100, model_bytes=40, checkpoints_to_save=8, keep_last=3)
 
 
