@@ -63,11 +63,11 @@ def collect_pairs(
     """
     tokenization = PairTokenizer(settings).description()
     with PairSpoolWriter(spool) as writer:
-        collector = _Collector(known, writer, vocab_size, say_unusable or (lambda _: None))
+        collector = _Collector(known, writer, vocab_size, say_unusable)
         for number, source in enumerate(sources):
             _read_source(collector, number, source, settings)
     collected = collector.collected([source.provenance() for source in sources], tokenization)
-    _refuse_many_unusable(collected, max_unusable_share)
+    _refuse_many_unusable(collected, max_unusable_share, are_listed=say_unusable is not None)
     return collected
 
 
@@ -108,7 +108,7 @@ class _Collector:
         known: KeyIndex | None,
         writer: PairSpoolWriter,
         vocab_size: int | None,
-        say_unusable: Callable[[str], None],
+        say_unusable: Callable[[str], None] | None,
     ) -> None:
         self._known = known
         self._writer = writer
@@ -129,7 +129,8 @@ class _Collector:
         for row, result in zip(chunk.source_rows.tolist(), chunk.results, strict=True):
             if isinstance(result, UnusableRow):
                 self._dropped[source][result.reason] += 1
-                self._say_unusable(f"{source_name} row {row}: {result}")
+                if self._say_unusable is not None:
+                    self._say_unusable(f"{source_name} row {row}: {result}")
             else:
                 self._refuse_unknown_token(result, f"{source_name} row {row}")
                 pairs.append(result)
@@ -157,7 +158,8 @@ class _Collector:
         if not self._parts:
             raise DpoCacheError(
                 f"none of {self._num_source_rows} rows makes a pair: {_listed(dropped_rows(records))}",
-                next_step=_too_long_advice(dropped_rows(records)) or "look at the rows: dpo-cache build … --verbose",
+                next_step=_too_long_advice(dropped_rows(records))
+                or _look_advice(are_listed=self._say_unusable is not None),
             )
         rows = MixtureRows.concatenate(self._parts)
         return CollectedPairs(
@@ -205,16 +207,15 @@ class _Collector:
             self._writer.append(pairs[index])
 
 
-def _refuse_many_unusable(collected: CollectedPairs, max_share: float) -> None:
+def _refuse_many_unusable(collected: CollectedPairs, max_share: float, *, are_listed: bool) -> None:
     count = sum(collected.dropped.values())
     if count > max_share * collected.num_source_rows:
         share = math.ceil(1000 * count / collected.num_source_rows) / 1000  # rounded down it would refuse again
-        longer = _too_long_advice(collected.dropped)
+        advice = _too_long_advice(collected.dropped) or _look_advice(are_listed=are_listed)
         raise DpoCacheError(
             f"{count} of {collected.num_source_rows} rows make no pair: {_listed(collected.dropped)}",
             expected=f"at most a share of {max_share}",
-            next_step=(f"{longer}, " if longer else "look at them with --verbose, ")
-            + f"or accept them with --max-unusable-share {share:g}",
+            next_step=f"{advice}, or accept them with --max-unusable-share {share:g}",
         )
 
 
@@ -223,6 +224,10 @@ def _too_long_advice(dropped: dict[str, int]) -> str | None:
     if 2 * dropped.get("too-long", 0) < sum(dropped.values()):
         return None
     return "raise --max-seq-length, or cut them with --truncation truncate-response-right"
+
+
+def _look_advice(*, are_listed: bool) -> str:
+    return "mend the rows that are listed above" if are_listed else "look at the rows with --verbose"
 
 
 def _listed(dropped: dict[str, int]) -> str:

@@ -200,7 +200,7 @@ def test_unusable_rows_are_counted_by_reason_listed_and_refused_beyond_a_share(r
     dataset = write_rows(tmp_path / "rows.jsonl", rows)
     message = fails(build(reference, dataset, tmp_path / "cache", "--verbose"))
     assert "2 of 10 rows make no pair: 1 identical-answers, 1 no-assistant-answer" in message
-    assert "next: look at them with --verbose" in message
+    assert "next: mend the rows that are listed above, or accept them" in message
     too_long = fails(build(reference, write_rows(dataset, message_pairs(4)), tmp_path / "c", "--max-seq-length", "4"))
     assert "none of 4 rows makes a pair: 4 too-long" in too_long
     assert "next: raise --max-seq-length, or cut them with --truncation" in too_long
