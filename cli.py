@@ -105,8 +105,13 @@ def info_command(cache: Location, as_json: bool) -> None:
 @click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="Number of pairs.")
 @click.option("--mixture", help="Mixture to show.  [default: train]", shell_complete=complete_mixture)
 @click.option("--key", metavar="HEX", help="Show the pair with this key, or with the only key that begins with it.")
+@click.option(
+    "--tokenizer", metavar="PATH_OR_ID", help="Where the tokenizer is now.  [default: where it was for the build]"
+)
 @json_option
-def show_command(cache: Location, count: int, mixture: str | None, key: str | None, as_json: bool) -> None:
+def show_command(
+    cache: Location, count: int, mixture: str | None, key: str | None, tokenizer: str | None, as_json: bool
+) -> None:
     """Print pairs as text with the scored tokens coloured, their lengths and the reference's log-probabilities.
 
     \b
@@ -116,7 +121,7 @@ def show_command(cache: Location, count: int, mixture: str | None, key: str | No
     with command_run():
         from .stages.show import show
 
-        report = show(cache, count=count, mixture_name=mixture, key=key)
+        report = show(cache, count=count, mixture_name=mixture, key=key, tokenizer=tokenizer)
     print_report(report, as_json)
 
 

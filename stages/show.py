@@ -16,7 +16,7 @@ from ..pipeline.cache.pair_stream import PairStream
 from ..pipeline.cache.scored_pair import ScoredPair
 from .addresses.local_copy import glance, local_copy
 from .addresses.location import Location
-from .reporting.shown_pair import ShownPair, decoder_of, shown_pair
+from .reporting.shown_pair import Decode, ShownPair, decoder_of, named_decoder, shown_pair
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,9 @@ class ShowReport:
         return "\n\n".join([*([self.note] if self.note else []), *(pair.text() for pair in self.pairs)])
 
 
-def show(location: Location, *, count: int, mixture_name: str | None, key: str | None) -> ShowReport:
+def show(
+    location: Location, *, count: int, mixture_name: str | None, key: str | None, tokenizer: str | None = None
+) -> ShowReport:
     """Decode pairs with the tokenizer that made them, or show their ids where it cannot be loaded.
 
     Args:
@@ -48,18 +50,20 @@ def show(location: Location, *, count: int, mixture_name: str | None, key: str |
         count: How many pairs, in the mixture's order.
         mixture_name: Of which mixture; None for ``train``, or the only one there is.
         key: A pair's key in hex, or how it begins, instead of the first pairs.
+        tokenizer: Folder or Hub id of the tokenizer; None for where the mixture says that it is.
 
     Raises:
-        DpoCacheError: There is no such cache, mixture or pair, or it is damaged.
+        DpoCacheError: There is no such cache, mixture or pair, or it is damaged; or the tokenizer that is named is not
+            the one that made the tokens.
     """
     names = [mixture_name] if mixture_name else None
     if key is not None:  # any shard could hold it
-        return _show(local_copy(location, names), count=count, mixture_name=mixture_name, key=key)
+        return _show(local_copy(location, names), count=count, mixture_name=mixture_name, key=key, tokenizer=tokenizer)
     with glance(location, names, first_rows=count) as path:
-        return _show(path, count=count, mixture_name=mixture_name, key=None)
+        return _show(path, count=count, mixture_name=mixture_name, key=None, tokenizer=tokenizer)
 
 
-def _show(path: Path, *, count: int, mixture_name: str | None, key: str | None) -> ShowReport:
+def _show(path: Path, *, count: int, mixture_name: str | None, key: str | None, tokenizer: str | None) -> ShowReport:
     cache = ReferenceCache.open(path)
     mixture = _find_mixture(cache, mixture_name)
     if key is not None:
@@ -72,8 +76,18 @@ def _show(path: Path, *, count: int, mixture_name: str | None, key: str | None) 
         raise DpoCacheError(
             f"{path} has no mixture yet: no build has finished", next_step="name a pair instead: --key HEX"
         )
-    decode, note = decoder_of(mixture)
+    decode, note = _decoder(cache, mixture, tokenizer)
     return ShowReport(pairs=[shown_pair(row, decode) for row in rows], note=note)
+
+
+def _decoder(cache: ReferenceCache, mixture: Mixture | None, tokenizer: str | None) -> tuple[Decode, str | None]:
+    """The decoding, and a note where there is only that into ids."""
+    if tokenizer is not None:
+        made_by = mixture.tokenization if mixture is not None else {}
+        vocabulary = str(made_by.get("vocabulary_sha256", cache.vocabulary_sha256))
+        return named_decoder(tokenizer, vocabulary=vocabulary), None
+    decode, why_ids = decoder_of(mixture)
+    return decode, f"{why_ids}; --tokenizer names where it is now" if why_ids else None
 
 
 def _find_mixture(cache: ReferenceCache, name: str | None) -> Mixture | None:

@@ -27,6 +27,12 @@ def load_tokenizer(name: str, revision: str | None, *, trust_remote_code: bool) 
     Raises:
         DpoCacheError: It cannot be loaded, or not without running its code.
     """
+    if not Path(name).exists() and name.startswith(("/", "./", "../", "~")):  # the Hub would call it a bad id
+        raise DpoCacheError(
+            f"there is no folder {name}",
+            expected="a folder with tokenizer.json, or a Hub id",
+            next_step="name another with --tokenizer",
+        )
     revision = revision or "main"
     folder = _folder_here(name, revision)
     try:

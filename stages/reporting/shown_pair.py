@@ -78,6 +78,28 @@ class ShownPair:
         return "\n".join(lines)
 
 
+def named_decoder(name: str, *, vocabulary: str) -> Decode:
+    """The decoding of a tokenizer that the user names.
+
+    Args:
+        name: Its folder or Hub id.
+        vocabulary: SHA-256 of the vocabulary that made the tokens.
+
+    Raises:
+        DpoCacheError: It cannot be loaded, or has another vocabulary.
+    """
+    try:
+        tokenizer = load_tokenizer(name, None, trust_remote_code=False)
+    except DpoCacheError as fault:
+        raise DpoCacheError(f"--tokenizer {name}: {fault.found}", expected=fault.expected) from fault
+    if vocabulary_sha256(tokenizer) != vocabulary:
+        raise DpoCacheError(
+            f"--tokenizer {name} has another vocabulary than the tokenizer that made these tokens",
+            expected="the same tokenizer, wherever it is now",
+        )
+    return _decoding(tokenizer)
+
+
 def decoder_of(mixture: Mixture | None) -> tuple[Decode, str | None]:
     """The recorded tokenizer's decoding, or plain ids and the reason."""
     if mixture is None:
@@ -94,7 +116,7 @@ def decoder_of(mixture: Mixture | None) -> tuple[Decode, str | None]:
             _ids_in_words,
             f"the tokenizer that made these tokens could not be loaded ({reason}): here are their ids",
         )
-    return (lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)), None
+    return _decoding(tokenizer), None
 
 
 def shown_pair(row: ScoredPair, decode: Decode) -> ShownPair:
@@ -108,6 +130,10 @@ def shown_pair(row: ScoredPair, decode: Decode) -> ShownPair:
             "rejected": list(_runs(pair.rejected_ids, pair.rejected_scored, decode)),
         },
     )
+
+
+def _decoding(tokenizer: Any) -> Decode:
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _runs(ids: npt.NDArray[np.int32], scored: npt.NDArray[np.bool_], decode: Decode) -> Iterator[ShownRun]:

@@ -29,7 +29,7 @@ from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import read_sealed_json, write_sealed_json
 from dpo_cache.pipeline.cache.example_key import prompt_hash_prefix
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
-from tiny_model import message_pairs, rendered_pair, write_rows, write_tiny_model
+from tiny_model import message_pairs, rendered_pair, tiny_tokenizer, write_rows, write_tiny_model
 
 from .conftest import NUM_PAIRS
 
@@ -665,7 +665,19 @@ def test_show_prints_ids_where_the_tokenizer_is_gone_and_refuses_keys_that_are_n
     settings = {**mixture.tokenization["settings"], "tokenizer": str(tmp_path / "gone")}
     write_train(opened, mixture.rows(), like=mixture, tokenization={**mixture.tokenization, "settings": settings})
     shown = report("show", cache, "-n", 1)
-    assert "here are their ids" in shown["note"]
+    assert shown["note"] == (
+        f"the tokenizer that made these tokens could not be loaded (there is no folder {tmp_path / 'gone'}): here are "
+        "their ids; --tokenizer names where it is now"
+    )
+    moved = mixture.tokenization["settings"]["tokenizer"]
+    found = report("show", cache, "-n", 1, "--tokenizer", moved)
+    assert found["note"] is None
+    assert found["pairs"][0]["chosen_ids"] == shown["pairs"][0]["chosen_ids"]
+    assert found["pairs"][0]["chosen"] != shown["pairs"][0]["chosen"]
+    gone = refusal("show", cache, "--tokenizer", tmp_path / "gone")
+    assert f"--tokenizer {tmp_path / 'gone'}: there is no folder {tmp_path / 'gone'}" in gone
+    tiny_tokenizer(["words of another language"]).save_pretrained(tmp_path / "other")
+    assert "has another vocabulary than" in refusal("show", cache, "--tokenizer", tmp_path / "other")
     assert shown["pairs"][0]["chosen"].split() == [str(token) for token in shown["pairs"][0]["chosen_ids"]]
     assert "no pairs of" in refusal("show", cache, "--key", "0" * 64)
     assert "is no key" in refusal("show", cache, "--key", "xyz")

@@ -29,7 +29,7 @@ def test_the_vocabulary_digest_does_not_move() -> None:
 
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DpoCacheError, match=r"the tokenizer .*nothing cannot be loaded"):
+    with pytest.raises(DpoCacheError, match=r"there is no folder .*nothing"):
         load_tokenizer(str(tmp_path / "nothing"), None, trust_remote_code=False)
 
 
