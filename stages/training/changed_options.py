@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..setting import settings_of
+from .run_config import recorded_settings, settings_to_record
 from .train_config import TrainConfig
 
 SETTINGS = {setting.name: setting for setting in settings_of(TrainConfig)}
@@ -34,29 +33,21 @@ CONTENTS = {
 """What has changed where no option has."""
 
 
-def changed_options(recorded: Path, config: TrainConfig, field: str) -> list[str]:
+def changed_options(output: Path, config: TrainConfig, field: str) -> list[str]:
     """Why a number of the run is another one now, in words; empty where that is not known.
 
     Args:
-        recorded: ``config.json`` of the run.
+        output: The run's folder.
         config: The settings of this start.
         field: What a checkpoint calls the number.
     """
-    before, now = _recorded_settings(recorded), json.loads(json.dumps(asdict(config), default=str))
+    before, now = recorded_settings(output), json.loads(json.dumps(settings_to_record(config)))
     changed = [
         f"{SETTINGS[name].flag} was {_in_words(before[name])} and is {_in_words(now[name])}"
         for name in OPTIONS_BEHIND.get(field, (field,))
         if name in SETTINGS and name in before and before[name] != now[name]
     ]
     return changed or ([CONTENTS[field]] if field in CONTENTS else [])
-
-
-def _recorded_settings(recorded: Path) -> Mapping[str, Any]:
-    try:
-        settings = json.loads(recorded.read_bytes())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def _in_words(value: Any) -> str:

@@ -27,14 +27,25 @@ def write_run_config(
         origin: What the policy starts from.
         fingerprint: What has to be the same for the run to be resumed.
     """
-    given = asdict(config)
-    if isinstance(config.cache, Path):
-        given["cache"] = config.cache.absolute()  # a report is often made in another working folder
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    settings = settings_to_record(config)
     resolved = {"policy": origin.model.name, "policy_is_reference": origin.is_reference, **recipe.to_json()}
     write_run_json(
         config.output / FILE, {"settings": settings, "resolved": resolved, "resume_fingerprint": fingerprint}
     )
+
+
+def settings_to_record(config: TrainConfig) -> dict[str, Any]:
+    """The settings as the folder keeps them."""
+    given = asdict(config)
+    if isinstance(config.cache, Path):
+        given["cache"] = config.cache.absolute()  # a report is often made in another working folder
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+
+
+def recorded_settings(output: Path) -> dict[str, Any]:
+    """The settings of the run in the folder; empty where it recorded none."""
+    settings = _read(output).get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def has_run_config(output: Path) -> bool:

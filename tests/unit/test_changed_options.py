@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from dpo_cache.pipeline.training.run_file import write_run_json
 from dpo_cache.stages.training.changed_options import OPTIONS_BEHIND, changed_options
 from dpo_cache.stages.training.recipe import FIXED_IN_A_RUN
+from dpo_cache.stages.training.run_config import settings_to_record
 from dpo_cache.stages.training.train_config import TrainConfig
 
 CACHE = Path("cache")
@@ -16,10 +16,9 @@ CACHE = Path("cache")
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
-    given = asdict(TrainConfig(cache=CACHE, output=Path("run")))
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    settings = settings_to_record(TrainConfig(cache=CACHE, output=Path("run")))
     write_run_json(tmp_path / "config.json", {"settings": settings})
-    return tmp_path / "config.json"
+    return tmp_path
 
 
 def test_a_number_is_traced_to_the_options_that_were_changed(recorded: Path) -> None:
@@ -36,7 +35,7 @@ def test_a_number_is_traced_to_the_options_that_were_changed(recorded: Path) -> 
 def test_without_a_changed_option_the_contents_have_changed(recorded: Path) -> None:
     same = TrainConfig(cache=CACHE, output=Path("run"))
     assert changed_options(recorded, same, "mixture") == ["the mixture has other pairs by now"]
-    assert changed_options(recorded.parent / "none.json", same, "learning_rate") == []
+    assert changed_options(recorded / "none", same, "learning_rate") == []
 
 
 def test_every_number_that_is_fixed_in_a_run_has_an_option() -> None:
