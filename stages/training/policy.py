@@ -139,7 +139,9 @@ def load_policy(
             quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,
         )
-    assert recipe.zero_stage != 3 or all(hasattr(weight, "ds_id") for weight in policy.parameters()), (
+    is_partitioned = (hasattr(weight, "ds_id") for weight in policy.parameters())
+    # The reference's adapter is put on whole, after the model has been read.
+    assert recipe.zero_stage != 3 or (any(is_partitioned) if model.adapter else all(is_partitioned)), (
         "every rank has read the whole model: at stage 3 it has to be partitioned while it is read"
     )
     if quantized_layers(policy) and not config.quantization:
