@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -227,6 +228,10 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(shared_cache: P
     command = train(shared_cache, output, "--max-steps", 1, "--resume")
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "step_1; all updates are done" in again.stderr
+    assert "\nupdates        1 in all, 5 per epoch\n" in again.stderr  # the resolved settings, as of --plan
+    assert re.search(
+        r"\nhost memory after loading: [\d.]+ [MG]iB at most on a rank, [\d.]+ [MG]iB over all ranks\n", again.stderr
+    )
     shutil.rmtree(output / "checkpoints")
     model = (output / "model/model.safetensors").stat().st_mtime_ns
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -247,12 +252,43 @@ def test_resuming_on_one_rank_instead_of_two_goes_on_at_the_next_pair(shared_cac
             assert ours[field] == pytest.approx(theirs[field], rel=1e-4, abs=1e-5), (ours["training_step"], field)
 
 
-def test_going_on_from_an_earlier_checkpoint_removes_the_later_ones(shared_cache: Path, tmp_path: Path) -> None:
+RECORDING_TRACKER = """
+from pathlib import Path
+
+class Run:
+    def __init__(self, id):
+        self.id = id
+
+    def log(self, line, step):
+        pass
+
+    def finish(self):
+        pass
+
+def init(*, dir, id, **_):
+    with (Path(dir) / "asked-for").open("a") as asked_for:
+        print(id, file=asked_for)
+    return Run(id or "first")
+"""
+
+
+def with_tracker(folder: Path, module: str) -> dict[str, str]:
+    """An environment in which this stands in for wandb."""
+    folder.mkdir()
+    (folder / "wandb.py").write_text(module)
+    return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
+
+
+def test_going_on_from_an_earlier_checkpoint_removes_the_later_ones_and_continues_the_trackers_curve(
+    shared_cache: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
-    options = ("--max-steps", 8, "--checkpointing-steps", 1, "--keep-last-n-checkpoints", 3)
-    run(train(shared_cache, output, *options, "--stop-after-steps", 4))
+    environment = with_tracker(tmp_path / "modules", RECORDING_TRACKER)
+    options = ("--max-steps", 8, "--checkpointing-steps", 1, "--keep-last-n-checkpoints", 3, "--with-tracking")
+    run(train(shared_cache, output, *options, "--stop-after-steps", 4), environment=environment)
     back = ("--resume", output / "checkpoints/step_2", "--stop-after-steps", 3)
-    run(train(shared_cache, output, *options, *back))
+    run(train(shared_cache, output, *options, *back), environment=environment)
+    assert (output / "asked-for").read_text().split() == ["None", "first"]
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step_2", "step_3"]
     assert [line["training_step"] for line in metrics(output)] == [1, 2, 3]
 
@@ -298,12 +334,19 @@ def test_a_run_evaluates_logs_and_saves_a_model_that_loads(reference: Path, tmp_
     assert [line["epoch"] for line in steps] == pytest.approx([0.4, 0.8, 1.0, 1.4, 1.8, 2.0])
     assert report["eval_before"]["eval/rewards/accuracy"] == 0.5
     margins = [json.loads(line) for line in (output / "eval_margins.jsonl").read_text(encoding="utf-8").splitlines()]
-    held_out = ReferenceCache.open(tmp_path / "cache").read_mixture("held-out").rows().example_keys
+    trained = ReferenceCache.open(tmp_path / "cache")
+    held_out = trained.read_mixture("held-out").rows().example_keys
     assert [line["key"] for line in margins] == [key_at(held_out, row).hex() for row in range(11)]
     assert {line["training_step"] for line in margins} == {6}
     mean = sum(line["rewards/margin"] for line in margins) / len(margins)
     assert mean == pytest.approx(report["eval_after"]["eval/rewards/margin"], rel=1e-9)
     assert report["step0"]["max_per_token"] < 3e-2
+    record = json.loads((output / "step0.json").read_text(encoding="utf-8"))
+    assert {**record, **report["step0"]} == record
+    assert record["reference_id"] == trained.reference_id
+    assert record["mixture_digest"] == trained.read_mixture("train").digest
+    assert (record["dtype"], record["attention"]) == ("bfloat16", trained.identity.attention)
+    assert record["policy_is_reference"]
     by_step = {line["training_step"]: line["eval/rewards/margin"] for line in lines if "eval/loss" in line}
     best = json.loads((output / "best.json").read_text(encoding="utf-8"))
     assert best["training_step"] == max((2, 4, 6), key=by_step.__getitem__)
@@ -348,10 +391,8 @@ def init(*, dir, **_):
 
 
 def test_the_model_is_saved_before_a_tracker_may_wait_for_its_network(shared_cache: Path, tmp_path: Path) -> None:
-    output, modules = tmp_path / "run", tmp_path / "modules"
-    modules.mkdir()
-    (modules / "wandb.py").write_text(WAITING_TRACKER)
-    environment = {"PYTHONPATH": f"{modules}:{os.environ.get('PYTHONPATH', '')}"}
+    output = tmp_path / "run"
+    environment = with_tracker(tmp_path / "modules", WAITING_TRACKER)
     run(train(shared_cache, output, "--max-steps", 1, "--with-tracking"), environment=environment)
     assert (output / "saved-before").read_text() == "True"
 
