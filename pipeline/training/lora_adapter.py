@@ -16,13 +16,16 @@ import deepspeed
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ...errors import DpoCacheError
 from ..scoring.model_loading import find_causal_lm, find_head
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
-_WRAPPED = ".base_layer"
+_WRAPPED = "base_layer"
+_ADAPTER = "default"
+_MERGEABLE = "linear layers and the weights of experts"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,24 +142,40 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter
         layer of peft whose change is to be added, or None.
     """
     causal_lm = find_causal_lm(model)
-    layers = {name: module for name, module in causal_lm.named_modules() if hasattr(module, "lora_A")}
+    layers = {id(_adapted_parameter(layer)): layer for _, layer in _lora_layers(causal_lm)}
     for name, parameter in causal_lm.named_parameters():
         if ".lora_" in name:
             continue
-        owner, _, kind = name.rpartition(".")
-        layer = layers.get(owner.removesuffix(_WRAPPED)) if owner.endswith(_WRAPPED) and kind == "weight" else None
+        layer = layers.get(id(parameter))
         made_of = [parameter]
         if layer is not None:
-            made_of += [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-        yield name.replace(f"{_WRAPPED}.", "."), made_of, layer
+            made_of += [layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight]
+        yield name_without_adapter(name), made_of, layer
+
+
+def name_without_adapter(name: str) -> str:
+    """The name that a tensor has in a model without an adapter.
+
+    Layers of peft wrap those of the model. Two of them are nested around experts, which keep two weights in one module.
+    """
+    return ".".join(part for part in name.split(".") if part != _WRAPPED)
 
 
 def lora_change(layer: Any) -> Tensor:
-    """``alpha / rank * B A`` of a gathered layer, in float32, shaped like its weight."""
-    change: Tensor = layer.lora_B["default"].weight.detach().float() @ layer.lora_A["default"].weight.detach().float()
-    if layer.fan_in_fan_out:
-        change = change.T
-    return change * float(layer.scaling["default"])
+    """``alpha / rank * B A`` of a gathered layer, in float32, shaped like its weight.
+
+    For the weights of E experts in one tensor, peft keeps all A and all B in one matrix each: ``A`` is (E R, I) with
+    the experts one after another, ``B`` is (O, R E) with the experts of each rank side by side.
+    """
+    a, b = (matrices[_ADAPTER].weight.detach().float() for matrices in (layer.lora_A, layer.lora_B))
+    num_experts = getattr(layer, "num_experts", 1)
+    if num_experts > 1:
+        a_ERI, b_ORE = a.reshape(num_experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, num_experts)
+        is_output_first = layer._did_swap_in_out_features
+        change = torch.einsum("ore,eri->eoi" if is_output_first else "ore,eri->eio", b_ORE, a_ERI)
+    else:
+        change = (b @ a).T if layer.fan_in_fan_out else b @ a
+    return change * float(layer.scaling[_ADAPTER])
 
 
 def merge_adapter(model: nn.Module) -> nn.Module:
@@ -165,10 +184,10 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     Under ZeRO-3 one layer after another is gathered, so no rank ever holds more than one; collective.
 
     Raises:
-        DpoCacheError: The adapter is no plain LoRA of linear layers.
+        DpoCacheError: The adapter is no plain LoRA of linear layers and experts.
     """
     peft_model: Any = model
-    _refuse_unmergeable(peft_model)
+    _refuse_other_than_plain_lora(peft_model)
     for _, made_of, layer in merged_parameters(model):
         if layer is not None:
             with gathered(made_of, changed=True), torch.no_grad():
@@ -191,16 +210,63 @@ def gathered(parameters: list[nn.Parameter], *, changed: bool = False) -> Iterat
         yield
 
 
-def _refuse_unmergeable(peft_model: Any) -> None:
-    config = peft_model.active_peft_config
-    beyond = [name for name in ("use_dora", "modules_to_save", "lora_bias") if getattr(config, name, None)]
-    if config.peft_type != "LORA" or beyond or getattr(config, "bias", "none") != "none":
+def refuse_unmergeable(model: nn.Module) -> None:
+    """Make sure that an adapter that is yet to be trained can be added to the weights afterwards.
+
+    Args:
+        model: From :func:`add_lora`.
+
+    Raises:
+        DpoCacheError: A layer is neither linear nor holds experts.
+    """
+    beyond = _unmergeable_layers(model)
+    if beyond:
         raise DpoCacheError(
-            f"the reference's adapter is a {config.peft_type} adapter" + "".join(f" with {name}" for name in beyond),
-            expected="plain LoRA of linear layers, which can be added to the weights here",
+            f"--merge cannot add an adapter to the weights of {beyond[0]}",
+            expected=_MERGEABLE,
+            next_step="leave --merge out to save the adapter, or name other layers with --lora-target-modules",
+        )
+
+
+def _refuse_other_than_plain_lora(peft_model: Any) -> None:
+    config = peft_model.active_peft_config
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    names = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "layer_replication")
+    beyond = [f"with {name}" for name in names if getattr(config, name, None)]
+    if kind == "LORA":
+        beyond += [f"on {layer}" for layer in _unmergeable_layers(peft_model)[:1]]
+    if kind != "LORA" or beyond or getattr(config, "bias", "none") != "none":
+        raise DpoCacheError(
+            " ".join([f"the reference's adapter is a {kind} adapter", *beyond]),
+            expected=f"plain LoRA of {_MERGEABLE}, which can be added to the weights here",
             next_step="merge it with peft's merge_and_unload and build a cache with the merged model",
         )
     _refuse_unscorable(peft_model)
+
+
+def _lora_layers(causal_lm: nn.Module) -> list[tuple[str, Any]]:
+    """The layers of peft with their names."""
+    return [(name, module) for name, module in causal_lm.named_modules() if getattr(module, "lora_A", None)]
+
+
+def _adapted_parameter(layer: Any) -> nn.Parameter:
+    """The weight of the model that a layer of peft changes."""
+    # A layer around a module with several weights names the one; around a linear layer it does not.
+    parameter: nn.Parameter = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+    return parameter
+
+
+def _unmergeable_layers(model: nn.Module) -> list[str]:
+    """Layers whose change :func:`lora_change` does not compute, each with its kind."""
+    from peft.tuners.lora import ParamWrapper
+
+    beyond = []
+    for name, layer in _lora_layers(find_causal_lm(model)):
+        base = layer.get_base_layer()
+        is_known = isinstance(layer, ParamWrapper) or isinstance(base, (nn.Linear, Conv1D))
+        if layer.lora_variant or not is_known:
+            beyond.append(f"{name_without_adapter(name)} ({type(base).__name__})")
+    return beyond
 
 
 def _refuse_unscorable(model: nn.Module) -> None:

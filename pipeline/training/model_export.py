@@ -23,6 +23,7 @@ from ..cache.durable_file import settle_folder, settle_tree
 from ..scoring.attention_choice import resolve_attention
 from ..scoring.model_loading import find_causal_lm, is_noise_name, load_causal_lm
 from ..scoring.quantization import quantized_layers
+from .class_tensors import check_class_tensors
 from .host_group import wait_for_all
 from .lora_adapter import (
     adapter_state,
@@ -30,6 +31,7 @@ from .lora_adapter import (
     lora_change,
     merge_adapter,
     merged_parameters,
+    name_without_adapter,
     same_adapter,
     write_adapter,
 )
@@ -192,7 +194,7 @@ def _saved_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
     for module_name, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                yield f"{module_name}.{name}".removeprefix("."), buffer
+                yield name_without_adapter(f"{module_name}.{name}".removeprefix(".")), buffer
 
 
 def _write(model: nn.Module, state: dict[str, Tensor], folder: Path, dtype: torch.dtype, base_folder: Path) -> None:
@@ -215,7 +217,11 @@ def _expected_headers(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tens
     """What the files must hold: the state under the names that checkpoints of this architecture use.
 
     Some architectures fuse tensors while loading and split them while saving; without data the same is quick.
+
+    Raises:
+        DpoCacheError: The state is not the one of such a model.
     """
+    check_class_tensors(model, state)
     ignored = set(model._keys_to_ignore_on_save or ())
     shells = {name: tensor.to("meta") for name, tensor in state.items() if name not in ignored}
     return {name: header_of(tensor) for name, tensor in revert_weight_conversion(model, shells).items()}

@@ -21,7 +21,7 @@ from ...pipeline.training.activation_checkpointing import recompute_activations
 from ...pipeline.training.deepspeed_config import partitioned_loading
 from ...pipeline.training.expert_blocks import gather_expert_blocks_whole, refuse_load_balancing
 from ...pipeline.training.liger_layers import use_liger_layers
-from ...pipeline.training.lora_adapter import LoraSettings, add_lora, merge_adapter
+from ...pipeline.training.lora_adapter import LoraSettings, add_lora, merge_adapter, refuse_unmergeable
 from ..hub.model_folder import ModelFolder, find_model_folder
 from ..hub.model_identity import identity_to_compare
 from ..hub.recorded_reference import RecordedReference
@@ -161,6 +161,8 @@ def load_policy(
         targets = tuple(lora["target_modules"])
         settings = LoraSettings(rank=lora["rank"], alpha=lora["alpha"], target_modules=targets, seed=config.seed)
         policy = add_lora(policy, settings)
+        if config.merge:
+            refuse_unmergeable(policy)
     if config.share_of_kept_activations < 1.0:
         recompute_activations(policy, kept_share=config.share_of_kept_activations)
     gather_expert_blocks_whole(policy)

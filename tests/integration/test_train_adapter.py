@@ -8,10 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import dpo_train, metrics, run
+from commands import dpo_cache, dpo_train, fails, metrics, run
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from tiny_model import write_tiny_model
+from tiny_model import tiny_tokenizer, write_tiny_model
+from tiny_model_factory import tiny_model
 
 
 def test_an_adapter_is_trained_partitioned_and_recomputing_and_saved_as_an_adapter(
@@ -44,3 +45,18 @@ def test_an_adapter_does_not_go_on_on_other_weights(shared_cache: Path, tmp_path
     done = subprocess.run(moved, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert f"belongs to another run: --model was left out and is {other}\n" in done.stderr
+
+
+def test_an_adapter_that_cannot_be_merged_ends_a_run_with_merge_before_any_update(
+    pairs_file: Path, tmp_path: Path
+) -> None:
+    base, cache, output = tmp_path / "base", tmp_path / "cache", tmp_path / "run"
+    tokenizer = tiny_tokenizer()
+    tiny_model("bamba", vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    run(dpo_cache("build", "--model", base, "--dataset", pairs_file, "--cache", cache))
+    convolutions = ("--use-lora", "--lora-rank", 80, "--lora-target-modules", "conv1d")
+    numbers = ("--zero-stage", 0, "--global-batch-size", 8)
+    command = dpo_train("--cache", cache, "--output", output, *convolutions, *numbers, "--merge")
+    assert "--merge cannot add an adapter to the weights of model.layers.0.mamba.conv1d (Conv1d)" in fails(command)
+    assert not (output / "step0.json").exists()

@@ -12,8 +12,8 @@ import torch
 from commands import dpo_cache, dpo_train, fails, metrics, run
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny_model import write_tiny_model
-from transformers import AutoModelForCausalLM
+from tiny_model import tiny_tokenizer, write_tiny_model
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 
 def write_base_and_adapter(base: Path, adapter: Path) -> Any:
@@ -59,5 +59,41 @@ def test_an_adapter_trained_on_top_in_bfloat16_is_added_to_base_and_adapter(pair
     run(dpo_train("--cache", cache, "--output", output, *numbers, "--use-lora", "--merge"))
     saved = load_file(output / "model" / "model.safetensors")  # a learning rate of 0 has changed nothing
     expected = adapted.merge_and_unload().state_dict()
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_policy_starts_at_a_mixture_of_experts_plus_an_adapter_on_its_experts(
+    pairs_file: Path, tmp_path: Path
+) -> None:
+    base, adapter, cache, output = (tmp_path / name for name in ("base", "adapter", "cache", "run"))
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    MixtralForCausalLM(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
+    adapted.save_pretrained(adapter)
+
+    run(dpo_cache("build", "--model", base, "--adapter", adapter, "--dataset", pairs_file, "--cache", cache))
+    numbers = ("--max-steps", 1, "--global-batch-size", 8, "--learning-rate", 0.0, "--num-gpus", 2)
+    report = run(dpo_train("--cache", cache, "--output", output, *numbers))  # partitioned, as is the default
+    assert report["step0"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    saved = AutoModelForCausalLM.from_pretrained(output / "model").state_dict()
+    expected = adapted.merge_and_unload().state_dict()
+    assert saved.keys() == expected.keys()
     for name, tensor in saved.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)

@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
@@ -144,6 +145,9 @@ def test_an_architecture_that_fuses_its_experts_is_checked_under_the_names_it_is
     assert expected == read_headers(tmp_path)
     assert expected["lm_head.weight"] == TensorHeader(dtype="F32", shape=(32, 16))
     assert len([name for name in expected if "experts" in name]) == 4 * 3
+    wrapped = {name.replace("experts.", "experts.base_layer."): tensor for name, tensor in state.items()}
+    with pytest.raises(DpoCacheError, match="the trained weights are not those of a MixtralForCausalLM"):
+        _expected_headers(model, wrapped)
 
 
 def export_in_float16(folder: str) -> list[Any]:
