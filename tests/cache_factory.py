@@ -115,5 +115,5 @@ def fill_cache(cache: ReferenceCache, rows: Sequence[ScoredPair], *, shard_rows:
         key_index=cache.shards.key_index(),
         tokenization={"tokenizer": "made up"},
         sources=[{"path": "made up"}],
-        dropped={"empty-answer": 3},
+        dropped={"empty-response": 3},
     )

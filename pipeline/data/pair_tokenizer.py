@@ -172,9 +172,9 @@ class PairTokenizer:
         if len(prompt) == 0:
             raise UnusableRow("no-prompt")
         if len(chosen) == 0 or len(rejected) == 0:
-            raise UnusableRow("empty-answer")
+            raise UnusableRow("empty-response")
         if np.array_equal(chosen, rejected):
-            raise UnusableRow("identical-answers")
+            raise UnusableRow("identical-responses")
         # The template was found sound on a probe: what is doubled here is written in the row's own text.
         if self._specials.begins_twice(np.concatenate([prompt[:2], chosen[:1]])):
             raise UnusableRow("double-bos")
@@ -204,7 +204,7 @@ class PairTokenizer:
     def _with_prompt_of(self, pair: TokenPair, num_tokens: int) -> TokenPair:
         """Cut the prompt at its left; a leading bos stays, since models are lost without it."""
         if num_tokens < 1:
-            raise UnusableRow("answer-too-long")
+            raise UnusableRow("response-too-long")
         has_bos = pair.prompt_ids[0] == self._specials.bos
         tail = np.arange(len(pair.prompt_ids) - num_tokens, len(pair.prompt_ids))
         kept = np.concatenate([[0], tail[1:]]) if has_bos else tail

@@ -67,9 +67,9 @@ def _split_conversations(
     for side, conversation in (("chosen", chosen), ("rejected", rejected)):
         if not conversation or conversation[-1]["role"] != "assistant":
             last = conversation[-1]["role"] if conversation else "no message"
-            raise UnusableRow("no-assistant-answer", f"{side} ends with {last}")
+            raise UnusableRow("no-assistant-response", f"{side} ends with {last}")
     if chosen == rejected:
-        raise UnusableRow("identical-answers")
+        raise UnusableRow("identical-responses")
     shared = _num_shared_messages(chosen, rejected)
     if not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
         raise UnusableRow("different-prompts", f"message {shared + 1}")
@@ -77,7 +77,7 @@ def _split_conversations(
         raise UnusableRow("no-prompt")
     for side, response in (("chosen", chosen[shared:]), ("rejected", rejected[shared:])):
         if any(message["role"] == "assistant" and _says_nothing(message) for message in response):
-            raise UnusableRow("empty-answer", side)
+            raise UnusableRow("empty-response", side)
     return Preference(
         prompt=chosen[:shared],
         chosen=chosen[shared:],
@@ -180,7 +180,7 @@ def _turns(transcript: str) -> list[Message]:
 def _read_text(row: Row, *, has_prompt: bool) -> Preference:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if chosen == rejected:
-        raise UnusableRow("identical-answers")
+        raise UnusableRow("identical-responses")
     if has_prompt:
         prompt = _text(row, "prompt")
     else:
@@ -188,7 +188,7 @@ def _read_text(row: Row, *, has_prompt: bool) -> Preference:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     for side, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer.strip():
-            raise UnusableRow("empty-answer", side)
+            raise UnusableRow("empty-response", side)
     return Preference(prompt=prompt, chosen=chosen, rejected=rejected)
 
 

@@ -7,13 +7,13 @@ UNUSABLE_REASONS: dict[str, str] = {
     "lone-surrogate": "a text holds half of a character written in two parts (a lone surrogate): it is no Unicode text",
     "not-text": "a message holds an image or other content that is not text",
     "not-a-transcript": "the text does not begin with a Human or an Assistant turn",
-    "no-assistant-answer": "a side does not end with an assistant's message",
+    "no-assistant-response": "a side does not end with an assistant's message",
     "different-prompts": "the first message in which the two sides differ is not the assistant's on both",
     "several-messages": "the two sides differ before their last message; --mask response-turns scores everything that "
     "the assistant says from there on",
     "no-prompt": "nothing comes before the responses",
-    "empty-answer": "a response has no text",
-    "identical-answers": "the two responses are the same",
+    "empty-response": "a response has no text",
+    "identical-responses": "the two responses are the same",
     "template-refused": "the chat template raised an error for these messages",
     "template-rewrites-prompt": "the template renders the prompt differently once a response follows",
     "template-rewrites-history": "the template renders an earlier response differently once messages follow, "
@@ -24,7 +24,7 @@ UNUSABLE_REASONS: dict[str, str] = {
     "double-eos": "the response itself ends with an eos, so that it would end with two",
     "too-long": "prompt and longer response exceed --max-seq-length (--truncation drop)",
     "prompt-too-long": "the prompt leaves no room for a response (--truncation truncate-response-right)",
-    "answer-too-long": "the longer response leaves no room for a prompt (--truncation truncate-prompt-left)",
+    "response-too-long": "the longer response leaves no room for a prompt (--truncation truncate-prompt-left)",
     "identical-after-truncation": "the two responses differ only beyond --max-seq-length",
 }
 """Every reason for which a row cannot become a pair, and what it means. The names are stable."""

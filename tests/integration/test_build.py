@@ -199,14 +199,14 @@ def test_unusable_rows_are_counted_by_reason_listed_and_refused_beyond_a_share(r
     rows[7]["chosen"] = rows[7]["chosen"][:-1]
     dataset = write_rows(tmp_path / "rows.jsonl", rows)
     message = fails(build(reference, dataset, tmp_path / "cache", "--verbose"))
-    assert "2 of 10 rows make no pair: 1 identical-answers, 1 no-assistant-answer" in message
+    assert "2 of 10 rows make no pair: 1 identical-responses, 1 no-assistant-response" in message
     assert "next: mend the rows that are listed above, or accept them" in message
     too_long = fails(build(reference, write_rows(dataset, message_pairs(4)), tmp_path / "c", "--max-seq-length", "4"))
     assert "none of 4 rows makes a pair: 4 too-long" in too_long
     assert "next: raise --max-seq-length, or cut them with --truncation" in too_long
     write_rows(dataset, rows)
     report = run(build(reference, dataset, tmp_path / "cache", "--max-unusable-share", "0.2"))
-    assert report["dropped"] == {"identical-answers": 1, "no-assistant-answer": 1}
+    assert report["dropped"] == {"identical-responses": 1, "no-assistant-response": 1}
     info = run(dpo_cache("info", tmp_path / "cache"))
     assert info["mixtures"]["train"]["dropped"] == report["dropped"]
 

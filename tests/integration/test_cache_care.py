@@ -486,8 +486,8 @@ def part_of(whole: Path, path: Path, bounds: slice, *, name: str = "train", **ch
         key_index=part.shards.key_index(),
         **{
             "tokenization": mixture.tokenization,
-            "sources": [{"path": path.name, "dropped": {"empty-answer": 1}}],
-            "dropped": {"empty-answer": 1},
+            "sources": [{"path": path.name, "dropped": {"empty-response": 1}}],
+            "dropped": {"empty-response": 1},
             **changes,
         },
     )
@@ -506,7 +506,7 @@ def test_parts_that_nodes_built_merge_into_the_mixture_that_one_build_makes(
     whole, united = (ReferenceCache.open(path).read_mixture("train") for path in (shared_cache, merged))
     assert united.digest == whole.digest
     assert [source["path"] for source in united.sources] == ["node0", "node20"]
-    assert united.dropped == {"empty-answer": 2}
+    assert united.dropped == {"empty-response": 2}
     rows = united.rows()
     assert np.bincount(rows.sources).tolist() == [20, 20]
 

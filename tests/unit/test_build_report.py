@@ -23,7 +23,7 @@ REPORT = BuildReport(
     scoring_seconds=5.5,
     forward_seconds=0.7,
     forward_share=0.98,
-    dropped={"identical-answers": 2},
+    dropped={"identical-responses": 2},
     truncated={},
     usable_rows=97,
     warnings=("worker 1 died",),
@@ -33,7 +33,7 @@ REPORT = BuildReport(
 def test_what_was_scored_is_told_with_one_time_and_what_is_in_it() -> None:
     assert REPORT.summary().splitlines()[:4] == [
         "warning: worker 1 died",
-        "skipped rows: 2 identical-answers",
+        "skipped rows: 2 identical-responses",
         "scored 96 pairs (4,048 tokens) in 9 forward passes, 5.5 s with start-up; reused 0 pairs",
         "mixture train: 97 pairs; the build took 8.0 s",
     ]
@@ -42,7 +42,7 @@ def test_what_was_scored_is_told_with_one_time_and_what_is_in_it() -> None:
 def test_what_was_cut_is_told_beside_what_was_skipped() -> None:
     said = replace(REPORT, truncated={"chosen": 28, "either": 30, "rejected": 26}).summary().splitlines()
     assert said[1:3] == [
-        "skipped rows: 2 identical-answers",
+        "skipped rows: 2 identical-responses",
         "cut: 28 chosen and 26 rejected responses in 30 of 97 rows",
     ]
     assert "cut: the prompt in 12 of 97 rows" in replace(REPORT, truncated={"prompt": 12}).summary()

@@ -42,7 +42,7 @@ def test_a_mixture_comes_back_as_it_was_written(cache: ReferenceCache) -> None:
     assert (read.tokenization, read.sources, read.dropped) == (
         {"tokenizer": "made up"},
         [{"path": "made up"}],
-        {"empty-answer": 3},
+        {"empty-response": 3},
     )
     assert read.shards == written.shards
     assert sorted(shard.file_name for shard in read.shards) == [path.name for path in cache.shards.paths()]

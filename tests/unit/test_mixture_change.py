@@ -17,7 +17,7 @@ from dpo_cache.stages.building.mixture_content import MixtureContent
 from dpo_cache.stages.building.pair_collection import CollectedPairs, SpooledPairs
 
 ROWS = make_rows(12)
-SOURCE = {"path": "made up", "dropped": {"empty-answer": 3}}
+SOURCE = {"path": "made up", "dropped": {"empty-response": 3}}
 TOKENIZATION = {"tokenizer": "made up"}
 
 
@@ -120,10 +120,10 @@ def test_the_same_pairs_described_otherwise_are_described_anew_and_can_then_be_e
 
 def test_extending_adds_every_row_of_another_dataset_and_counts_those_that_are_there(cache: ReferenceCache) -> None:
     """The other dataset shares four pairs with the mixture; one build of both would train on them twice."""
-    other = collected(ROWS[:4], source={"path": "other", "dropped": {"empty-answer": 1, "too-long": 2}})
+    other = collected(ROWS[:4], source={"path": "other", "dropped": {"empty-response": 1, "too-long": 2}})
     extended = content_of(cache, other, extend=True)
     assert (len(extended.rows), extended.already_there, extended.repeated) == (16, 0, 4)
-    assert extended.dropped == {"empty-answer": 4, "too-long": 2}
+    assert extended.dropped == {"empty-response": 4, "too-long": 2}
     extended.write(cache, "train", key_index=cache.shards.key_index())
     again = content_of(cache, other, extend=True)
     assert (len(again.rows), again.already_there, again.repeated, again.is_new) == (16, 4, 0, False)
@@ -170,7 +170,10 @@ def test_pairs_that_are_left_out_are_recorded_so_that_the_same_build_knows_them_
     content = MixtureContent(rows=content.rows, tokenization=content.tokenization, sources=content.sources, is_new=True)
     content.write(cache, "train", key_index=cache.shards.key_index())
     written = cache.read_mixture("train")
-    assert (written.num_pairs, written.dropped) == (8, {"empty-answer": 3, "no-finite-logps": 3, "probability-one": 1})
+    assert (written.num_pairs, written.dropped) == (
+        8,
+        {"empty-response": 3, "no-finite-logps": 3, "probability-one": 1},
+    )
 
     config = BuildConfig(model="m", dataset=("d",), cache=cache.path, drop_nonfinite=True)
     again = left_out_before(cache, config, collected())
@@ -187,5 +190,5 @@ def test_what_an_extension_leaves_out_adds_to_what_was_left_out_before(cache: Re
     other = collected(ROWS[4:9], source={"path": "other", "dropped": {}})
     extended = content_of(cache, other, extend=True)
     extended = extended.without({"no-finite-logps": mixture_rows(ROWS[8:9]).example_keys})
-    assert extended.dropped == {"empty-answer": 3, "no-finite-logps": 2 + 2}, "the pair stands in both datasets"
+    assert extended.dropped == {"empty-response": 3, "no-finite-logps": 2 + 2}, "the pair stands in both datasets"
     assert len(extended.rows) == 10 + 5 - 2

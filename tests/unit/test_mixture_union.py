@@ -17,7 +17,7 @@ from dpo_cache.stages.building.mixture_union import canonical_order, united
 def record(name: str, *, rows: int = 6, picked: int | None = None, **more: Any) -> dict[str, Any]:
     """What a build records of a local file."""
     files = [{"name": f"{name}.jsonl", "sha256": name * 8, "num_bytes": 1}]
-    amounts = {"num_rows": rows, "picked_rows": picked or rows, "dropped": {"empty-answer": ord(name[0])}}
+    amounts = {"num_rows": rows, "picked_rows": picked or rows, "dropped": {"empty-response": ord(name[0])}}
     return {"path": f"{name}.jsonl", "split": "train", "config": None, "amount": None, "files": files} | amounts | more
 
 

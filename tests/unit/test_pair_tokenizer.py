@@ -125,7 +125,7 @@ def test_answers_may_begin_alike(make: MakeTokenizer) -> None:
 
 def test_answers_that_render_alike_are_identical(make: MakeTokenizer) -> None:
     stripping = CHATML.replace("message['content']", "message['content'] | trim")
-    assert reason(make(None, chat_template=stripping), chat("Hi", "Yes", "Yes ")) == "identical-answers"
+    assert reason(make(None, chat_template=stripping), chat("Hi", "Yes", "Yes ")) == "identical-responses"
 
 
 HEADERS = (
@@ -333,7 +333,7 @@ def test_the_open_instruct_masks_equal_the_published_rules_where_tokens_merge(
     preference = chat([*messages, {"role": "user", "content": "last"}], *answers)
     (pair,) = tokenizer.tokenize_batch([preference])
     if isinstance(pair, UnusableRow):
-        assert pair.reason == "identical-answers"
+        assert pair.reason == "identical-responses"
         return
     assert tokenizer.chat_template is not None
     assert isinstance(preference.prompt, list)
@@ -638,7 +638,7 @@ def test_truncate_prompt_left_cuts_the_mask_with_the_prompt(make: MakeTokenizer)
 
 
 def test_truncate_prompt_left_refuses_an_answer_that_fills_the_length(make: MakeTokenizer) -> None:
-    assert reason(fitted(make, "truncate-prompt-left", 11), chat("Hi", "Absolutely", "No")) == "answer-too-long"
+    assert reason(fitted(make, "truncate-prompt-left", 11), chat("Hi", "Absolutely", "No")) == "response-too-long"
 
 
 def test_truncate_response_right_cuts_each_answer_and_its_eos(make: MakeTokenizer) -> None:
@@ -718,7 +718,7 @@ def test_a_batch_gives_what_its_rows_give_alone(make: MakeTokenizer) -> None:
     ]
     results = tokenizer.tokenize_batch(preferences)
     assert isinstance(results[1], UnusableRow)
-    assert results[1].reason == "identical-answers"
+    assert results[1].reason == "identical-responses"
     for preference, result in zip(preferences, results, strict=True):
         if isinstance(result, UnusableRow):
             continue

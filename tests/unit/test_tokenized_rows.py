@@ -99,7 +99,7 @@ def test_chunks_count_their_own_truncations(tmp_path: Path, settings: Tokenizati
     chunks = list(tokenize_rows(source, settings, num_processes=1, chunk_rows=7))
     assert [chunk.truncated for chunk in chunks] == [Counter()] * 4
     reasons = Counter(result.reason for chunk in chunks for result in chunk.results if isinstance(result, UnusableRow))
-    assert reasons == {"identical-answers": 4, "too-long": 4}
+    assert reasons == {"identical-responses": 4, "too-long": 4}
 
 
 def test_only_picked_rows_are_tokenized_each_once(tmp_path: Path, settings: TokenizationSettings) -> None:
@@ -198,9 +198,9 @@ def is_running(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("name", "mask", "preference_format", "num_rows", "unusable"),
     [
-        ("hh_harmless.jsonl.gz", "last-turn", "transcript", 1200, {"empty-answer": 3, "several-messages": 2}),
-        ("hh_harmless.jsonl.gz", "all-turns", "transcript", 1200, {"empty-answer": 3}),
-        ("alpaca_eval_pairs.jsonl.gz", "all-turns", "implicit-messages", 3220, {"identical-answers": 8}),
+        ("hh_harmless.jsonl.gz", "last-turn", "transcript", 1200, {"empty-response": 3, "several-messages": 2}),
+        ("hh_harmless.jsonl.gz", "all-turns", "transcript", 1200, {"empty-response": 3}),
+        ("alpaca_eval_pairs.jsonl.gz", "all-turns", "implicit-messages", 3220, {"identical-responses": 8}),
     ],
 )
 def test_real_rows_are_read_and_what_cannot_be_used_is_counted(

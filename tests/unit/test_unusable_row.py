@@ -9,22 +9,22 @@ from dpo_cache.pipeline.data.unusable_row import UNUSABLE_REASONS, UnusableRow
 
 def test_the_names_of_reasons_are_stable() -> None:
     assert sorted(UNUSABLE_REASONS) == [
-        "answer-too-long",
         "boundary-differs",
         "different-prompts",
         "double-bos",
         "double-eos",
-        "empty-answer",
+        "empty-response",
         "identical-after-truncation",
-        "identical-answers",
+        "identical-responses",
         "lone-surrogate",
         "malformed-row",
-        "no-assistant-answer",
+        "no-assistant-response",
         "no-prompt",
         "not-a-transcript",
         "not-text",
         "nothing-scored",
         "prompt-too-long",
+        "response-too-long",
         "several-messages",
         "template-refused",
         "template-rewrites-history",
@@ -34,5 +34,5 @@ def test_the_names_of_reasons_are_stable() -> None:
 
 
 def test_a_reason_crosses_a_process_boundary() -> None:
-    copied = pickle.loads(pickle.dumps(UnusableRow("empty-answer", "chosen")))
-    assert (copied.reason, copied.detail) == ("empty-answer", "chosen")
+    copied = pickle.loads(pickle.dumps(UnusableRow("empty-response", "chosen")))
+    assert (copied.reason, copied.detail) == ("empty-response", "chosen")
