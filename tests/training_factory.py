@@ -49,6 +49,21 @@ def tiny_policy(*, seed: int = 0, tied: bool = False, attention: str = "sdpa") -
     return LlamaForCausalLM(config)
 
 
+def write_llama(folder: Path, *, layers: int, hidden_size: int) -> int:
+    """A model for tests of memory; the size of its weights in bytes. No file is larger than 25 MB."""
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=hidden_size,
+        intermediate_size=2816,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="25MB")
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def random_pairs(count: int, *, seed: int = 0) -> list[ScoredPair]:
     """Pairs of random ids whose cached values are plausible and belong to no model."""
     random = np.random.default_rng(seed)

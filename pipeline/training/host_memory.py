@@ -40,6 +40,17 @@ def low_mmap_threshold() -> Iterator[None]:
         fix_mmap_threshold()
 
 
+def return_freed_memory() -> None:
+    """Give back what lies free on the heap, between blocks in use too. Without glibc nothing happens.
+
+    A large block gets pages of its own only where no hole of the heap has room for it, and a hole that was filled and
+    freed again keeps its pages.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def _set_thresholds(*, mmap_bytes: int, trim_bytes: int) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

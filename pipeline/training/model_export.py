@@ -9,35 +9,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
 
 from ...errors import DpoCacheError
 from ..cache.durable_file import settle_folder, settle_tree
 from ..scoring.attention_choice import resolve_attention
 from ..scoring.model_loading import find_causal_lm, is_noise_name, load_causal_lm
 from ..scoring.quantization import quantized_layers
-from .class_tensors import check_class_tensors
 from .host_group import wait_for_all
-from .lora_adapter import (
-    adapter_state,
-    gathered,
-    lora_change,
-    merge_adapter,
-    merged_parameters,
-    name_without_adapter,
-    same_adapter,
-    write_adapter,
-)
+from .lora_adapter import adapter_state, merge_adapter, same_adapter, write_adapter
 from .model_tokenizer import ModelTokenizer
 from .policy_engine import PolicyEngine
-from .tensor_headers import TensorHeader, check_headers, checkpoint_dtype, header_of
+from .tensor_headers import check_headers, checkpoint_dtype, header_of
+from .weight_files import write_weights
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -75,33 +65,37 @@ def export_model(
     dtype = checkpoint_dtype(base_folder)
     is_rounded = torch.finfo(dtype).eps < torch.finfo(engine.scorer.dtype).eps  # so is a float16 one in bfloat16
     has_adapter = find_causal_lm(model) is not model
-    if quantized_layers(model) or (is_rounded and has_adapter):
-        adapter = adapter_state(model, keep=engine.rank == 0)
+    masters = engine.master_weight if is_rounded else None
 
-        def write(temporary: Path) -> None:
-            base = load_causal_lm(
-                base_folder,
-                dtype=dtype,
-                attention=resolve_attention(None, engine.scorer.config, torch.device("cpu")),
-                device="cpu",
-                adapter=base_adapter,
-                trust_remote_code=trust_remote_code,
-            )
-            if base_adapter is not None:
-                base = merge_adapter(base)
-            whole = same_adapter(model, adapter, base)
-            _write(whole, _gathered_state(whole, dtype, keep=True), temporary, dtype, base_folder)
-            tokenizer.write(temporary)
+    def write(temporary: Path) -> None:
+        _write(model, temporary, dtype, base_folder, master_of=masters, wait=wait_for_all)
+        tokenizer.write(temporary)
 
-    else:
-        masters = engine.master_weight if is_rounded else None
-        state = _gathered_state(model, dtype, keep=engine.rank == 0, master_of=masters)
+    def take_part() -> None:
+        write_weights(model, None, dtype=dtype, max_file_size=MAX_SHARD_SIZE, master_of=masters, wait=wait_for_all)
 
-        def write(temporary: Path) -> None:
-            _write(model, state, temporary, dtype, base_folder)
-            tokenizer.write(temporary)
+    if not quantized_layers(model) and not (is_rounded and has_adapter):
+        _write_on_main(engine, folder, write, card, take_part=take_part)
+        return
 
-    _write_on_main(engine, folder, write, card)
+    adapter = adapter_state(model, keep=engine.rank == 0)
+
+    def write_merged(temporary: Path) -> None:
+        base = load_causal_lm(
+            base_folder,
+            dtype=dtype,
+            attention=resolve_attention(None, engine.scorer.config, torch.device("cpu")),
+            device="cpu",
+            adapter=base_adapter,
+            trust_remote_code=trust_remote_code,
+        )
+        if base_adapter is not None:
+            base = merge_adapter(base)
+        whole = same_adapter(model, adapter, base)
+        _write(whole, temporary, dtype, base_folder, wait=lambda: None)
+        tokenizer.write(temporary)
+
+    _write_on_main(engine, folder, write_merged, card)
 
 
 def export_adapter(
@@ -137,8 +131,15 @@ def export_adapter(
     _write_on_main(engine, folder, write, card)
 
 
-def _write_on_main(engine: PolicyEngine, folder: Path, write: Callable[[Path], None], card: str) -> None:
-    """Rank 0 writes beside the folder and puts it in its place; the others wait."""
+def _write_on_main(
+    engine: PolicyEngine,
+    folder: Path,
+    write: Callable[[Path], None],
+    card: str,
+    *,
+    take_part: Callable[[], None] = lambda: None,
+) -> None:
+    """Rank 0 writes beside the folder and puts it in its place; the others take part in what it does, and wait."""
     if engine.rank == 0:
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -154,54 +155,24 @@ def _write_on_main(engine: PolicyEngine, folder: Path, write: Callable[[Path], N
                 f"the model could not be written to {folder}: {error}",
                 next_step="free some space (df -h) and run again with --resume: the last checkpoint is complete",
             ) from error
+    else:
+        take_part()
     wait_for_all()
 
 
-def _gathered_state(
-    model: Any, dtype: torch.dtype, *, keep: bool, master_of: Callable[[nn.Parameter], Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The model's tensors in host memory on the ranks that keep them; every rank takes part in gathering.
-
-    One parameter at a time, so a device never holds more than its own partition and the largest parameter. A tied
-    parameter has one name here, the first; loading ties it again.
-
-    Args:
-        model: The policy, or a model with an adapter on it.
-        dtype: What the tensors are brought to.
-        keep: Whether this rank keeps them.
-        master_of: Gives the more precise weight behind a trained parameter; None to take the parameters themselves.
-    """
-    state: dict[str, Tensor] = {}
-    for name, made_of, layer in merged_parameters(model):
-        if master_of is not None and made_of[0].requires_grad:
-            master = master_of(made_of[0]).detach()
-            if keep:
-                state[name] = master.to(device="cpu", dtype=dtype, copy=True)
-            continue
-        with gathered(made_of):
-            if keep:
-                weight = made_of[0].detach()
-                if layer is not None:
-                    weight = weight.float() + lora_change(layer)
-                state[name] = weight.to(device="cpu", dtype=dtype, copy=True)
-    if keep:
-        state |= {name: buffer.detach().cpu() for name, buffer in _saved_buffers(find_causal_lm(model))}
-    return state
-
-
-def _saved_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that belong to a checkpoint; tables that are computed at loading do not."""
-    for module_name, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield name_without_adapter(f"{module_name}.{name}".removeprefix(".")), buffer
-
-
-def _write(model: nn.Module, state: dict[str, Tensor], folder: Path, dtype: torch.dtype, base_folder: Path) -> None:
-    causal_lm = find_causal_lm(model)
-    expected = _expected_headers(causal_lm, state)
-    causal_lm.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+def _write(
+    model: nn.Module,
+    folder: Path,
+    dtype: torch.dtype,
+    base_folder: Path,
+    *,
+    master_of: Callable[[nn.Parameter], Tensor] | None = None,
+    wait: Callable[[], None],
+) -> None:
+    # Without a tensor: config, settings of generation and code. The weights follow a file at a time.
+    find_causal_lm(model).save_pretrained(folder, state_dict={})
     _restore_config(folder / "config.json", base_folder / "config.json", dtype)
+    expected = write_weights(model, folder, dtype=dtype, max_file_size=MAX_SHARD_SIZE, master_of=master_of, wait=wait)
     check_headers(folder, expected)
 
 
@@ -211,20 +182,6 @@ def _follow_umask(folder: Path) -> None:
     os.umask(umask)
     for file in folder.iterdir():
         file.chmod(0o666 & ~umask)
-
-
-def _expected_headers(model: Any, state: Mapping[str, Tensor]) -> dict[str, TensorHeader]:
-    """What the files must hold: the state under the names that checkpoints of this architecture use.
-
-    Some architectures fuse tensors while loading and split them while saving; without data the same is quick.
-
-    Raises:
-        DpoCacheError: The state is not the one of such a model.
-    """
-    check_class_tensors(model, state)
-    ignored = set(model._keys_to_ignore_on_save or ())
-    shells = {name: tensor.to("meta") for name, tensor in state.items() if name not in ignored}
-    return {name: header_of(tensor) for name, tensor in revert_weight_conversion(model, shells).items()}
 
 
 def _restore_config(written: Path, base: Path, dtype: torch.dtype) -> None:

@@ -40,3 +40,27 @@ def test_freed_blocks_leave_no_holes(limits: str, mib: int) -> None:
     script = SCRIPT.format(limits=limits, mib=mib)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 20 + mib + 5
+
+
+HOLES = """
+from dpo_cache.pipeline.training.host_memory import return_freed_memory
+{common}
+kept = []
+blocks = []
+for _ in range(40):
+    blocks.append(block(1))
+    kept.append(block(1))
+for address in blocks:
+    libc.free(address)
+before = resident_mib()
+return_freed_memory()
+print(before - resident_mib())
+"""
+
+
+def test_memory_that_was_freed_between_blocks_in_use_is_given_back() -> None:
+    common = SCRIPT[SCRIPT.index("def resident_mib") : SCRIPT.index("libc.free(block(30))")]
+    on_heap = "import ctypes\nctypes.CDLL(None).mallopt(-3, 2**25)  # no block of these gets pages of its own\n"
+    script = HOLES.format(common=on_heap + common)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 30

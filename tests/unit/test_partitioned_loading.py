@@ -10,7 +10,7 @@ from distributed_run import run_ranks
 from dpo_cache.pipeline.scoring.model_loading import load_causal_lm
 from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspeed_config, partitioned_loading
 from peak_memory import PeakMemory
-from transformers import LlamaConfig, LlamaForCausalLM
+from training_factory import write_llama
 
 MIB = 2**20
 
@@ -35,21 +35,6 @@ def _load(folder: Path) -> torch.nn.Module:
     )
     with partitioned_loading(deepspeed_config(settings)):
         return load_causal_lm(folder, dtype=torch.float32, attention="sdpa", device="cpu")
-
-
-def write_llama(folder: Path, *, layers: int, hidden_size: int) -> int:
-    """Size of the weights in bytes; no file is larger than 25 MB."""
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=hidden_size,
-        intermediate_size=2816,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder, max_shard_size="25MB")
-    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_two_ranks_hold_half_each_and_a_file_in_hand(tmp_path: Path) -> None:
