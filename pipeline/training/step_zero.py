@@ -9,9 +9,7 @@ Shape suffixes: B pairs, S = 2B sides.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,7 +19,6 @@ from ..scoring.side_bounds import AVERAGING_TOKENS, BOUNDS, long_side_bound, sid
 from .micro_batch import ScoredMicroBatch
 from .objective import Objective
 from .preference_loss import objective_at_reference
-from .run_file import write_run_json
 
 SMALLEST_TIE = {"float32": 5e-6, "bfloat16": 0.0}
 """In float32 a first batch may round to the very same values where the next one does not."""
@@ -145,13 +142,3 @@ def check_step_zero(figures: StepZeroFigures) -> None:
         "hardware since the cache was built (compare with `dpo-cache info`), or the values were imported from another "
         "model; build the cache again here, or add --allow-numerics-mismatch to train on the difference",
     )
-
-
-def write_step_zero(path: Path, figures: StepZeroFigures) -> None:
-    """Keep the figures as JSON: a resumed run reads them back, and people can check later what a run began with."""
-    write_run_json(path, asdict(figures))
-
-
-def read_step_zero(path: Path) -> StepZeroFigures | None:
-    """What :func:`write_step_zero` wrote; None where the file is gone."""
-    return StepZeroFigures(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None

@@ -86,7 +86,8 @@ def write_weights(
 ) -> dict[str, TensorHeader]:
     """Write a model's weights, an adapter on it added to them; collective if the model is partitioned.
 
-    The rank that writes holds one file and one weight in host memory, the others one weight. Where the files of an
+    The rank that writes holds one file and one weight in host memory, the others one weight, and while a partitioned
+    weight is gathered, each rank holds it twice. Where the files of an
     architecture join weights that the model keeps apart, it is a layer instead of a weight.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def prove_step_zero(run: PreparedRun, started: StartedRun) -> StepZeroFigures | 
     """
     record = run.config.output / "step0.json"
     if started.checkpoint is not None:
-        return decided_by_first(lambda: _recorded_figures(record))
+        return decided_by_first(lambda: recorded_figures(record))
     figures = started.loop.prove_step_zero()
     if run.is_main:
         write_run_json(record, {**asdict(figures), **_what_was_compared(run)})
@@ -49,9 +50,12 @@ def _what_was_compared(run: PreparedRun) -> dict[str, Any]:
     }
 
 
-def _recorded_figures(record: Path) -> StepZeroFigures | None:
+def recorded_figures(record: Path) -> StepZeroFigures | None:
     """The figures of a record; None where the file is gone."""
     if not record.exists():
         return None
     recorded = json.loads(record.read_text(encoding="utf-8"))
-    return StepZeroFigures(**{field.name: recorded[field.name] for field in fields(StepZeroFigures)})
+    figures = {field.name: recorded[field.name] for field in fields(StepZeroFigures)}
+    # JSON knows no NaN. Only the expected loss may be absent.
+    known = {name: math.nan if value is None else value for name, value in figures.items() if name != "expected_loss"}
+    return StepZeroFigures(**known, expected_loss=figures["expected_loss"])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from dpo_cache.pipeline.training.bad_batch import report_bad_batch
 from dpo_cache.pipeline.training.eval_margins import EVAL_MARGINS, write_eval_margins
 from dpo_cache.pipeline.training.run_file import write_run_file, write_run_json
 from dpo_cache.pipeline.training.run_log import MetricsFile
-from dpo_cache.pipeline.training.step_zero import StepZeroFigures, write_step_zero
+from dpo_cache.pipeline.training.step_zero import StepZeroFigures
 from dpo_cache.stages.sweeping.sweep_report import SweepReport
 from dpo_cache.stages.training.best_model import BestModel
 from dpo_cache.stages.training.train_dry_run import DryRunReport
@@ -74,7 +75,7 @@ def keep_best(folder: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {
-    "step0.json": lambda folder: write_step_zero(folder / "step0.json", STEP_ZERO),
+    "step0.json": lambda folder: write_run_json(folder / "step0.json", asdict(STEP_ZERO)),
     "bad_batch.json": write_bad_batch,
     "metrics.jsonl": lambda folder: MetricsFile(folder / "metrics.jsonl", last_step=1),
     EVAL_MARGINS: write_margins,

@@ -17,13 +17,13 @@ from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.objective import F_DIVERGENCES, LOSS_TRAITS, resolve_objective
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from dpo_cache.pipeline.training.preference_loss import objective_at_reference
+from dpo_cache.pipeline.training.run_file import write_run_json
 from dpo_cache.pipeline.training.step_zero import (
     StepZeroFigures,
     StepZeroProof,
     check_step_zero,
-    read_step_zero,
-    write_step_zero,
 )
+from dpo_cache.stages.training.step_zero_proof import recorded_figures
 from training_factory import LAYOUT, make_engine, plain_side_logps, random_pairs, scored_pair, tiny_policy
 
 FIGURES = StepZeroFigures(
@@ -160,9 +160,15 @@ def test_a_reference_computed_otherwise_has_ties_up_to_the_bound_of_bfloat16() -
 
 
 def test_figures_are_kept_as_json(tmp_path: Path) -> None:
-    write_step_zero(tmp_path / "step0.json", FIGURES)
-    assert read_step_zero(tmp_path / "step0.json") == FIGURES
-    assert read_step_zero(tmp_path / "none.json") is None
+    record = tmp_path / "step0.json"
+    write_run_json(record, {**asdict(FIGURES), "reference_id": "a"})
+    assert recorded_figures(record) == FIGURES
+    assert recorded_figures(tmp_path / "none.json") is None
+    write_run_json(record, asdict(replace(FIGURES, loss=math.nan, expected_loss=None)))
+    figures = recorded_figures(record)
+    assert figures is not None
+    assert math.isnan(figures.loss)
+    assert figures.expected_loss is None
 
 
 def test_the_expected_loss_is_that_of_no_difference() -> None:

@@ -110,7 +110,7 @@ def test_two_ranks_hold_no_more_than_a_file_and_a_weight_while_they_save(tmp_pat
     write_llama(tmp_path / "warm", layers=1, hidden_size=64)
     size = write_llama(tmp_path / "large", layers=3, hidden_size=1024) / MIB
     (writing, file), (helping, _) = run_ranks(growth_in_saving, str(tmp_path), num_ranks=2)
-    assert file < 20 < size / 10
+    assert file < size / 10
     assert writing < 2 * file + 25
     assert helping < 2 * file + 25
 
