@@ -57,5 +57,7 @@ def recorded_figures(record: Path) -> StepZeroFigures | None:
     recorded = json.loads(record.read_text(encoding="utf-8"))
     figures = {field.name: recorded[field.name] for field in fields(StepZeroFigures)}
     # JSON knows no NaN. Only the expected loss may be absent.
-    known = {name: math.nan if value is None else value for name, value in figures.items() if name != "expected_loss"}
+    known: dict[str, Any] = {
+        name: math.nan if value is None else value for name, value in figures.items() if name != "expected_loss"
+    }
     return StepZeroFigures(**known, expected_loss=figures["expected_loss"])
