@@ -215,7 +215,7 @@ def finished_checkpoint(cache: Path, tmp_path: Path) -> Callable[[], None]:
     """Write a checkpoint as another run would have left it, without running it."""
 
     def write() -> None:
-        folder = write_run(tmp_path / "run") / "checkpoints/step_3"
+        folder = write_run(tmp_path / "run", settings={"beta": 3.0}) / "checkpoints/step_3"
         (folder / "engine").mkdir(parents=True)
         state = {
             "step": 3,
@@ -231,7 +231,7 @@ def finished_checkpoint(cache: Path, tmp_path: Path) -> Callable[[], None]:
     return write
 
 
-def test_resuming_another_run_names_each_field(
+def test_resuming_another_run_names_each_option_and_what_no_option_explains(
     cache: Path, tmp_path: Path, finished_checkpoint: Callable[[], None]
 ) -> None:
     finished_checkpoint()
@@ -239,7 +239,7 @@ def test_resuming_another_run_names_each_field(
     assert "belongs to another run: " in message
     assert "seed was 7 and is 42" in message
     assert "adam_beta2 was 0.95 and is 0.999" in message
-    assert "loss.losses.0.beta was 3.0 and is 5.0" in message
+    assert "--beta was 3 and is left out" in message
 
 
 def test_a_checkpoint_below_the_home_folder_is_found_where_no_shell_has_looked_for_it(
