@@ -158,8 +158,7 @@ class _Collector:
         if not self._parts:
             raise DpoCacheError(
                 f"none of {self._num_source_rows} rows makes a pair: {_listed(dropped_rows(records))}",
-                next_step=_too_long_advice(dropped_rows(records))
-                or _look_advice(are_listed=self._say_unusable is not None),
+                next_step=_advice(dropped_rows(records), are_listed=self._say_unusable is not None),
             )
         rows = MixtureRows.concatenate(self._parts)
         return CollectedPairs(
@@ -211,7 +210,7 @@ def _refuse_many_unusable(collected: CollectedPairs, max_share: float, *, are_li
     count = sum(collected.dropped.values())
     if count > max_share * collected.num_source_rows:
         share = math.ceil(1000 * count / collected.num_source_rows) / 1000  # rounded down it would refuse again
-        advice = _too_long_advice(collected.dropped) or _look_advice(are_listed=are_listed)
+        advice = _advice(collected.dropped, are_listed=are_listed)
         raise DpoCacheError(
             f"{count} of {collected.num_source_rows} rows make no pair: {_listed(collected.dropped)}",
             expected=f"at most a share of {max_share}",
@@ -219,14 +218,17 @@ def _refuse_many_unusable(collected: CollectedPairs, max_share: float, *, are_li
         )
 
 
-def _too_long_advice(dropped: dict[str, int]) -> str | None:
-    """What helps if most of the unusable rows are too long; else None."""
-    if 2 * dropped.get("too-long", 0) < sum(dropped.values()):
-        return None
-    return "raise --max-seq-length, or cut them with --truncation truncate-response-right"
+_REMEDIES = {
+    "too-long": "raise --max-seq-length, or cut them with --truncation truncate-response-right",
+    "several-messages": "score all that the assistant says from the first difference on with --mask response-turns",
+}
 
 
-def _look_advice(*, are_listed: bool) -> str:
+def _advice(dropped: dict[str, int], *, are_listed: bool) -> str:
+    """What helps with the reason that most of the unusable rows have in common, if any."""
+    for reason, remedy in _REMEDIES.items():
+        if 2 * dropped.get(reason, 0) >= sum(dropped.values()):
+            return remedy
     return "mend the rows that are listed above" if are_listed else "look at the rows with --verbose"
 
 

@@ -204,6 +204,12 @@ def test_unusable_rows_are_counted_by_reason_listed_and_refused_beyond_a_share(r
     too_long = fails(build(reference, write_rows(dataset, message_pairs(4)), tmp_path / "c", "--max-seq-length", "4"))
     assert "none of 4 rows makes a pair: 4 too-long" in too_long
     assert "next: raise --max-seq-length, or cut them with --truncation" in too_long
+    searched = message_pairs(4)
+    for row in searched:
+        row["chosen"] += [{"role": "user", "content": "Really?"}, row["chosen"][-1]]
+    several = fails(build(reference, write_rows(dataset, searched), tmp_path / "c"))
+    assert "none of 4 rows makes a pair: 4 several-messages" in several
+    assert "with --mask response-turns" in several
     write_rows(dataset, rows)
     report = run(build(reference, dataset, tmp_path / "cache", "--max-unusable-share", "0.2"))
     assert report["dropped"] == {"identical-responses": 1, "no-assistant-response": 1}
