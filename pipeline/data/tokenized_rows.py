@@ -132,11 +132,11 @@ class _Work:
 
 def _refuse_media(source: DatasetSource) -> None:
     """A pair about an image is another one without it."""
-    for name in set(MEDIA_COLUMNS) & set(source.column_names):
-        num_rows = source.rows_with(name)
+    for name in source.column_names:
+        num_rows = source.rows_with(name) if name in MEDIA_COLUMNS else 0
         if num_rows:
             raise DpoCacheError(
-                f"--dataset {source.spec} has {num_rows} rows with something in its column {name}",
+                f"--dataset {source.spec} has something in its column {name}, in {num_rows} of its rows",
                 expected="pairs of text alone: models of images and sounds are not supported",
                 next_step=f"leave out these rows, or the column {name} if the texts make sense without it",
             )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DpoCacheError
+from .tensor_headers import differences
 
 
 def class_tensors(causal_lm: Any) -> dict[str, Tensor]:
@@ -41,13 +42,10 @@ def check_class_tensors(causal_lm: Any, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         DpoCacheError: Naming the first tensors that are missing, unexpected or of another shape.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in class_tensors(causal_lm).items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = [
-        f"{name}: {found.get(name)} instead of {expected.get(name)}"
-        for name in sorted(expected.keys() | found.keys())
-        if found.get(name) != expected.get(name)
-    ]
+    found, expected = (
+        {name: tuple(tensor.shape) for name, tensor in named.items()} for named in (tensors, class_tensors(causal_lm))
+    )
+    wrong = differences(found, expected)
     if wrong:
         raise DpoCacheError(
             f"the trained weights are not those of a {type(causal_lm).__name__}; {len(wrong)} differ in name or shape: "

@@ -49,18 +49,22 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     return headers
 
 
+def differences(found: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:
+    """Which tensors are missing, unexpected or described otherwise, in words, in the order of their names."""
+    return [
+        f"{name}: {found.get(name)} instead of {expected.get(name)}"
+        for name in sorted(expected.keys() | found.keys())
+        if found.get(name) != expected.get(name)
+    ]
+
+
 def check_headers(folder: Path, expected: Mapping[str, TensorHeader]) -> None:
     """Read back what was written: every name, shape and dtype.
 
     Raises:
         DpoCacheError: Naming the first tensors that are missing, unexpected or different.
     """
-    found = read_headers(folder)
-    wrong = [
-        f"{name}: {found.get(name)} instead of {expected.get(name)}"
-        for name in sorted(expected.keys() | found.keys())
-        if found.get(name) != expected.get(name)
-    ]
+    wrong = differences(read_headers(folder), expected)
     if wrong:
         raise DpoCacheError(
             f"the model written to {folder} is not the one trained; {len(wrong)} tensors differ: "

@@ -72,7 +72,7 @@ def test_pairs_about_images_are_refused_and_not_scored_as_if_they_had_none(
     rows: list[dict[str, Any]] = [{**row, column: none} for row in transcripts(8)]
     assert list(tokenize_rows(open_rows(tmp_path, rows), settings, num_processes=1, chunk_rows=8))
     rows[7][column] = ["cat.png"] if column == "images" else "cat.png"
-    with pytest.raises(DpoCacheError, match=f"has 1 rows with something in its column {column}"):
+    with pytest.raises(DpoCacheError, match=f"something in its column {column}, in 1 of its rows"):
         list(tokenize_rows(open_rows(tmp_path, rows), settings, num_processes=1, chunk_rows=8))
 
 
