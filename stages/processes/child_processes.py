@@ -26,6 +26,8 @@ from .stop_request import stop_requests
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.1
 GRACE_S = 30.0
+EXPLANATION_S = 10.0
+"""How long a child may take to say why it failed, once another has failed without a word."""
 FAULT_FILE = "DPO_CACHE_FAULT_FILE"
 """Variable that names the file in which a child leaves a fault."""
 
@@ -79,7 +81,7 @@ def run_children(
                     on_end(child.process.pid)
                 while_waiting()
                 time.sleep(POLL_S)
-            failed = [child for child in children if child.process.poll()]  # by themselves: nobody has been stopped yet
+            failed = _failed_by_themselves(children, stop_requested)
         finally:
             _stop_all(children, grace_s, grace_after_failure_s=min(grace_s, GRACE_S))
         while_waiting()
@@ -206,6 +208,22 @@ def _start(
             start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on once
         )
     return Child(process=process, fault_file=fault_file)
+
+
+def _failed_by_themselves(children: Sequence[Child], stop_requested: Callable[[], bool]) -> list[Child]:
+    """The children that failed before any was stopped.
+
+    Where none of them says why, the others get a moment: a rank also fails because of one that it waits for, and may
+    be the quicker of the two to end.
+    """
+    deadline = time.monotonic() + EXPLANATION_S
+    while True:
+        all_ended = all([child.process.poll() is not None for child in children])
+        failed = [child for child in children if child.process.returncode]
+        says_why = any(child.process.returncode < 0 or child.fault_file.exists() for child in failed)
+        if all_ended or not failed or says_why or stop_requested() or time.monotonic() > deadline:
+            return failed
+        time.sleep(POLL_S)
 
 
 def _stop_all(children: Sequence[Child], grace_s: float, *, grace_after_failure_s: float) -> None:

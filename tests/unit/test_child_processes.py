@@ -96,6 +96,15 @@ def test_a_child_killed_from_outside_is_named_and_not_the_siblings_stopped_for_i
     assert str(fault.value) == f"{message} is above"
 
 
+def test_the_child_that_says_why_is_heard_though_one_that_failed_for_it_was_quicker(tmp_path: Path) -> None:
+    ended = str(tmp_path / "ended")
+    quicker = python(f"import sys; open({ended!r}, 'w').write('x'); sys.exit(1)")
+    says_why = python(f"import os, time\nwhile not os.path.exists({ended!r}): time.sleep(0.01)\ntime.sleep(1)\n{FAILS}")
+    with pytest.raises(DpoCacheError) as fault:
+        run_children([quicker, says_why], [{}, {}])
+    assert str(fault.value) == NO
+
+
 def test_a_child_killed_from_outside_is_named_beside_those_that_failed_for_it() -> None:
     killed = python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     faults = run_children([python(FAILS), python("import sys; sys.exit(1)"), killed], [{}] * 3, survivors_go_on=True)
