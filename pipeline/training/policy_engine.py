@@ -174,6 +174,13 @@ class PolicyEngine:
         """The policy's parameters; under ZeRO-3 their shape is ``ds_shape``."""
         return self.scorer.parameters()
 
+    def master_weights(self) -> list[Tensor]:
+        """The float32 weights that the optimizer updates on this rank, as it keeps them: whole, flat or in parts."""
+        if self.zero_stage == 3:
+            partitions: list[Tensor] = self.deepspeed.optimizer.fp32_partitioned_groups_flat
+            return partitions
+        return [weight for group in self._groups() for weight in group["params"]]
+
     def master_weight(self, parameter: nn.Parameter) -> Tensor:
         """The whole float32 weight that the optimizer keeps behind a trained bfloat16 parameter; collective."""
         if self.zero_stage == 0:
@@ -195,10 +202,7 @@ class PolicyEngine:
 
     def _assert_fp32_masters(self) -> None:
         """At learning rates of preference tuning, most updates are smaller than a bf16 weight's last bit."""
-        if self.zero_stage == 3:
-            masters: list[Tensor] = self.deepspeed.optimizer.fp32_partitioned_groups_flat
-        else:
-            masters = [weight for group in self._groups() for weight in group["params"]]
+        masters = self.master_weights()
         assert masters
         assert all(weight.dtype == torch.float32 for weight in masters), "master weights are not float32"
 

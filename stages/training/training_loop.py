@@ -22,7 +22,9 @@ from ...pipeline.training.metrics import PairMetrics, step_line
 from ...pipeline.training.micro_batch import MicroBatch, collate
 from ...pipeline.training.policy_engine import PolicyEngine
 from ...pipeline.training.step_zero import StepZeroFigures, StepZeroProof
+from ...pipeline.training.weight_change import WeightSample
 from ..processes.background import ReadAhead
+from ..processes.process_group import say_once
 from .recipe import Recipe, global_batches
 
 Rows = npt.NDArray[np.int64]
@@ -147,6 +149,7 @@ class TrainingLoop:
         self._training = training
         self._evaluation = evaluation
         self._plan = global_batches(training.mixture, recipe.global_batch_size, recipe.seed)
+        self._has_moved = False
         self.set_tie_margin(0.0)
 
     def set_tie_margin(self, tie_margin: float) -> None:
@@ -175,7 +178,21 @@ class TrainingLoop:
         for one in self._of_one_batch(dealt):
             scored = self._engine.micro_step(one.micro_batch, num_pairs=one.num_pairs, is_last=one.is_last)
             self._metrics.add(scored)
-        return self._engine.apply_update(self._recipe.learning_rate(step))
+        return self._apply_update(step)
+
+    def _apply_update(self, step: int) -> float:
+        rate = self._recipe.learning_rate(step)
+        if self._has_moved or rate == 0:  # in a warm-up the first update has rate 0
+            return self._engine.apply_update(rate)
+        before = WeightSample(self._engine.master_weights())
+        grad_norm = self._engine.apply_update(rate)
+        changed = before.changed(self._engine.device)
+        say_once(
+            f"update {step + 1}, with learning rate {rate:.3g}, changed {changed.float32:.1%} of the float32 weights; "
+            f"{changed.bfloat16:.1%} differ in bfloat16"
+        )
+        self._has_moved = True
+        return grad_norm
 
     def pairs_after(self, updates_done: int) -> int:
         """Training pairs that went into the updates so far, pairs of later epochs counted again."""

@@ -132,6 +132,11 @@ def test_a_run_loads_the_policy_alone_and_scores_the_first_batch_the_updates_and
     assert done.returncode == 0, done.stderr
     evaluations = 2 * 40 // BATCH  # before the first update and after the last
     assert done.stdout.splitlines()[-1] == f"['{reference}'] {1 + 2 + evaluations}"
+    changed = re.findall(
+        r"\nupdate 1, with learning rate 0.001, changed ([\d.]+)% of the float32 weights; ", done.stderr
+    )
+    assert len(changed) == 1
+    assert float(changed[0]) > 50
 
 
 FULL_DISK = """
