@@ -24,7 +24,8 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The model's config; no weights are read.
 
     Raises:
-        DpoCacheError: No readable config there, an adapter instead of a model, or a model that reads images.
+        DpoCacheError: No readable config there, an adapter instead of a model, a model that reads images, or one whose
+            router needs its jitter in evaluation too.
     """
     if (Path(path) / "adapter_config.json").exists():
         raise DpoCacheError(
@@ -44,7 +45,19 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
             f"{path} is a {config.model_type} model, which reads more than text",
             expected="a causal language model of text",
         )
+    _refuse_jitter_in_evaluation(path, config)
     return config
+
+
+def _refuse_jitter_in_evaluation(path: str | Path, config: Any) -> None:
+    """Phi's mixture of experts weighs them by its jitter even in evaluation: without it, it is another model."""
+    if config.model_type == "phimoe" and config.router_jitter_noise:
+        raise DpoCacheError(
+            f"{path} is a phimoe model whose router_jitter_noise of {config.router_jitter_noise} decides how experts "
+            "are weighted, in evaluation too",
+            expected="a router_jitter_noise of 0, because scoring and training run without noise",
+            next_step="set it to 0 in config.json, if the model is to be used that way",
+        )
 
 
 def load_causal_lm(
@@ -77,7 +90,7 @@ def load_causal_lm(
 
     Raises:
         DpoCacheError: Nothing to load there, weights missing from the checkpoint, a kernel that the model or the
-            device does not support, or a package that is not installed.
+            device does not support, a package that is not installed, or an activated LoRA.
     """
     _refuse_kernel_out_of_place(attention, torch.device(device))
     config = load_config(path, trust_remote_code=trust_remote_code)
@@ -237,6 +250,12 @@ def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
         adapted: nn.Module = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     except (OSError, ValueError) as error:
         raise DpoCacheError(f"the adapter {adapter} cannot be loaded: {first_line(error)}") from error
+    if getattr(adapted.active_peft_config, "alora_invocation_tokens", None):
+        # peft looks for those tokens outside the modules that we call: without that the adapter has no effect.
+        raise DpoCacheError(
+            f"the adapter {adapter} is an activated LoRA, which works only from its invocation tokens on",
+            expected="an adapter that works on every token",
+        )
     return adapted
 
 

@@ -86,6 +86,26 @@ def test_training_mode_is_as_deterministic_as_evaluation(tmp_path: Path, name: s
     torch.testing.assert_close(scorer(batch).token_logps_N, expected, atol=1e-6, rtol=0)
 
 
+def test_a_router_that_needs_its_jitter_in_evaluation_is_refused_and_taken_without(tmp_path: Path) -> None:
+    """Without the jitter of its own config, Phi's mixture of experts gives other values than transformers does."""
+    folder = saved(tmp_path, "mixtral", model_type="phimoe", router_jitter_noise=0.01)
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(1, 40)[None]
+    with torch.no_grad():
+        as_published = plain(input_ids=ids).logits
+        for module in plain.modules():
+            if hasattr(module, "router_jitter_noise"):
+                module.router_jitter_noise = 0.0
+        assert (plain(input_ids=ids).logits - as_published).abs().max() > 0.1
+    with pytest.raises(DpoCacheError, match=r"router_jitter_noise of 0\.01 decides how experts are weighted"):
+        load(folder)
+
+    scorer = PairScorer(load(saved(tmp_path, "mixtral", model_type="phimoe", router_jitter_noise=0.0)))
+    batch = padded_batch(token_pairs())
+    expected = scorer(batch).token_logps_N
+    torch.testing.assert_close(scorer.train()(batch).token_logps_N, expected, atol=1e-6, rtol=0)
+
+
 def test_weights_that_the_checkpoint_lacks_are_an_error_not_random(tmp_path: Path) -> None:
     weights = load_file(saved(tmp_path) / "model.safetensors")
     del weights["lm_head.weight"], weights["model.layers.1.mlp.up_proj.weight"]
@@ -158,3 +178,14 @@ def test_a_lora_reference_scores_like_its_merged_weights(tmp_path: Path) -> None
     assert abs(logps - PairScorer(load(base))(batch).chosen_logps_B).max() > 0.1
     merged = PairScorer(adapted.merge_and_unload().eval())(batch).chosen_logps_B
     torch.testing.assert_close(logps, merged, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_that_waits_for_its_invocation_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = saved(tmp_path / "base")
+    settings = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], alora_invocation_tokens=[3], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    peft.get_peft_model(load(base), settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(DpoCacheError, match="adapter is an activated LoRA, which works only from its invocation"):
+        load(base, adapter=tmp_path / "adapter")
