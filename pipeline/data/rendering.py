@@ -14,6 +14,8 @@ from .preference import Message, Preference
 from .tokenization_settings import TokenizationSettings
 from .unusable_row import UnusableRow
 
+_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, KeyError)
+"""Templates refuse by raise_exception (a role, an order of turns) and by failing on a missing key."""
 _PROBE: list[Message] = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
@@ -96,8 +98,7 @@ class Renderer:
             return UnusableRow("lone-surrogate")
         except RecursionError:
             return UnusableRow("template-refused", "its values nest too deeply")
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            # Templates refuse by raise_exception (a role, an order of turns) and by failing on a missing key.
+        except _TEMPLATE_FAULTS as error:
             return UnusableRow("template-refused", str(error))
         return rendering
 
@@ -115,6 +116,8 @@ class Renderer:
         for full_text in (chosen_text, rejected_text):
             if not self._goes_on_from(preference, prompt, prompt_text, full_text):
                 raise UnusableRow("template-rewrites-prompt")
+        self._refuse_unsaid(preference, chosen, chosen_text, side="chosen")
+        self._refuse_unsaid(preference, rejected, rejected_text, side="rejected")
         numbers = range(len(prompt) if self._settings.scores_all_turns else 0)
         return Rendering(
             prompt=prompt_text,
@@ -124,6 +127,24 @@ class Renderer:
             chosen_turns=self._response_turns(preference, chosen, prompt_text, chosen_text),
             rejected_turns=self._response_turns(preference, rejected, prompt_text, rejected_text),
         )
+
+    def _refuse_unsaid(self, preference: Preference, conversation: list[Message], full_text: str, *, side: str) -> None:
+        """Refuse a response that is empty because the template leaves out all that it has instead of text.
+
+        Many templates know nothing of tool calls: the response would be its end alone.
+        """
+        for number in range(len(preference.prompt), len(conversation)):
+            message = conversation[number]
+            bare = {name: value for name, value in message.items() if name in ("role", "content")}
+            instead = sorted(message.keys() - bare.keys())
+            if message["role"] != "assistant" or not instead or (message.get("content") or "").strip():
+                continue
+            try:
+                text = self._apply_template(preference, [*conversation[:number], bare, *conversation[number + 1 :]])
+            except _TEMPLATE_FAULTS:
+                continue  # it refuses an empty message, and this was none
+            if text == full_text:
+                raise UnusableRow("empty-response", f"{side}: the template leaves out {', '.join(instead)}")
 
     def _response_turns(
         self, preference: Preference, conversation: list[Message], prompt_text: str, full_text: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -488,6 +489,22 @@ def test_tools_reach_the_template(make: MakeTokenizer) -> None:
     preference = chat("Hi", "Yes", "No", tools=[{"name": "add"}, {"name": "sum"}])
     pair = make(None, chat_template=template).tokenize(preference)
     assert marked(pair, "chosen").startswith("add,sum;<|im_start|>user")
+
+
+@pytest.mark.parametrize("content", [{"content": ""}, {}])
+def test_a_call_of_a_tool_that_the_template_leaves_out_is_an_empty_response(
+    make: MakeTokenizer, content: dict[str, str]
+) -> None:
+    call: Message = {"role": "assistant", **content, "tool_calls": [{"name": "add"}]}
+    preference = replace(chat("Hi", "Yes", "No"), chosen=[call])
+    silent = CHATML.replace("message['content']", "(message['content'] or '')")
+    with pytest.raises(UnusableRow, match=r"empty-response: .* \(chosen: the template leaves out tool_calls\)"):
+        make(None, chat_template=silent).tokenize(preference)
+    several = replace(preference, chosen=[call, says("user", "Found"), says("assistant", "Yes")])
+    assert reason(make(None, chat_template=silent, mask="response-turns"), several) == "empty-response"
+    calling = silent.replace(" or '')", " or message.tool_calls[0].name)")
+    pair = make(None, chat_template=calling).tokenize(preference)
+    assert marked(pair, "chosen").endswith("assistant\n⟦add<|im_end|>\n⟧")
 
 
 def test_rows_with_tools_take_the_tokenizers_template_for_them_as_transformers_does(make: MakeTokenizer) -> None:
