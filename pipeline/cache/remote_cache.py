@@ -7,10 +7,12 @@ the form that the cache format gives it.
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -185,23 +187,13 @@ class RemoteCache:
     def _fetch_into(self, cache: ReferenceCache, shards: Sequence[ShardRef], reached: Reached, done: int) -> None:
         reached(done)
         faults: list[DpoCacheError] = []
-        with ThreadPoolExecutor(SIMULTANEOUS, thread_name_prefix="fetch") as pool:
-            waiting: list[tuple[ShardRef, Future[None]]] = [
-                (shard, pool.submit(self._fetch_shard, cache, shard)) for shard in shards
-            ]
-            try:
-                for shard, fetched in waiting:
-                    try:
-                        fetched.result()
-                    except UnreachableError:
-                        raise
-                    except DpoCacheError as fault:  # damage: the others may be sound, and all of it is worth knowing
-                        faults.append(fault)
-                    done += shard.num_bytes
-                    reached(done)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        for shard, fault in _in_threads(lambda shard: self._fetch_shard(cache, shard), shards):
+            if isinstance(fault, DpoCacheError) and not isinstance(fault, UnreachableError):
+                faults.append(fault)  # damage: the others may be sound, and all of it is worth knowing
+            elif fault is not None:
+                raise fault
+            done += shard.num_bytes
+            reached(done)
         if faults:
             named = "; ".join(fault.found for fault in faults[:MAX_NAMED_FAULTS])
             raise DpoCacheError(
@@ -211,11 +203,8 @@ class RemoteCache:
 
     def _fetch_shard(self, cache: ReferenceCache, shard: ShardRef) -> None:
         fetched = self.folder / "shards" / shard.file_name
-        try:
-            self.files.fetch(f"shards/{shard.file_name}", fetched, max_bytes=shard.num_bytes)
-            _adopt(cache, shard, fetched)
-        finally:
-            fetched.unlink(missing_ok=True)
+        self.files.fetch(f"shards/{shard.file_name}", fetched, max_bytes=shard.num_bytes)
+        _adopt(cache, shard, fetched)
 
     def _link(self, shard: ShardRef, cache: ReferenceCache, neighbours: Iterable[Path]) -> bool:
         """Whether another cache of this machine had the shard; it then stands in both and takes up room once."""
@@ -243,6 +232,37 @@ class RemoteCache:
                 expected=error.expected,
                 next_step="nothing was made usable here; ask whoever keeps that cache to upload it again",
             ) from error
+
+
+def _in_threads(
+    work: Callable[[ShardRef], None], shards: Sequence[ShardRef]
+) -> Iterator[tuple[ShardRef, BaseException | None]]:
+    """Do some work for each shard, a few at a time; yields each shard once it is done, with its fault.
+
+    Whoever stops listening, such as at Ctrl-C, does not wait for what is under way: a server may have fallen silent.
+    """
+    left, done = deque(shards), queue.SimpleQueue[tuple[ShardRef, BaseException | None]]()
+
+    def work_off() -> None:
+        while True:
+            try:
+                shard = left.popleft()
+            except IndexError:
+                return
+            try:
+                work(shard)
+            except BaseException as fault:
+                done.put((shard, fault))
+            else:
+                done.put((shard, None))
+
+    for _ in range(min(SIMULTANEOUS, len(shards))):
+        threading.Thread(target=work_off, name="fetch", daemon=True).start()
+    try:
+        for _ in shards:
+            yield done.get()
+    finally:
+        left.clear()
 
 
 def _is_present(cache: ReferenceCache, shard: ShardRef, *, hash_present: bool) -> bool:

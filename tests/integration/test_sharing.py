@@ -6,7 +6,9 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -406,6 +408,27 @@ def test_a_killed_pull_goes_on_where_it_was(web: FileServer, tmp_path: Path) -> 
     assert pull(f"{web.url}/cache", copy, revision=None).fetched == 3
     assert content(copy) == content(web.folder / "cache")
     assert not (copy / "tmp/fetch").exists()
+
+
+def test_a_pull_from_a_server_that_has_fallen_silent_stops_when_it_is_asked_to(web: FileServer, tmp_path: Path) -> None:
+    make_shared(web.folder / "cache")
+    web.hold_after = 2
+    copy = tmp_path / "copy"
+    with subprocess.Popen(
+        dpo_cache("pull", f"{web.url}/cache", copy, "--json"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        while web.shard_requests().total() < 5:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        try:
+            said, _ = process.communicate(timeout=60)  # the server answers only after this test
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert json.loads(said)["error"]["found"] == "stopped"
+    assert not (copy / "tmp/fetch").exists()
+    assert no_mixture_can_be_used(copy)
 
 
 def test_a_connection_that_drops_is_tried_again_and_one_that_always_drops_is_given_up(
