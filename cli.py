@@ -122,7 +122,7 @@ def show_command(
         from .stages.show import show
 
         report = show(cache, count=count, mixture_name=mixture, key=key, tokenizer=tokenizer)
-    print_report(report, as_json)
+    print_report(report, as_json, coloured=True)
 
 
 @dpo_cache.command("verify", context_settings=CONTEXT, short_help="Check every checksum, key, count and value.")
@@ -364,7 +364,7 @@ def doctor_command(as_json: bool) -> None:
         from .stages.doctor import examine
 
         report = examine(Path.cwd())
-    print_report(report, as_json)
+    print_report(report, as_json, coloured=True)
     if not report.can_run:
         sys.exit(1)
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import click
 
 from .errors import DpoCacheError
+from .pipeline.data.printable_text import printable
 from .pipeline.finite_json import finite_json
 from .stages.processes.child_processes import leave_fault
 from .stages.processes.ranks import ranks_from_environment
@@ -72,14 +73,23 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def print_report(report: Report, as_json: bool) -> None:
-    """What a command was asked for goes to stdout; colours only to a terminal."""
-    click.echo(finite_json(report.to_json(), indent=2) if as_json else report.text())
+def print_report(report: Report, as_json: bool, *, coloured: bool = False) -> None:
+    """What a command was asked for goes to stdout; colours only to a terminal.
+
+    Args:
+        report: What to print.
+        as_json: As an object, not for people.
+        coloured: Whether its text has colours. Such a report removes control characters from strangers' text itself.
+    """
+    if as_json:
+        click.echo(finite_json(report.to_json(), indent=2))
+    else:
+        click.echo(report.text() if coloured else printable(report.text()))
 
 
 def print_summary(summary: str, as_json: Mapping[str, Any] | None) -> None:
     """The closing lines of a command that does work: to stderr; stdout is left to the JSON object, if any."""
-    click.echo(summary, err=True)
+    click.echo(printable(summary), err=True)
     if as_json is not None:
         click.echo(finite_json(as_json, indent=2))
 
@@ -88,7 +98,7 @@ def _tell(fault: DpoCacheError, error: Mapping[str, str | None], *, prefix: str 
     """Print a fault, unless the process that started this one prints it for all of its children."""
     if leave_fault(fault):
         return
-    click.echo(f"{prefix}{fault}", err=True)
+    click.echo(printable(f"{prefix}{fault}"), err=True)
     context = click.get_current_context(silent=True)
     if context is not None and context.params.get("as_json") and _speaks_for_the_job():
         click.echo(finite_json({"error": error}, indent=2))

@@ -696,12 +696,6 @@ def test_show_marks_exactly_the_tokens_of_the_mask(tmp_path: Path) -> None:
             assert marked == getattr(by_key[pair["key"]], scored).tolist()
 
 
-def test_show_lets_no_control_character_through(cache: Path) -> None:
-    from dpo_cache.pipeline.data.printable_text import printable
-
-    assert printable("a\x1b[2Jb\r\n\tc\x9b") == "a�[2Jb�\n\tc�"
-
-
 def test_info_shows_whatever_a_strangers_cache_records(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache")
     fill_cache(cache, make_rows(4), shard_rows=4)

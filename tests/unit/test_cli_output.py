@@ -8,10 +8,15 @@ import signal
 from pathlib import Path
 
 import pytest
-from cache_factory import make_cache
+from cache_factory import make_cache, make_identity
 from click.testing import CliRunner
 from dpo_cache.cli import dpo_cache, dpo_train
-from dpo_cache.cli_output import command_run, print_summary
+from dpo_cache.cli_output import command_run, print_report, print_summary
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.cache.cache_json import CacheDescription
+from dpo_cache.stages.console.terminal import say
+from dpo_cache.stages.info import cache_info
 
 
 def test_a_fault_is_one_object_on_stdout_where_json_was_asked_for(tmp_path: Path) -> None:
@@ -47,6 +52,23 @@ def test_an_option_of_rescoring_alone_is_refused(option: list[str], tmp_path: Pa
     result = CliRunner().invoke(dpo_cache, ["verify", str(tmp_path), *option])
     assert result.exit_code == 1
     assert f"{option[0]} has no effect without --rescore" in result.stderr
+
+
+def test_a_cache_from_a_stranger_does_not_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "evil\x1b]0;title\x07\x1b[2J\ud800"
+    description = CacheDescription(identity=make_identity(), recorded={"model": evil}, vocabulary_sha256="b" * 64)
+    cache = ReferenceCache.create(tmp_path / "cache", description)
+    print_report(cache_info(cache.path), as_json=False)
+    with pytest.raises(SystemExit), command_run():
+        raise DpoCacheError(f"{evil} cannot be found")
+    say(f"reference {evil}")
+    print_summary(f"trained from {evil}", None)
+    shown = capsys.readouterr()
+    assert "reference  evil�" in shown.out
+    assert shown.err.count("evil�") == 3
+    assert not {"\x1b", "\x07", "\ud800"} & set(shown.out + shown.err)
 
 
 def test_what_names_no_repository_is_not_asked_for(tmp_path: Path) -> None:
