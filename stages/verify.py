@@ -40,7 +40,8 @@ def verify_cache(location: Location, *, repair: bool = False, rescoring: Rescore
     """Check every shard, table and pointer of a cache.
 
     Args:
-        location: The cache. One at an address is copied, and the copy checked.
+        location: The cache. One at an address is copied, and the copy checked; what an earlier copy has damaged is
+            fetched again.
         repair: Retire the mixtures that depend on something wrong, then remove what is wrong.
         rescoring: Also score a sample again; values off by more than rounding count as findings.
 
@@ -55,7 +56,7 @@ def verify_cache(location: Location, *, repair: bool = False, rescoring: Rescore
             next_step=f"pull a copy, repair that, and upload it again: dpo-cache pull {as_argument(location)} DIR",
         )
     try:
-        return _verify(local_copy(location), repair=repair, rescoring=rescoring)
+        return _verify(local_copy(location, hash_present=True), repair=repair, rescoring=rescoring)
     except MemoryError as error:
         raise DpoCacheError(
             "there is not enough memory to verify the cache", next_step="free some (free -h), then try again"

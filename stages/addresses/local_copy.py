@@ -22,7 +22,7 @@ from ..console.progress import Progress
 from .location import Location, is_address
 
 
-def local_copy(location: Location, mixture_names: Sequence[str] | None = None) -> Path:
+def local_copy(location: Location, mixture_names: Sequence[str] | None = None, *, hash_present: bool = False) -> Path:
     """A folder with these mixtures of a cache, whole; that of a local cache is its own.
 
     Pointers are read again each time. Shards and tables, whose names are their digests, are fetched once ever. Every
@@ -31,6 +31,7 @@ def local_copy(location: Location, mixture_names: Sequence[str] | None = None) -
     Args:
         location: A folder, or an address.
         mixture_names: Which mixtures; None for all there are.
+        hash_present: Hash what was fetched before, and fetch again what this machine's disk has damaged since.
 
     Raises:
         DpoCacheError: There is no such cache or mixture, something of it is damaged, or it cannot be read.
@@ -45,12 +46,15 @@ def local_copy(location: Location, mixture_names: Sequence[str] | None = None) -
     with copy.fetching() as fetched:
         remote = RemoteCache(files, fetched)
         names = mixture_names or remote.mixture_names()
-        changed = [mixture for mixture in map(remote.mixture, names) if not _is_whole(copy, mixture)]
+        mixtures = [remote.mixture(name) for name in names]
+        changed = [mixture for mixture in mixtures if hash_present or not _is_whole(copy, mixture)]
         if changed:
             neighbours = [path for path in home.iterdir() if path != folder]
             total = num_bytes(distinct_shards(changed))
             with Progress(total, unit="B", title=f"fetch {files.address}") as progress:
-                remote.copy_mixtures(changed, copy, hash_present=False, neighbours=neighbours, reached=progress.reach)
+                remote.copy_mixtures(
+                    changed, copy, hash_present=hash_present, neighbours=neighbours, reached=progress.reach
+                )
         if mixture_names is None:
             for name in set(copy.mixture_names()) - set(names):  # gone at the address
                 copy.retire_mixture(name)

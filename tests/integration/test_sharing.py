@@ -562,6 +562,24 @@ def test_looking_reads_no_more_than_it_shows(web: FileServer) -> None:
         verify_cache(address, repair=True)
 
 
+def test_verifying_an_address_fetches_again_what_this_disk_has_damaged(web: FileServer) -> None:
+    make_shared(web.folder / "cache")
+    copy = local_copy(f"{web.url}/cache", ["train"])
+    damaged = [next((copy / folder).glob("*.parquet")) for folder in ("shards", "mixtures")]
+    for path in damaged:
+        content_before = bytearray(path.read_bytes())
+        content_before[len(content_before) // 2] ^= 1
+        path.write_bytes(content_before)
+    assert verify_cache(f"{web.url}/cache").is_sound
+    assert content(copy) == content(web.folder / "cache")
+    assert web.shard_requests().total() == 6
+    lost = web.folder / "cache/shards" / damaged[0].name
+    lost.write_bytes(lost.read_bytes()[:-1])
+    damaged[0].write_bytes(b"")
+    with pytest.raises(DpoCacheError, match="1 of 1 shards could not be fetched"):
+        verify_cache(f"{web.url}/cache")
+
+
 def test_a_server_that_lists_nothing_serves_the_mixtures_one_names(web: FileServer, tmp_path: Path) -> None:
     make_shared(web.folder / "cache")
     web.lists_folders = False
