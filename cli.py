@@ -336,7 +336,7 @@ def gc_command(cache: Path, yes: bool, min_age_days: float, as_json: bool) -> No
 @cache_argument
 @json_option
 def compact_command(cache: Path, as_json: bool) -> None:
-    """Drop duplicate rows and join small shards. Refused while a build, training or upload uses the cache.
+    """Drop duplicate rows and join small shards. Refused while a build, training, upload or verify uses the cache.
 
     \b
     Example:

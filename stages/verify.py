@@ -16,7 +16,8 @@ from ..pipeline.cache.cache_json import MAX_CACHE_JSON_BYTES
 from ..pipeline.cache.canonical_json import read_sealed_json
 from ..pipeline.cache.durable_file import make_folder_durably, remove_durably
 from ..pipeline.cache.example_key import Keys, example_key, key_at
-from ..pipeline.cache.folder_lock import maintenance_lock
+from ..pipeline.cache.folder_content import refuse_linked_subfolders
+from ..pipeline.cache.folder_lock import maintenance_lock, reading_lock
 from ..pipeline.cache.key_index import KeyIndex, build_key_index
 from ..pipeline.cache.mixture import MIXTURE_NAME, Mixture
 from ..pipeline.cache.mixture_check import check_mixture
@@ -46,9 +47,9 @@ def verify_cache(location: Location, *, repair: bool = False, rescoring: Rescore
         rescoring: Also score a sample again; values off by more than rounding count as findings.
 
     Raises:
-        DpoCacheError: There is no cache; or it is in use, or only to be read, where it is to be repaired; or the
-            reference that is to score again is not the one that scored; or a file could not be read, which is no
-            finding: nothing has been taken away then.
+        DpoCacheError: There is no cache; or something deletes in it; or it is in use, or only to be read, where it is
+            to be repaired; or the reference that is to score again is not the one that scored; or a file could not be
+            read, which is no finding: nothing has been taken away then.
     """
     if repair and is_address(location):
         raise DpoCacheError(
@@ -64,9 +65,11 @@ def verify_cache(location: Location, *, repair: bool = False, rescoring: Rescore
 
 
 def _verify(path: Path, *, repair: bool, rescoring: RescoreSettings | None) -> VerifyReport:
+    refuse_linked_subfolders(path)  # before a lock file is made in one
     walk = _Walk(path)
     if not repair:
-        walk.look(rescoring)
+        with reading_lock(path / "tmp", "a verification"):  # what a compaction moves meanwhile would look missing
+            walk.look(rescoring)
         return walk.report()
     if not (path / "cache.json").exists():
         ReferenceCache.open(path)  # tells that there is no cache

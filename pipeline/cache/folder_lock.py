@@ -1,8 +1,8 @@
 """Advisory locks on a cache folder, held by open files: whoever dies lets go.
 
 Builders share ``tmp/cache.lock`` and hold ``tmp/mixture-<name>.lock`` alone. What reads for hours (a training, an
-upload) shares ``tmp/cache.lock`` and ``tmp/training.lock``. What deletes (gc, repair, compact) holds ``tmp/cache.lock``
-alone. Lock files are never deleted, or two processes could hold two files of one name.
+upload, a verification) shares ``tmp/cache.lock`` and ``tmp/training.lock``. What deletes (gc, repair, compact) holds
+``tmp/cache.lock`` alone. Lock files are never deleted, or two processes could hold two files of one name.
 """
 
 from __future__ import annotations

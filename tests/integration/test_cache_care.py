@@ -24,11 +24,14 @@ from cache_factory import fill_cache, make_cache, make_rows, mixture_rows, read_
 from commands import assert_same_logps, dpo_cache, dpo_train, logps_by_key, run
 from commands_in_process import invoke, refusal, report
 from dpo_cache.cli import dpo_cache as command
+from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import durable_file, shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import read_sealed_json, write_sealed_json
 from dpo_cache.pipeline.cache.example_key import prompt_hash_prefix
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
+from dpo_cache.pipeline.cache.shard_file import verify_shard
+from dpo_cache.stages.compact import compact
 from tiny_model import message_pairs, rendered_pair, tiny_tokenizer, write_rows, write_tiny_model
 
 from .conftest import NUM_PAIRS
@@ -468,6 +471,36 @@ def test_nothing_is_deleted_under_a_training(cache: Path, littered: list[Path], 
         os.killpg(training.pid, signal.SIGKILL)
         training.wait()
     assert len(report("gc", cache, "--yes", "--min-age-days", 0)["garbage"]) == len(littered)
+
+
+def test_nothing_is_deleted_under_a_verification_which_would_take_it_for_lost(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def hashed(path: Path) -> None:
+        with pytest.raises(DpoCacheError) as caught:
+            compact(cache)
+        refused.append(caught.value.found)
+        verify_shard(path)
+
+    monkeypatch.setattr("dpo_cache.stages.verify.verify_shard", hashed)
+    assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
+    assert "is in use by a verification (process " in refused[0]
+    with ReferenceCache.open(cache).maintaining("compacting"):
+        assert "a verification cannot start" in refusal("verify", cache)
+
+
+@pytest.mark.parametrize("options", [[], ["--repair"]])
+def test_verifying_writes_nothing_through_a_link_in_the_place_of_tmp(
+    cache: Path, tmp_path: Path, options: list[str]
+) -> None:
+    shutil.rmtree(cache / "tmp")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (cache / "tmp").symlink_to(elsewhere)
+    assert "is a symbolic link" in refusal("verify", cache, *options)
+    assert not list(elsewhere.iterdir())
 
 
 # ---- merge -----------------------------------------------------------------------------------------------------------
