@@ -151,23 +151,30 @@ def _changed(existing: Mixture, content: MixtureContent, config: BuildConfig) ->
     old, new = np.unique(existing.rows().example_keys), np.unique(content.rows.example_keys)
     kept = len(np.intersect1d(old, new))
     differing = differing_settings(existing.tokenization, content.tokenization)
-    because = f", because of {settings_in_words(differing)}" if differing else ""
+    otherwise_made = f"; made with other settings: {settings_in_words(differing)}" if differing else ""
     left_out = np.concatenate([np.empty(0, dtype=new.dtype), *recorded_keys(existing.sources).values()])
     again = len(np.intersect1d(new, left_out))
-    before = MixtureContent.of(existing)
-    repeated = _num_repeated(before, united([before, content]))
     replacing = (
         "to put these pairs in place of the old ones" if kept < len(old) else "to have no other pairs than these"
     )
-    repeating = f" ({repeated} that are there already are then trained on once more per epoch)" if repeated else ""
+    # A mixture has one way of making tokens: pairs made otherwise cannot be added to it.
+    extending = "" if differing else _extending(existing, content)
     return DpoCacheError(
         f"mixture {config.mixture} has {existing.num_pairs} training pairs, this build makes {len(content.rows)}: "
-        f"{len(new) - kept} are new and {len(old) - kept} are gone{because}",
-        expected="the same pairs, or --replace, --extend or another --mixture",
+        f"{len(new) - kept} are new and {len(old) - kept} are gone{otherwise_made}",
+        expected=f"the same pairs, or --replace{', --extend' if extending else ''} or another --mixture",
         next_step=(f"add --drop-nonfinite to leave out {again} as before; else " if again else "")
-        + f"add --replace {replacing}, --extend to add them{repeating}, or --mixture OTHER to keep both; pairs that "
-        "are in the cache are reused in each case",
+        + f"add --replace {replacing}{extending}, or --mixture OTHER to keep both; pairs that are in the cache are "
+        "reused in each case",
     )
+
+
+def _extending(existing: Mixture, content: MixtureContent) -> str:
+    """``--extend`` as one of the next steps, with what it would repeat."""
+    before = MixtureContent.of(existing)
+    repeated = _num_repeated(before, united([before, content]))
+    repeating = f" ({repeated} that are there already are then trained on once more per epoch)" if repeated else ""
+    return f", --extend to add them{repeating}"
 
 
 def differing_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -187,7 +187,7 @@ def test_a_changed_template_makes_other_keys_and_is_named(
     template.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}")
     changed = build(reference, pairs_file, cache, "--chat-template", template)
     message = fails(changed)
-    assert re.search(r"40 are new and 40 are gone, because of chat_template \(was .*, now .*\)", message)
+    assert re.search(r"40 are new and 40 are gone; made with other settings: chat_template \(was .*, now .*\)", message)
     assert "--replace" in message
     report = run([*changed, "--replace"])
     assert (report["pairs_scored"], report["pairs_reused"]) == (NUM_PAIRS, 0)

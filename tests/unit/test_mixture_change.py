@@ -147,6 +147,18 @@ def test_the_refusal_of_other_pairs_says_which_of_them_extending_would_repeat(ca
     assert "--extend to add them, or --mixture OTHER" in str(caught.value.next_step)
 
 
+def test_the_refusal_of_pairs_made_with_other_settings_does_not_send_the_user_to_extend(cache: ReferenceCache) -> None:
+    """It did, and the command with ``--extend`` was refused in turn."""
+    shorter = {**TOKENIZATION, "settings": {"max_seq_length": 512}}
+    fewer = collected(make_rows(3, seed=5), source={"path": "other"}, tokenization=shorter)
+    with pytest.raises(DpoCacheError, match="12 are gone; made with other settings: max_seq_length") as caught:
+        content_of(cache, fewer)
+    assert "--replace" in str(caught.value.next_step)
+    assert "--extend" not in f"{caught.value.expected} {caught.value.next_step}"
+    with pytest.raises(DpoCacheError, match="was made with other tokens"):
+        content_of(cache, fewer, extend=True)
+
+
 def test_a_mixture_that_lost_pairs_is_not_extended_and_its_datasets_are_named(cache: ReferenceCache) -> None:
     write(cache, collected(source={**SOURCE, "path": "old.jsonl", "split": "test", "amount": "12"}))
     lost = cache.shards.key_index().keys[cache.shards.key_index().shard_numbers == 0]
