@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...pipeline.training.run_file import write_run_json
-from .policy import PolicyOrigin
 from .recipe import Recipe
 from .train_config import TrainConfig
+
+if TYPE_CHECKING:  # it imports DeepSpeed, which a sweep must not do before the libraries are told to be quiet
+    from .policy import PolicyOrigin
 
 FILE = "config.json"
 

@@ -114,6 +114,14 @@ def test_commands_without_a_model_import_no_pytorch(stage: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("stage", ["train", "sweep", "build"])
+def test_commands_import_deepspeed_only_after_it_was_told_to_be_quiet(stage: str) -> None:
+    """Every sweep on a CPU began with DeepSpeed's warning that it had found no accelerator."""
+    code = f"import sys, dpo_cache.stages.{stage}; assert 'deepspeed' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_comes_without_heavy_imports() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from dpo_cache.cli import dpo_cache, dpo_train\n"
