@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, as_argument
 from ..cache.durable_file import settle_folder, settle_tree, write_durably
 from ..cache.message_value import message_value
 
@@ -81,12 +81,25 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     reason = _why_incomplete(path) if path.is_dir() else "there is no such folder"
     if reason is not None:
+        _refuse_folder_of_checkpoints(path)
         raise DpoCacheError(
             f"{path} cannot be resumed from: {reason}",
             expected=f"a folder step_N with a file {MARKER}",
-            next_step="--resume without a value takes the newest complete checkpoint",
+            next_step="--resume without a value takes the newest complete checkpoint of --output",
         )
     return Checkpoint(path=path, state=_read_state(path))
+
+
+def _refuse_folder_of_checkpoints(path: Path) -> None:
+    """The folder of a run, or its ``checkpoints``: a checkpoint in it was meant, and nothing was cut short."""
+    held = [*_newest_first(path), *_newest_first(path / "checkpoints")]
+    newest = next((checkpoint for checkpoint in held if is_complete(checkpoint)), None)
+    if newest is not None:
+        raise DpoCacheError(
+            f"{path} cannot be resumed from: it holds checkpoints, and is none itself",
+            expected="one of them",
+            next_step=f"--resume {as_argument(newest)} takes the newest",
+        )
 
 
 def check_same_run(

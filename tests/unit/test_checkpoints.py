@@ -106,6 +106,18 @@ def test_a_checkpoint_that_is_not_whole_is_skipped_and_named(
 
 
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("named", [".", "checkpoints"])
+def test_the_folder_of_a_run_is_no_checkpoint_and_the_newest_in_it_is_named(tmp_path: Path, named: str) -> None:
+    """It was said to be a checkpoint whose saving had been cut short."""
+    run = tmp_path / "my run"
+    newest, damaged = _saved(run / "checkpoints", 9), _saved(run / "checkpoints", 10)
+    (damaged / MARKER).unlink()
+    with pytest.raises(DpoCacheError, match="it holds checkpoints, and is none itself") as caught:
+        open_checkpoint(run / named)
+    assert caught.value.next_step == f"--resume '{newest}' takes the newest"
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_a_save_that_fails_leaves_the_last_one_and_can_be_repeated(tmp_path: Path) -> None:
     good = _saved(tmp_path, 1)
     with pytest.raises(DpoCacheError, match=r"step_2 could not be written: .*No space left on device"):
