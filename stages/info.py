@@ -11,7 +11,7 @@ from ..pipeline.cache.reference_identity import ReferenceIdentity
 from ..pipeline.cache.remote_cache import distinct_shards, num_bytes
 from .addresses.local_copy import glance
 from .addresses.location import Location, is_address
-from .building.row_counts import truncated_in_words, truncated_rows
+from .building.row_counts import source_in_words, truncated_in_words, truncated_rows
 from .console.byte_size import byte_size
 from .console.counted_noun import counted
 from .hub.recorded_reference import RecordedReference
@@ -134,5 +134,5 @@ def _mixture_lines(mixture: Mixture) -> list[str]:
         *(["           with the log-probability of each scored token"] if mixture.has_token_logps else []),
         f"           dropped: {dropped}",
         *([f"           cut: {truncated_in_words(truncated)}"] if truncated else []),
-        *(f"           from {source.get('path')} ({source.get('picked_rows')} rows)" for source in mixture.sources),
+        *(f"           from {source_in_words(source)}" for source in mixture.sources),
     ]

@@ -1,4 +1,4 @@
-"""What became of the rows of a mixture's datasets: how many are not used, and how many were cut."""
+"""What became of the rows of a mixture's datasets: which were taken, how many are not used, how many were cut."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ are still counted.
 
 WORRYING_SHARE = 0.1
 """A build warns where a larger share of the rows has a cut response."""
+
+
+def source_in_words(source: Mapping[str, Any]) -> str:
+    """Which dataset a mixture records, and how many of its rows; the split, as two of one folder differ in nothing else.
+
+    Args:
+        source: A dataset's record. A cache of other people may lack any part of it.
+    """
+    parts = [f",{name}={source[name]}" for name in ("config", "split") if source.get(name) not in (None, "", "train")]
+    return f"{source.get('path')}{''.join(parts)} ({source.get('picked_rows', 'all')} rows)"
 
 
 def dropped_rows(sources: Iterable[dict[str, Any]]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from ...pipeline.cache.scored_pair import ScoredPair
 from ...pipeline.report.histogram import Histogram, histogram
 from ...pipeline.report.page_content import CacheSection, PairGroup
 from ...pipeline.report.run_record import RunRecord
+from ..building.row_counts import source_in_words
 from ..hub.recorded_reference import RecordedReference
 from .report_pairs import OpenMixture, OpenMixtures, OutermostPairs
 
@@ -73,7 +74,7 @@ def _facts(opened: OpenMixture) -> list[tuple[str, str]]:
         ("tokens", f"{tokens:,}, {tokens / mixture.num_pairs:,.0f} per pair"),
         *[(name.replace("_", " "), str(value)) for name, value in settings.items() if value is not None],
         ("skipped rows", ", ".join(f"{count} {why}" for why, count in mixture.dropped.items()) or "none"),
-        *[("from", f"{source.get('path')}, {source.get('picked_rows', 'all')} rows") for source in mixture.sources],
+        *[("from", source_in_words(source)) for source in mixture.sources],
     ]
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dpo_cache.stages.building.row_counts import truncated_in_words, truncated_rows, truncation_warning
+from dpo_cache.stages.building.row_counts import source_in_words, truncated_in_words, truncated_rows, truncation_warning
 
 
 def test_datasets_are_added_up_and_one_that_says_nothing_counts_as_uncut() -> None:
     sources = [{"truncated": {"chosen": 1, "either": 1, "rejected": 0}}, {}, {"truncated": {"chosen": 2, "either": 3}}]
     assert truncated_rows(sources) == {"chosen": 3, "either": 4, "rejected": 0}
     assert truncated_rows([{"dropped": {"too-long": 3}}]) == {}
+
+
+def test_two_splits_of_one_folder_are_told_apart() -> None:
+    """``info`` and the report gave both as the folder alone."""
+    pairs = {"path": "my-lab/pairs", "config": None, "split": "test_prefs", "picked_rows": 40}
+    assert source_in_words(pairs) == "my-lab/pairs,split=test_prefs (40 rows)"
+    assert source_in_words({**pairs, "config": "en", "split": "train"}) == "my-lab/pairs,config=en (40 rows)"
+    assert source_in_words({"path": "theirs"}) == "theirs (all rows)"
 
 
 def test_prompts_and_responses_that_were_cut_are_told_with_their_rows() -> None:
