@@ -20,6 +20,7 @@ from .example_key import KEY_BYTES, example_key
 from .folder_content import (
     SUBFOLDERS,
     files_of_shards,
+    other_content,
     refuse_linked_subfolders,
     refuse_other_content,
     refuse_shards_of_others,
@@ -115,6 +116,12 @@ class ReferenceCache:
         if not (path / "cache.json").exists():
             if files_of_shards(path):
                 raise DpoCacheError(f"cache.json of {path} is missing", next_step=WRITE_AGAIN)
+            strange = other_content(path) if path.exists() else []
+            if strange:  # no build would make a cache of it
+                raise DpoCacheError(
+                    f"there is no cache in {path}: it holds {', '.join(strange[:5])}, and no cache.json",
+                    expected="the folder of a cache",
+                )
             raise DpoCacheError(
                 f"there is no cache in {path}: cache.json is missing",
                 next_step=f"make one with: dpo-cache build --cache {as_argument(path)} --model … --dataset …",

@@ -23,15 +23,24 @@ def refuse_other_content(path: Path) -> None:
     """
     if not path.exists() or (path / "cache.json").exists():
         return
-    try:
-        strange = sorted(set(os.listdir(path)) - set(SUBFOLDERS))
-    except OSError as error:
-        raise DpoCacheError(f"{path} cannot be a cache: {error.strerror}", expected="a folder") from error
+    strange = other_content(path)
     if strange:
         raise DpoCacheError(
             f"{path} is not a cache and not empty: it holds {', '.join(strange[:5])}",
             expected="a cache, an empty folder, or a folder that does not exist yet",
         )
+
+
+def other_content(path: Path) -> list[str]:
+    """Names in a folder that no cache has.
+
+    Raises:
+        DpoCacheError: It is a file, or cannot be listed.
+    """
+    try:
+        return sorted(set(os.listdir(path)) - {*SUBFOLDERS, "cache.json"})
+    except OSError as error:
+        raise DpoCacheError(f"{path} cannot be a cache: {error.strerror}", expected="a folder") from error
 
 
 def refuse_linked_subfolders(path: Path) -> None:

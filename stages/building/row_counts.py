@@ -22,7 +22,7 @@ WORRYING_SHARE = 0.1
 
 
 def source_in_words(source: Mapping[str, Any]) -> str:
-    """Which dataset a mixture records, and how many of its rows; the split, as two of one folder differ in nothing else.
+    """Which dataset a mixture records, with the split that tells it from others of its folder, and how many rows.
 
     Args:
         source: A dataset's record. A cache of other people may lack any part of it.

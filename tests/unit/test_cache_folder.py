@@ -85,6 +85,16 @@ def test_a_folder_of_something_else_is_not_made_a_cache(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["thesis.tex"]
 
 
+def test_opening_a_folder_of_something_else_does_not_suggest_to_build_a_cache_in_it(tmp_path: Path) -> None:
+    """A build refuses such a folder."""
+    (tmp_path / "pairs.jsonl").touch()
+    with pytest.raises(DpoCacheError, match=r"it holds pairs\.jsonl, and no cache\.json") as caught:
+        ReferenceCache.open(tmp_path)
+    assert caught.value.next_step is None
+    with pytest.raises(DpoCacheError, match="cannot be a cache"):
+        ReferenceCache.open(tmp_path / "pairs.jsonl")
+
+
 def test_opening_what_is_no_cache_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(DpoCacheError, match=r"cache\.json is missing") as caught:
         ReferenceCache.open(tmp_path / "none")
