@@ -68,7 +68,7 @@ class PolicyEngine:
         self.zero_stage: int = config["zero_optimization"]["stage"]
         # Fused on the host too: as quick as DeepSpeed's own kernel for offloaded state, which has to be compiled first.
         # The learning rate is set before every update.
-        groups = _parameter_groups(scorer, weight_decay)
+        groups = parameter_groups(scorer, weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=adam_betas, eps=adam_epsilon, fused=True)
         self.deepspeed: Any = deepspeed.initialize(model=scorer, optimizer=self._optimizer, config=config)[0]
         self.device: torch.device = torch.device(self.deepspeed.device)
@@ -267,18 +267,29 @@ def _scored(micro_batch: MicroBatch, policy: PairLogps, outcomes: PairOutcomes) 
     return ScoredMicroBatch(micro_batch=micro_batch, policy=PairLogps(*detached), outcomes=outcomes.detached())
 
 
-def _parameter_groups(scorer: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    trainable = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+def parameter_groups(scorer: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained, in AdamW's groups: matrices, which are decayed, and biases, norms and the like, which are not.
+
+    Raises:
+        DpoCacheError: Nothing of it is trained.
+    """
+    trainable = {name: parameter for name, parameter in scorer.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise DpoCacheError("the policy has no parameter to train")
     if not weight_decay:
-        return [{"params": trainable, "weight_decay": 0.0}]
-    matrices = [parameter for parameter in trainable if _is_matrix(parameter)]
-    others = [parameter for parameter in trainable if not _is_matrix(parameter)]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return [{"params": list(trainable.values()), "weight_decay": 0.0}]
+    decayed = [parameter for name, parameter in trainable.items() if _is_decayed(name, parameter)]
+    others = [parameter for name, parameter in trainable.items() if not _is_decayed(name, parameter)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def _is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether it is more than a bias or a norm; under ZeRO-3 a parameter is flat and its shape set aside."""
-    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is more than a bias or a norm; under ZeRO-3 a parameter is flat and its shape set aside.
+
+    The shape alone does not tell: experts keep their biases in one matrix, and so do norms that differ from head to
+    head.
+    """
+    module, _, own_name = name.rpartition(".")
+    is_bias_or_norm = own_name.endswith("bias") or module.endswith("norm")
+    return not is_bias_or_norm and len(getattr(parameter, "ds_shape", parameter.shape)) > 1

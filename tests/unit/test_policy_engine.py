@@ -16,8 +16,9 @@ from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.objective import resolve_objective
-from dpo_cache.pipeline.training.policy_engine import PolicyEngine, separate_step_counters
+from dpo_cache.pipeline.training.policy_engine import PolicyEngine, parameter_groups, separate_step_counters
 from dpo_cache.pipeline.training.preference_loss import preference_loss
+from tiny_model_factory import tiny_model
 from torch import nn
 from training_factory import (
     LAYOUT,
@@ -117,6 +118,22 @@ def gradients_of_two_updates(folder: str) -> list[list[int]]:
         assert all(not parameter.grad.any() for parameter in engine.parameters() if parameter.grad is not None)
     assert not engine.deepspeed.enable_backward_allreduce
     return places
+
+
+def test_no_bias_and_no_norm_is_decayed_though_it_may_be_a_matrix() -> None:
+    models = [tiny_model("cohere", use_qk_norm=True), tiny_model("mixtral", model_type="gpt_oss", attention="eager")]
+    matrices: set[str] = set()
+    for model in models:
+        decayed, others = ({id(one) for one in group["params"]} for group in parameter_groups(model, 0.1))
+        assert not decayed & others
+        for name, parameter in model.named_parameters():
+            is_bias_or_norm = "bias" in name or "norm" in name
+            if parameter.dim() > 1:
+                assert (id(parameter) in others) == is_bias_or_norm, name
+                matrices |= {name.removeprefix("model.layers.0.")} if is_bias_or_norm else set()
+            else:
+                assert id(parameter) in others, name
+    assert {"self_attn.q_norm.weight", "mlp.experts.gate_up_proj_bias"} < matrices
 
 
 def test_alone_on_a_cpu_gradients_stay_where_they_are_and_nothing_is_reduced(tmp_path: Path) -> None:
