@@ -62,6 +62,11 @@ class Checkpoint:
     path: Path
     state: TrainerState
 
+    @property
+    def run_folder(self) -> Path:
+        """The folder of the run that saved it."""
+        return self.path.absolute().parent.parent
+
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest complete checkpoint, or None; warns by name about newer ones that are not complete."""
@@ -129,7 +134,7 @@ def check_same_run(
         for words in causes(name) or changed_values({name: before.get(name)}, {name: now.get(name)})
     ]
     if different:
-        settings = checkpoint.path.parent.parent / "config.json"
+        settings = checkpoint.run_folder / "config.json"
         raise DpoCacheError(
             f"{checkpoint.path} belongs to another run: " + "; ".join(dict.fromkeys(different)),
             expected="what the run began with; what changes memory and speed alone may differ, except --zero-stage",

@@ -176,7 +176,7 @@ class RunCheckpoints:
                 checkpoint,
                 run=self.fingerprint,
                 zero_stage=self._config.zero_stage,
-                causes=partial(changed_options, checkpoint.path.parent.parent, self._config),
+                causes=partial(changed_options, checkpoint.run_folder, self._config),
             )
             if is_named:
                 self._refuse_other_output(checkpoint)

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ...pipeline.training.run_file import write_run_json
+from ...pipeline.training.run_file import write_run_file, write_run_json
 from ...pipeline.training.step_zero import StepZeroFigures, check_step_zero
 from ..processes.process_group import decided_by_first, say_once
 from .prepared_run import PreparedRun
@@ -25,8 +25,9 @@ def prove_step_zero(run: PreparedRun, started: StartedRun) -> StepZeroFigures | 
         DpoCacheError: A policy that is the reference does not give the cached values back; on all ranks alike.
     """
     record = run.config.output / "step0.json"
-    if started.checkpoint is not None:
-        return decided_by_first(lambda: recorded_figures(record))
+    checkpoint = started.checkpoint
+    if checkpoint is not None:
+        return decided_by_first(lambda: inherited_figures(checkpoint.run_folder, record))
     figures = started.loop.prove_step_zero()
     if run.is_main:
         write_run_json(record, {**asdict(figures), **_what_was_compared(run)})
@@ -48,6 +49,21 @@ def _what_was_compared(run: PreparedRun) -> dict[str, Any]:
         "policy_is_reference": origin.is_reference,
         "attention": recipe.attention,
     }
+
+
+def inherited_figures(begun_in: Path, record: Path) -> StepZeroFigures | None:
+    """The figures of the run that is continued; None where its record is gone.
+
+    A run may go on in another folder, which gets the record too: what counts as a tie depends on it.
+
+    Args:
+        begun_in: The folder of the run that saved the checkpoint.
+        record: Where the record belongs in the folder of this run.
+    """
+    begun = begun_in / record.name
+    if begun.exists() and begun.resolve() != record.resolve():
+        write_run_file(record, begun.read_text(encoding="utf-8"))
+    return recorded_figures(record)
 
 
 def recorded_figures(record: Path) -> StepZeroFigures | None:

@@ -313,7 +313,10 @@ def test_a_checkpoint_from_elsewhere_begins_a_new_run_and_replaces_no_other(shar
     for _ in range(2):  # the same command also where it has been before
         report = run(train(shared_cache, copy, *options, *resume))
         assert (report["steps"], report["pairs"]) == (2, 16)
+        # What counts as a tie depends on it, so the accuracies are those of the run that was begun elsewhere.
+        assert report["step0"] == json.loads((ours / "summary.json").read_text())["step0"]
     assert [line["training_step"] for line in metrics(copy)] == [2]
+    assert (copy / "step0.json").read_bytes() == (ours / "step0.json").read_bytes()
 
 
 # ---- what a run leaves -----------------------------------------------------------------------------------------
