@@ -60,9 +60,7 @@ def _part() -> None:
 @contextmanager
 def _rendezvous(ranks: Ranks, device: torch.device) -> Iterator[None]:
     """The variables that say which rank this is; processes that this one starts later are no ranks of this job."""
-    rendezvous = rendezvous_environment(ranks)
-    if device.type == "cuda":
-        rendezvous["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
+    rendezvous = rendezvous_environment(ranks) | deepspeed_device(ranks, device)
     before = dict(os.environ)
     # A rank that is alone meets nobody: it needs no port that another run on this machine may have.
     alone: AbstractContextManager[dict[str, str]] = hosted_rendezvous() if ranks.num_ranks == 1 else nullcontext({})
@@ -73,6 +71,14 @@ def _rendezvous(ranks: Ranks, device: torch.device) -> Iterator[None]:
         finally:
             os.environ.clear()
             os.environ.update(before)
+
+
+def deepspeed_device(ranks: Ranks, device: torch.device) -> dict[str, str]:
+    """The variable by which DeepSpeed finds this process's device: it takes ``LOCAL_RANK`` for the number of the GPU.
+
+    srun does not set it, and where every process is shown its own GPU alone, that one has the number 0.
+    """
+    return {"LOCAL_RANK": str(device.index if device.type == "cuda" else ranks.rank_of_node)}
 
 
 def all_or_none(work: Callable[[], Result], *, on: bool = True) -> Result | None:

@@ -6,6 +6,7 @@ a batch runs an empty one until nobody has any left.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from ..building.build_plan import ScoringPlan
 from ..processes.job_store import StoreAddress
-from ..processes.process_group import TIMEOUT, prepare_deepspeed
+from ..processes.process_group import TIMEOUT, deepspeed_device, prepare_deepspeed
 from ..processes.ranks import ranks_from_environment
 from .planned_reference import load_planned_reference
 
@@ -38,6 +39,7 @@ class PartitionedScoring:
         ranks = ranks_from_environment()
         assert ranks is not None, "whoever starts a partitioned worker says which rank it is"
         self._device = device
+        os.environ |= deepspeed_device(ranks, device)  # for good: this process does nothing else
         store = address.connect()
         store.set_timeout(TIMEOUT)  # ranks may be minutes apart: some still copy the model
         dist.init_process_group(

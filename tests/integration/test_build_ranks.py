@@ -88,6 +88,31 @@ def test_a_reference_partitioned_over_two_ranks_gives_the_rows_of_a_whole_one(
     assert_same_logps(logps_by_key(cache), logps_by_key(shared_cache), relative=1e-5)
 
 
+def test_a_partitioned_reference_is_scored_by_the_tasks_of_a_slurm_step(
+    reference: Path, pairs_file: Path, shared_cache: Path, tmp_path: Path
+) -> None:
+    """srun says which rank a task is in variables of its own, which DeepSpeed does not read."""
+    cache = tmp_path / "cache"
+    build = dpo_cache("build", "--model", reference, "--dataset", pairs_file, "--cache", cache, "--zero-stage", 3)
+    step = {
+        **{"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"},
+        **{"SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(free_port())},
+        **{"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    }
+    tasks = [
+        subprocess.Popen(
+            build,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **step, "SLURM_PROCID": task, "SLURM_LOCALID": task},
+        )
+        for task in ("0", "1")
+    ]
+    said = [task.communicate(timeout=180)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], "\n".join(said)
+    assert_same_logps(logps_by_key(cache), logps_by_key(shared_cache), relative=1e-5)
+
+
 def test_a_larger_reference_with_an_adapter_in_bf16_gives_under_torchrun_and_zero3_the_rows_of_a_whole_one(
     pairs_file: Path, tmp_path: Path
 ) -> None:

@@ -32,6 +32,12 @@ def test_a_process_that_is_shown_one_gpu_takes_that_one(monkeypatch: pytest.Monk
     assert device_of_rank(3) == torch.device("cuda", 0)
 
 
+@pytest.mark.parametrize(("device", "number"), [("cuda:0", "0"), ("cpu", "3")])
+def test_deepspeed_is_told_the_gpu_that_the_process_took(device: str, number: str) -> None:
+    ranks = Ranks(rank=3, num_ranks=4, rank_of_node=3, ranks_per_node=4)
+    assert process_group.deepspeed_device(ranks, torch.device(device)) == {"LOCAL_RANK": number}
+
+
 @pytest.mark.parametrize("visible", [None, "0,1"])
 def test_more_processes_than_gpus_are_refused(visible: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, count=1 if visible is None else 2, visible=visible)
