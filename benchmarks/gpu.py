@@ -213,6 +213,15 @@ def train(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], dev
         weight_decay=0.0,
         bad_batch_path=Path(tempfile.gettempdir()) / "bad_batch.json",
     )
+    try:
+        return updates(engine, way, options, pairs, device)
+    finally:
+        engine.deepspeed.destroy()  # also where memory ran out: its hooks would hold all weights beside the next way's
+
+
+def updates(
+    engine: PolicyEngine, way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], device: torch.device
+) -> Reading:
     cost = ModelCost.of_model(engine.scorer.model)
     rows = [scored(pair) for pair in pairs]
     plans = plan_batches(pairs, way.layout, tokens_per_batch=options.tokens_per_microbatch)
@@ -225,7 +234,7 @@ def train(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], dev
 
     update()  # kernels are compiled
     seconds = statistics.median(timed(update, device) for _ in range(options.repeats))
-    reading = Reading(
+    return Reading(
         pairs=len(pairs),
         tokens=sum(micro_batch.batch.num_tokens for micro_batch in micro_batches),
         flops=sum((1 + cost.backward_forwards) * flops_of(cost, micro_batch.batch) for micro_batch in micro_batches),
@@ -233,8 +242,6 @@ def train(way: Way, options: argparse.Namespace, pairs: Sequence[TokenPair], dev
         memory_bytes=peak_memory_bytes(device),
         peak_flops=peak_flops_per_second(device),
     )
-    engine.deepspeed.destroy()
-    return reading
 
 
 # ---- TRL ---------------------------------------------------------------------------------------------------------

@@ -28,6 +28,34 @@ def printed(*options: str) -> str:
     return done.stdout
 
 
+FULL = """
+import gc, runpy, sys, weakref
+import torch
+from dpo_cache.pipeline.training.policy_engine import PolicyEngine
+
+weights = []
+
+def run_out(engine, *_, **__):
+    gc.collect()
+    assert not [weight for weight in weights if weight() is not None], "those of the way before are still held"
+    weights.extend(map(weakref.ref, engine.parameters()))
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+PolicyEngine.micro_step = run_out
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_way_that_runs_out_of_memory_leaves_all_of_it_to_the_next() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", FULL, *command("--what", "train-tiny")[1:]], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr[-4000:]
+    assert found.stdout.count("| out of memory |") == 5
+
+
 def _imports(interpreter: str) -> bool:
     code = "import peft, trl"
     return subprocess.run([interpreter, "-c", code], capture_output=True, check=False).returncode == 0
