@@ -29,7 +29,8 @@ def device_of_rank(rank_of_node: int) -> torch.device:
             expected=f"at most {num_gpus} processes, one for each GPU that torch sees",
         )
     # Batches change their size all the time: without this, free memory lies in pieces that fit nothing.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its former name, which torch reads only without the other
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = torch.device("cuda", min(rank_of_node, num_gpus - 1))
     torch.cuda.set_device(device)
     return device

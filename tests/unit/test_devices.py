@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import deepspeed
 import pytest
 import torch
@@ -30,6 +32,18 @@ def test_a_process_that_is_shown_one_gpu_takes_that_one(monkeypatch: pytest.Monk
     """``srun --gpus-per-task=1``: the fourth process of a machine sees GPU 3 alone, as number 0."""
     gpus(monkeypatch, count=1, visible="3")
     assert device_of_rank(3) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_settings_of_torchs_allocator_are_left_to_who_made_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reads the second name only where the first is not set."""
+    gpus(monkeypatch, count=1, visible=None)
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for one in names:
+        monkeypatch.delenv(one, raising=False)
+    monkeypatch.setenv(name, "max_split_size_mb:128")
+    device_of_rank(0)
+    assert {one: os.environ[one] for one in names if one in os.environ} == {name: "max_split_size_mb:128"}
 
 
 @pytest.mark.parametrize(("device", "number"), [("cuda:0", "0"), ("cpu", "3")])
