@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -217,8 +217,13 @@ class TrainingLoop:
         if self._engine.rank == 0:
             self._metrics.restore_sums(unlogged)
 
-    def evaluate(self, updates_done: int) -> Evaluation:
-        """Score all held-out pairs; all ranks call this."""
+    def evaluate(self, updates_done: int, is_to_stop: Callable[[], bool]) -> Evaluation | None:
+        """Score all held-out pairs; all ranks call this.
+
+        Args:
+            updates_done: Of the run.
+            is_to_stop: Asked before each batch, on all ranks with the same answer; True ends this with None.
+        """
         assert self._evaluation is not None
         metrics = self._new_metrics(prefix="eval/")
         num_pairs = self._evaluation.mixture.num_pairs
@@ -227,6 +232,8 @@ class TrainingLoop:
         batches = np.split(np.arange(num_pairs), range(size, num_pairs, size))
         with self._evaluation.read(batches) as dealt:
             for _ in batches:
+                if is_to_stop():
+                    return None
                 for one in self._of_one_batch(dealt):
                     scored = self._engine.evaluate(one.micro_batch)
                     metrics.add(scored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 from ...pipeline.cache.parquet_file import KEY_COLUMN
 from ...pipeline.report.run_record import logged_line
@@ -52,6 +53,7 @@ class TrainingUpdates:
             KeyboardInterrupt: Asked to stop; a checkpoint was saved.
         """
         line: dict[str, float] = {}
+        self._make_up_for_evaluation(stop_requested)
         with self._loop.updates(range(self._first_step, self._last_step)) as grad_norms:
             for done, grad_norm in enumerate(grad_norms, start=self._first_step + 1):
                 self._log.advance()
@@ -59,21 +61,46 @@ class TrainingUpdates:
                 if is_last or done % self._config.logging_steps == 0:
                     line = self._loop.line(done, grad_norm)
                     self._log.write(line)
+                if self._run.checkpoints.is_due(done):
+                    self._save_checkpoint(done)
+                if any_rank(stop_requested(), self._run.device) and not is_last:
+                    self._stop(done)
                 if self._evaluates_after(done) and not is_last:
-                    self._keep_best(line, self._evaluate(done))
-                stop = any_rank(stop_requested(), self._run.device) and not is_last
-                if stop or self._run.checkpoints.is_due(done):
-                    self._run.checkpoints.save(
-                        self._started.engine,
-                        updates_done=done,
-                        unlogged=self._loop.unlogged_sums(),
-                        tracking_run_id=self._log.tracking_run_id,
-                    )
-                if stop:
-                    self._log.close()
-                    say_once(f"saved a checkpoint after update {done} of {self._run.recipe.total_steps}")
-                    raise KeyboardInterrupt
+                    self._evaluate_or_stop(done, line, stop_requested)
         return line or self._logged(self._first_step, "train_loss") or {}  # nothing was left to do
+
+    def _make_up_for_evaluation(self, stop_requested: Callable[[], bool]) -> None:
+        """Evaluate what was resumed from, where the run stopped before it had done so."""
+        done = self._first_step
+        if done == 0 or done >= self._last_step or not self._evaluates_after(done):
+            return
+        line = self._logged(done, "train_loss") or {}
+        evaluation = decided_by_first(lambda: self._logged(done, "eval/loss"))
+        if evaluation is None:
+            self._evaluate_or_stop(done, line, stop_requested)
+        else:
+            self._keep_best(line, evaluation)  # which may have been next
+
+    def _evaluate_or_stop(self, done: int, line: dict[str, float], stop_requested: Callable[[], bool]) -> None:
+        evaluation = self._evaluate(done, stop_requested)
+        if evaluation is None:
+            self._stop(done)
+        self._keep_best(line, evaluation)
+
+    def _save_checkpoint(self, done: int) -> None:
+        self._run.checkpoints.save(
+            self._started.engine,
+            updates_done=done,
+            unlogged=self._loop.unlogged_sums(),
+            tracking_run_id=self._log.tracking_run_id,
+        )
+
+    def _stop(self, done: int) -> NoReturn:
+        if done != self._first_step and not self._run.checkpoints.is_due(done):
+            self._save_checkpoint(done)
+        self._log.close()
+        say_once(f"saved a checkpoint after update {done} of {self._run.recipe.total_steps}")
+        raise KeyboardInterrupt
 
     def evaluate_after(self) -> dict[str, float] | None:
         """The evaluation after the last update; a finished run that is resumed has it already."""
@@ -99,11 +126,16 @@ class TrainingUpdates:
     def _evaluates_after(self, updates_done: int) -> bool:
         return self._config.eval_steps is not None and updates_done % self._config.eval_steps == 0
 
-    def _evaluate(self, updates_done: int) -> dict[str, float] | None:
+    def _evaluate(self, updates_done: int, stop_requested: Callable[[], bool] | None = None) -> dict[str, float] | None:
+        """The logged line; None without a mixture to evaluate on, or if asked to stop meanwhile."""
         mixture = self._run.pairs.eval_mixture
         if mixture is None:
             return None
-        evaluation = self._loop.evaluate(updates_done)
+        evaluation = self._loop.evaluate(
+            updates_done, lambda: stop_requested is not None and any_rank(stop_requested(), self._run.device)
+        )
+        if evaluation is None:
+            return None
         self._log.write(evaluation.line)
         if self._run.is_main and evaluation.margins is not None:
             write_eval_margins(

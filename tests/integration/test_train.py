@@ -227,6 +227,47 @@ def test_a_run_killed_and_resumed_equals_one_never_stopped(shared_cache: Path, t
         torch.testing.assert_close(ours_after[name], weight, rtol=0, atol=0)
 
 
+SIGTERM_WHILE_EVALUATING = """
+import signal, sys
+from dpo_cache.stages.training.training_loop import TrainingLoop
+
+evaluate = TrainingLoop.evaluate
+def evaluate_until_told(loop, updates_done, is_to_stop):
+    asked = []
+    def is_told():
+        asked.append(1)
+        if updates_done == 2 and len(asked) == 2:  # between two batches
+            signal.raise_signal(signal.SIGTERM)
+        return is_to_stop()
+    return evaluate(loop, updates_done, is_told)
+
+TrainingLoop.evaluate = evaluate_until_told
+from dpo_cache.cli import dpo_train
+dpo_train(sys.argv[1:])
+"""
+
+
+def test_a_run_told_to_stop_while_it_evaluates_saves_at_once_and_makes_up_for_the_evaluation(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = ("--max-steps", 3, "--eval-mixture", "train", "--eval-steps", 1, "--keep-best", "margin")
+    report = run(train(shared_cache, whole, *options))
+    told = as_script(SIGTERM_WHILE_EVALUATING, train(shared_cache, stopped, *options))
+    assert told.returncode == 1
+    assert "saved a checkpoint after update 2 of 3" in told.stderr
+    resumed = run(train(shared_cache, stopped, *options, "--resume"))
+    assert resumed["best"] == report["best"]
+    straight, made_up = (
+        [
+            {name: value for name, value in json.loads(line).items() if not name.startswith(("perf/", "eval/perf/"))}
+            for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        for folder in (whole, stopped)
+    )
+    assert made_up == straight
+
+
 def test_a_finished_run_without_checkpoints_is_not_trained_again(shared_cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     run(train(shared_cache, output, "--max-steps", 1))
