@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.cache import durable_file
+from dpo_cache.pipeline.cache.durable_file import FileOperations
 from dpo_cache.pipeline.training.checkpoint_folder import (
     MARKER,
     Checkpoint,
@@ -74,6 +76,33 @@ def test_what_was_saved_is_what_is_found(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == Checkpoint(path=path, state=STATE)
     assert open_checkpoint(path).state == STATE
     assert set(json.loads((path / MARKER).read_text())["files"]) == {"engine/weights.pt", "trainer_state.json"}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_checkpoint_is_on_the_disk_before_it_is_marked_and_told_of_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut leaves a marker that vouches for files of the right size and no content."""
+    done: list[str] = []
+
+    class Watched(FileOperations):
+        def open_existing(self, path: Path) -> int:
+            done.append(f"sync {path.name}")
+            return super().open_existing(path)
+
+        def rename(self, source: Path, destination: Path) -> None:
+            done.append(f"rename to {destination.name}")
+            super().rename(source, destination)
+
+        def sync_folder(self, path: Path) -> None:
+            done.append(f"sync {path.name}")
+            super().sync_folder(path)
+
+    monkeypatch.setattr(durable_file, "operations", Watched())
+    _saved(tmp_path / "checkpoints", 3)
+    before, after = done[: done.index(f"rename to {MARKER}")], done[done.index(f"rename to {MARKER}") :]
+    assert {"sync weights.pt", "sync trainer_state.json", "sync engine", "sync step_3"} <= set(before)
+    assert after == [f"rename to {MARKER}", "sync step_3", "sync checkpoints"]
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import durable_file
-from dpo_cache.pipeline.cache.durable_file import FileOperations, make_folder_durably, remove_durably, write_durably
+from dpo_cache.pipeline.cache.durable_file import (
+    FileOperations,
+    adopt_durably,
+    make_folder_durably,
+    remove_durably,
+    settle_tree,
+    write_durably,
+)
 
 
 class Recorder(FileOperations):
@@ -32,6 +39,10 @@ class Recorder(FileOperations):
     def create(self, path: Path) -> int:
         self._record("create")
         return super().create(path)
+
+    def open_existing(self, path: Path) -> int:
+        self._record(f"open {path.name}")
+        return super().open_existing(path)
 
     def write(self, file: int, data: durable_file.Bytes) -> None:
         self._record(f"write {len(data)}")
@@ -71,6 +82,29 @@ def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(
     assert recorder.calls == ["create", "write 3", "write 5", "sync", "rename to shards/a", "sync_folder shards"]
     assert (shards / "a").read_bytes() == b"onethree"
     assert list(tmp.iterdir()) == []
+
+
+def test_a_file_that_others_wrote_is_synced_before_it_gets_its_name(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, tmp = folders
+    (tmp / "fetched").write_bytes(b"rows")
+    recorder = Recorder()
+    monkeypatch.setattr(durable_file, "operations", recorder)
+    adopt_durably(tmp / "fetched", shards / "a")
+    assert recorder.calls == ["open fetched", "sync", "rename to shards/a", "sync_folder shards"]
+
+
+def test_of_a_folder_that_others_wrote_every_file_and_folder_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "step/engine").mkdir(parents=True)
+    for name in ("engine/weights", "state"):
+        (tmp_path / "step" / name).write_bytes(b"whole")
+    recorder = Recorder()
+    monkeypatch.setattr(durable_file, "operations", recorder)
+    assert settle_tree(tmp_path / "step") == [tmp_path / "step/engine/weights", tmp_path / "step/state"]
+    assert recorder.calls == ["sync_folder engine", "open weights", "sync", "open state", "sync", "sync_folder step"]
 
 
 @pytest.mark.parametrize("call", range(5))

@@ -7,11 +7,13 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.cache import durable_file
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings
-from dpo_cache.pipeline.training.model_export import _restore_config, export_model
+from dpo_cache.pipeline.training.model_export import _put_in_place, _restore_config, export_model
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -96,6 +98,23 @@ def test_what_was_changed_for_training_only_is_as_in_the_base_again_in_parts_of_
     _restore_config(tmp_path / "written.json", tmp_path / "base.json", torch.bfloat16)
     written = json.loads((tmp_path / "written.json").read_text(encoding="utf-8"))
     assert written == {**before, "dtype": "bfloat16"}
+
+
+def test_a_model_is_on_the_disk_before_it_takes_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut leaves the new name with nothing behind it, and the old model gone."""
+    for name in ("model", "model.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode())
+    synced: list[Path] = []
+    monkeypatch.setattr(durable_file, "_sync_file", synced.append)
+    monkeypatch.setattr(durable_file.operations, "sync_folder", synced.append)
+    _put_in_place(tmp_path / "model.tmp", tmp_path / "model")
+    assert synced == [tmp_path / "model.tmp/model.safetensors", tmp_path / "model.tmp", tmp_path]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == {
+        tmp_path / "model/model.safetensors": b"model.tmp"
+    }
 
 
 def export_of_rounded_training(folder: str) -> list[Any]:
