@@ -42,22 +42,19 @@ def test_cached_values_equal_plain_forwards_of_hand_rendered_text(
         assert row["ref_rejected_logps"] == pytest.approx(plain_logps(reference, prompt, rejected), rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "amount", "usable"), [("hh_harmless", 1200, 1195), ("alpaca_eval_pairs", 600, None)])
-def test_real_data_gives_the_same_values_with_1_2_and_3_workers_and_one_row_at_a_time(
+@pytest.mark.parametrize(("name", "amount", "usable"), [("hh_harmless", 400, 399), ("alpaca_eval_pairs", 100, None)])
+def test_real_data_gives_the_same_values_with_1_and_3_workers_and_one_row_at_a_time(
     real_reference: Path, tmp_path: Path, name: str, amount: int, usable: int | None
 ) -> None:
     rows = real_rows(name)[:amount]
     dataset = write_rows(tmp_path / "rows.jsonl", rows)
-    caches = []
-    for workers in (1, 2, 3):
-        caches.append(tmp_path / f"cache-{workers}")
-        report = run(build(real_reference, dataset, caches[-1], "--num-workers", workers))
+    one, three = tmp_path / "one", tmp_path / "three"
+    for workers, cache in ((1, one), (3, three)):
+        report = run(build(real_reference, dataset, cache, "--num-workers", workers))
         assert usable in (None, report["distinct_pairs"])
-    first = logps_by_key(caches[0])
-    assert len(first) == report["distinct_pairs"]
-    for other in caches[1:]:
-        assert_same_logps(first, logps_by_key(other), relative=1e-5)
-    for row in shard_rows(caches[0]).to_pylist()[::7]:
+    assert len(logps_by_key(one)) == report["distinct_pairs"]
+    assert_same_logps(logps_by_key(one), logps_by_key(three), relative=1e-5)
+    for row in shard_rows(one).to_pylist()[::7]:
         for side in ("chosen", "rejected"):
             plain = plain_logps(real_reference, row["prompt_ids"], row[f"{side}_ids"])
             assert row[f"ref_{side}_logps"] == pytest.approx(plain, rel=1e-5)
