@@ -6,16 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from dpo_cache import cli
+from forked_process import start_forked
 
-Arguments = Sequence[str | Path | int | float]
+TIMEOUT_S = 300
 
 
 def dpo_cache(*arguments: str | Path | int | float) -> list[str]:
@@ -28,35 +32,56 @@ def dpo_train(*arguments: str | Path | int | float) -> list[str]:
     return dpo_cache("train", *arguments)
 
 
-def run(command: list[str], *, environment: dict[str, str] | None = None, timeout_s: float = 300) -> dict[str, Any]:
+def ended(command: list[str], *, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, whatever that is.
+
+    Args:
+        command: From :func:`dpo_cache` or :func:`dpo_train`.
+        environment: Variables to set beside those of this process. Without any, and on a machine without a GPU, the
+            process begins with its imports made.
+    """
+    if environment or torch.cuda.is_available():
+        variables = {**os.environ, **(environment or {})}
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=variables)
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        process = start_forked(_main, command[3:], environment=os.environ, stdout=stdout, stderr=stderr)
+        process.join(TIMEOUT_S)
+        process.kill()  # where it has not ended
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(command, process.exitcode, stdout.read_text(), stderr.read_text())
+
+
+def _main(arguments: list[str]) -> None:
+    """What ``python -m dpo_cache`` does."""
+    name, *options = arguments
+    if name == "train":
+        cli.dpo_train(options)
+    else:
+        cli.dpo_cache(arguments)
+
+
+def run(command: list[str], *, environment: dict[str, str] | None = None) -> dict[str, Any]:
     """Run a command to its end and return its ``--json`` report."""
-    done = subprocess.run(
-        [*command, "--json"],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-        env={**os.environ, **(environment or {})},
-    )
+    done = ended([*command, "--json"], environment=environment)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-4000:]}"
     report: dict[str, Any] = json.loads(done.stdout)
     return report
 
 
-def fails(command: list[str], *, timeout_s: float = 300) -> str:
+def fails(command: list[str]) -> str:
     """Run a command that is to fail with a message, and return the message."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    done = ended(command)
     assert done.returncode == 1, f"exit code {done.returncode}\n{done.stderr[-4000:]}"
     assert "Traceback" not in done.stderr, done.stderr[-4000:]
     return done.stderr[done.stderr.rindex("Error: ") :]
 
 
-def kill_when(
-    command: list[str], condition: Callable[[], bool], *, timeout_s: float = 120, interval_s: float = 0.01
-) -> bool:
+def kill_when(command: list[str], condition: Callable[[], bool], *, interval_s: float = 0.01) -> bool:
     """Start a command and kill it with SIGKILL once the condition holds; False if it ended before."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + TIMEOUT_S
     while process.poll() is None:
         assert time.monotonic() < deadline, "the condition never held"
         if condition():

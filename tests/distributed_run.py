@@ -8,13 +8,15 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from forked_process import ON_A_CPU, start_forked
 
 
 def run_ranks(function: Callable[..., Any], *args: Any, num_ranks: int, timeout_s: float = 240) -> list[Any]:
@@ -33,59 +35,44 @@ def run_ranks(function: Callable[..., Any], *args: Any, num_ranks: int, timeout_
     file = inspect.getsourcefile(function)
     assert file is not None
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            _start(Path(folder), file, function.__name__, args, rank=rank, num_ranks=num_ranks, port=port)
-            for port in [free_port()]
-            for rank in range(num_ranks)
-        ]
         results = [Path(folder) / f"{rank}.json" for rank in range(num_ranks)]
+        port = free_port()
+        processes = [
+            _start(file, function.__name__, args, result, rank=rank, num_ranks=num_ranks, port=port)
+            for rank, result in enumerate(results)
+        ]
         deadline = time.monotonic() + timeout_s
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if any(_has_failed(process, result) for process, result in zip(processes, results, strict=True)):
+        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+            if any(map(_has_failed, processes, results)):
                 time.sleep(1)  # the others may be about to say more
                 break
             time.sleep(0.05)
         failed = [
             rank
             for rank, (process, result) in enumerate(zip(processes, results, strict=True))
-            if process.poll() is None or _has_failed(process, result)
+            if process.is_alive() or _has_failed(process, result)
         ]
         for process in processes:
             process.kill()
-            process.wait()
-        logs = [(Path(folder) / f"{rank}.log").read_text(errors="replace") for rank in range(num_ranks)]
+            process.join()
+        logs = [result.with_suffix(".log").read_text(errors="replace") for result in results]
         shown = "\n".join(f"--- rank {rank}\n{log[-6000:]}" for rank, log in enumerate(logs))
         assert not failed, f"ranks {failed} failed or ran longer than {timeout_s} s\n{shown}"
         return [json.loads(result.read_text()) for result in results]
 
 
-def _has_failed(process: subprocess.Popen[bytes], result: Path) -> bool:
+def _has_failed(process: ForkServerProcess, result: Path) -> bool:
     """Once in thousands of runs gloo aborts a process that has left its result and is ending: that is no failure."""
-    code = process.poll()
-    return code not in (None, 0) and not (code == -signal.SIGABRT and result.exists())
+    return process.exitcode not in (None, 0) and not (process.exitcode == -signal.SIGABRT and result.exists())
 
 
 def _start(
-    folder: Path, file: str, function: str, args: tuple[Any, ...], *, rank: int, num_ranks: int, port: int
-) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
-    environment |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-    }
-    with (folder / f"{rank}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, __file__, file, function, json.dumps(args), str(folder / f"{rank}.json")],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    file: str, function: str, args: tuple[Any, ...], result: Path, *, rank: int, num_ranks: int, port: int
+) -> ForkServerProcess:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, **ON_A_CPU, **{name: str(value) for name, value in place.items()}}
+    log = result.with_suffix(".log")
+    return start_forked(_rank, file, function, args, result, environment=environment, stdout=log, stderr=log)
 
 
 def free_port() -> int:
@@ -95,7 +82,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _main(file: str, function: str, args: str, result: str) -> None:
+def _rank(file: str, function: str, args: tuple[Any, ...], result: Path) -> None:
     """One rank: import the test file, call the function, leave its result."""
     import torch.distributed as dist
 
@@ -106,13 +93,9 @@ def _main(file: str, function: str, args: str, result: str) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    value = getattr(module, function)(*json.loads(args))
+    value = getattr(module, function)(*args)
     dist.barrier()
-    unfinished = Path(f"{result}.tmp")
+    unfinished = result.with_suffix(".tmp")
     unfinished.write_text(json.dumps(value))
     unfinished.rename(result)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
