@@ -301,9 +301,10 @@ def test_the_reference_gives_its_values_again_in_other_batches(cache: Path) -> N
         assert spread["max_in_bounds"] == pytest.approx(spread["max_per_token"] / 1e-4)
 
 
-def test_a_forged_value_that_could_be_true_is_found_by_rescoring_alone(cache: Path) -> None:
+@pytest.mark.parametrize("value", ["ref_rejected_logps", "ref_rejected_common_logps"])
+def test_a_forged_value_that_could_be_true_is_found_by_rescoring_alone(cache: Path, value: str) -> None:
     rows = rows_of(cache)
-    forged = rows[7] = replace(rows[7], ref_rejected_logps=rows[7].ref_rejected_logps - 0.5)
+    forged = rows[7] = replace(rows[7], **{value: getattr(rows[7], value) - 0.5})
     rewrite(cache, rows)
     assert invoke("verify", cache).exit_code == 0
     found = report("verify", cache, "--rescore", NUM_PAIRS, exit_code=1)

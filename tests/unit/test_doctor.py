@@ -296,7 +296,7 @@ def test_the_command_prints_one_object_and_fails_where_a_stage_would(tmp_path: P
     (tmp_path / "pyarrow.py").write_text("raise ImportError('built for another Python')")
     done = subprocess.run(
         [sys.executable, "-m", "dpo_cache", "doctor", "--json"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "WANDB_API_KEY": "k" * 40},
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "WANDB_API_KEY": "k" * 40},
         capture_output=True,
         text=True,
         timeout=120,

@@ -576,7 +576,8 @@ def test_an_eos_inside_an_answer_is_no_doubled_one(make: MakeTokenizer) -> None:
 
 
 def test_a_bos_in_plain_text_makes_the_row_unusable(make: MakeTokenizer) -> None:
-    assert reason(make(adds_bos=True), text("<s>Hi", " Yes", " No")) == "double-bos"
+    for written in (text("<s>Hi", " Yes", " No"), text("", "<s>Yes", "No")):
+        assert reason(make(adds_bos=True), written) == "double-bos"
 
 
 # ---- plain text ----

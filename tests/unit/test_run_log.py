@@ -49,7 +49,9 @@ def test_a_fresh_start_keeps_nothing_of_a_run_that_saved_no_checkpoint(tmp_path:
     assert _steps(path) == []
 
 
-@pytest.mark.parametrize("torn", [b'{"training_step": 5, "tra', b"{}\n", b"\xff\xfe\n", b"null\n"])
+@pytest.mark.parametrize(
+    "torn", [b'{"training_step": 5, "tra', b'{"training_step": 5}', b"{}\n", b"\xff\xfe\n", b"null\n"]
+)
 def test_a_torn_tail_is_dropped_and_reported(tmp_path: Path, torn: bytes, caplog: pytest.LogCaptureFixture) -> None:
     path = _written(tmp_path / "metrics.jsonl", 4)
     with path.open("ab") as file:

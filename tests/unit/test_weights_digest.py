@@ -15,8 +15,9 @@ import pytest
 import torch
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import digest_memo
+from dpo_cache.pipeline.cache import weights_digest as weights_digest_module
 from dpo_cache.pipeline.cache.canonical_json import canonical_bytes
-from dpo_cache.pipeline.cache.digest_memo import DigestMemo
+from dpo_cache.pipeline.cache.digest_memo import DigestMemo, TensorDigest
 from dpo_cache.pipeline.cache.weights_digest import weights_digest
 from safetensors.torch import save_file
 
@@ -124,6 +125,20 @@ def test_unchanged_files_are_not_read_again_and_changed_ones_are(model: Path, mo
 def test_a_file_that_changed_a_moment_ago_is_not_remembered(model: Path) -> None:
     weights_digest(model)
     assert DigestMemo().get(model / "model.safetensors", (model / "model.safetensors").stat()) is None
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that is still being downloaded: its digest would be of no weights that ever were."""
+
+    def hash_slowly(files: list[Path]) -> dict[Path, list[TensorDigest]]:
+        hashed = hash_files(files)
+        save_file({**TENSORS, "scalar": torch.tensor(8)}, model / "model.safetensors")
+        return hashed
+
+    hash_files = weights_digest_module._hash_files
+    monkeypatch.setattr(weights_digest_module, "_hash_files", hash_slowly)
+    with pytest.raises(DpoCacheError, match="changed while it was read"):
+        weights_digest(model)
 
 
 @pytest.mark.parametrize("changed", ["st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_dev"])
