@@ -126,7 +126,6 @@ class PairMetrics:
         self._sums += torch.tensor([unlogged[name] for name in _SUMS], dtype=torch.float64, device=self._device)
         for name in _COUNTS:
             self._counts[name] += int(unlogged[name])
-        self._has_aux_loss |= unlogged["aux_loss"] != 0
         self._since -= unlogged["seconds"]
 
     def reduce(self) -> dict[str, float]:

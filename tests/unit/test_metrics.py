@@ -113,6 +113,25 @@ def test_numbers_do_not_depend_on_the_split_into_ranks_and_micro_steps() -> None
                 assert found == pytest.approx(expected, rel=1e-14)
 
 
+def memory_and_utilisation() -> list[float]:
+    """The most memory, and the utilisation for each token a second, of ranks that do and need different amounts."""
+    rank = dist.get_rank()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_module, "peak_memory_bytes", lambda _device: (rank + 1) << 30)
+        patch.setattr(metrics_module, "peak_flops_per_second", lambda _device: 1e12)
+        metrics = _metrics(cost=COST)
+        metrics.add(_scored(PAIRS))
+        line = metrics.reduce()
+    return [line["perf/peak_memory_gib"], line["perf/mfu"] / line["perf/tokens_per_second"]]
+
+
+def test_memory_is_that_of_the_fullest_rank_and_utilisation_is_of_all_devices() -> None:
+    memory, utilisation = memory_and_utilisation()
+    assert memory == 1.0
+    for of_rank in run_ranks(memory_and_utilisation, num_ranks=2):
+        assert of_rank == pytest.approx([2.0, utilisation / 2])
+
+
 def test_the_fields_of_a_line() -> None:
     metrics = _metrics()
     metrics.add(_scored(PAIRS))
