@@ -106,7 +106,6 @@ def make_engine(
     attention: str = "sdpa",
     gradient_checkpointing: bool = False,
     load_balancing_weight: float | None = None,
-    adam: dict[str, Any] | None = None,
     **partitioning: Any,
 ) -> PolicyEngine:
     """An engine around the tiny policy, or around the model in a folder, partitioned while it is read."""
@@ -143,7 +142,6 @@ def make_engine(
         objective=objective or resolve_objective("dpo_norm"),
         weight_decay=weight_decay,
         bad_batch_path=folder / "bad_batch.json",
-        **(adam or {}),
     )
 
 

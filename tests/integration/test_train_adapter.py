@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,10 +40,8 @@ def test_an_adapter_does_not_go_on_on_other_weights(shared_cache: Path, tmp_path
     numbers = ("--max-steps", 2, "--global-batch-size", 8, "--use-lora", "--lora-rank", 2, "--allow-other-policy")
     command = dpo_train("--cache", shared_cache, "--output", tmp_path / "run", *numbers)
     run([*command, "--stop-after-steps", "1"])
-    moved = [*command, "--model", str(other), "--resume"]
-    done = subprocess.run(moved, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert f"belongs to another run: --model was left out and is {other}\n" in done.stderr
+    message = fails([*command, "--model", str(other), "--resume"])
+    assert f"belongs to another run: --model was left out and is {other}\n" in message
 
 
 def test_an_adapter_that_cannot_be_merged_ends_a_run_with_merge_before_any_update(

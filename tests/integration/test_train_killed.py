@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import dpo_train, kill_when, metrics, run
+from commands import dpo_train, ended, kill_when, metrics, run
 from safetensors.torch import load_file
 
 STEPS = 12
@@ -56,7 +55,7 @@ def test_a_run_killed_while_saving_and_at_random_moments_equals_one_never_stoppe
     generator = random.Random(0)
     for updates in (5, 9):
         kill_when(command, RandomlyAfter(killed, updates, seconds=generator.uniform(0.0, 0.5)))
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    finished = ended(command)
     assert finished.returncode == 0, finished.stderr[-3000:]
 
     straight, resumed = metrics(whole), metrics(killed)
