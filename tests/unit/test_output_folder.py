@@ -1,12 +1,13 @@
-"""Which folders a resumed run may write to."""
+"""Which folders a run may write to."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages.training.output_folder import refuse_other_folder
+from dpo_cache.stages.training.output_folder import output_lock, refuse_other_folder
 from run_factory import write_run
 
 
@@ -24,3 +25,14 @@ def test_the_checkpoints_of_another_trainer_are_not_a_run(tmp_path: Path) -> Non
     (tmp_path / "checkpoints/step_100").mkdir(parents=True)
     with pytest.raises(DpoCacheError, match="is not the folder of a run: it holds checkpoints"):
         refuse_other_folder(tmp_path)
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(tmp_path: Path) -> None:
+    with (
+        output_lock(tmp_path / "run"),
+        pytest.raises(DpoCacheError, match=f"is in use by process {os.getpid()}\n"),
+        output_lock(tmp_path / "run"),
+    ):
+        pytest.fail("two runs write one folder")
+    with output_lock(tmp_path / "run"):
+        pass
