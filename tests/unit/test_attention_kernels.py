@@ -27,7 +27,7 @@ from transformers.integrations.flex_attention import WrappedFlexAttention
 compile_fused = torch.compile
 KERNELS_IN_TRAINING = [
     ("sdpa", 0, False),
-    *(("flex_attention", zero_stage, recomputes) for zero_stage in (0, 2, 3) for recomputes in (False, True)),
+    *(("flex_attention", zero_stage, recomputes) for zero_stage in (0, 3) for recomputes in (False, True)),
 ]
 """Kernel, ZeRO stage, and whether layers are recomputed."""
 
@@ -53,10 +53,12 @@ def compiled_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_compiled_without_a_gpu")
-@pytest.mark.parametrize("name", ["llama", "olmo3"])
-def test_flex_attention_stays_compiled_through_scoring_evaluation_and_training(name: str) -> None:
-    """torch.compile keeps 8 variants unless told otherwise, and then attends over the whole square of a row."""
-    scorer = PairScorer(tiny_model(name, attention="flex_attention", max_position_embeddings=2048))
+def test_flex_attention_stays_compiled_through_scoring_evaluation_and_training() -> None:
+    """torch.compile keeps 8 variants unless told otherwise, and then attends over the whole square of a row.
+
+    Layers with a window and layers without make the most variants.
+    """
+    scorer = PairScorer(tiny_model("olmo3", attention="flex_attention", max_position_embeddings=2048))
     choose_layout(scorer, device="cpu")
     batches = [_packed(tokens) for tokens in (500, 700, 1000)] + [empty_batch(Layout.PACKED), _packed(400)]
 
