@@ -566,12 +566,16 @@ def test_the_order_in_which_caches_are_merged_does_not_matter_and_merging_again_
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (status.st_ino, status.st_mtime_ns)
 
 
-def test_merging_puts_a_sound_shard_in_the_place_of_a_damaged_one(cache: Path, tmp_path: Path) -> None:
+def test_merging_puts_a_sound_shard_in_the_place_of_a_damaged_one_and_goes_round_another(
+    cache: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(cache, copy)
     flip_in_shard(copy)
+    (torn := copy / "shards" / f"{'0' * 64}.parquet").write_bytes(b"PAR1")
     assert report("merge", cache, "--cache", copy)["shards"] == 1
-    assert report("verify", copy)["findings"] == []
+    found = report("verify", copy, exit_code=1)
+    assert [finding["path"] for finding in found["findings"]] == [f"shards/{torn.name}"]
 
 
 def test_merge_refuses_another_reference_other_tokens_and_damage_by_name(cache: Path, tmp_path: Path) -> None:

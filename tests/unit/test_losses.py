@@ -224,6 +224,7 @@ def test_rewards_and_logps_are_in_the_unit_of_the_loss() -> None:
     assert sums.chosen_logps_B.tolist() == pytest.approx([-10.0])
     assert averages.chosen_rewards_B.tolist() == pytest.approx([5 * 0.2])
     assert averages.rejected_rewards_B.tolist() == pytest.approx([5 * -0.5])
+    assert averages.chosen_logps_B.tolist() == pytest.approx([-2.0])
     assert averages.rejected_logps_B.tolist() == pytest.approx([-3.0])
 
 

@@ -51,6 +51,18 @@ def test_a_mixture_comes_back_as_it_was_written(cache: ReferenceCache) -> None:
     assert sorted(read.shared_prefix_lengths()) == sorted(row.pair.shared_prefix_tokens for row in rows)
 
 
+def test_every_row_says_where_its_pair_lies_where_shards_do_not_count_by_their_digest(cache: ReferenceCache) -> None:
+    """Those with log-probabilities per token come first; a pointer names all of them by ascending digest."""
+    rows = []
+    for part in range(6):
+        rows += (of_part := make_rows(4, seed=part, token_logps=part < 3))
+        cache.shards.write(of_part)
+    by_digest = np.argsort([shard.sha256 for shard in cache.shards.key_index().shards])
+    assert by_digest[by_digest].tolist() != list(range(6)), "shards would lie right if they were numbered backwards"
+    write(cache, mixture_rows(rows))
+    assert {row.key for row in cache.pairs()} == {row.key for row in rows}
+
+
 def test_every_row_says_where_its_pair_lies(cache: ReferenceCache) -> None:
     mixture = fill_cache(cache, make_rows(30), shard_rows=8)
     index = cache.shards.key_index()
