@@ -12,9 +12,9 @@ from commands import logps_by_key
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.data.dataset_source import open_dataset
 from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
-from dpo_cache.stages import build as build_module
 from dpo_cache.stages.build import build
 from dpo_cache.stages.building.build_config import BuildConfig
+from dpo_cache.stages.scoring.scoring_job import lead_scoring
 from tiny_model import message_pairs, write_rows
 
 
@@ -63,16 +63,16 @@ def test_datasets_splits_and_amounts_make_mixtures_that_share_the_rows_of_one_ca
 def test_a_mixture_is_written_once_a_shared_file_system_shows_the_shards_of_other_machines(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, elsewhere, lead = tmp_path / "cache", tmp_path / "elsewhere", build_module.lead_scoring
+    cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
 
     def lead_slow_machines(*given: Any, **options: Any) -> Any:
-        outcome = lead(*given, **options)
+        outcome = lead_scoring(*given, **options)
         (shard,) = (cache / "shards").iterdir()
         shard.rename(elsewhere)
         threading.Timer(0.5, elsewhere.rename, [shard]).start()
         return outcome
 
-    monkeypatch.setattr(build_module, "lead_scoring", lead_slow_machines)
+    monkeypatch.setattr("dpo_cache.stages.build.lead_scoring", lead_slow_machines)
     dataset = write_rows(tmp_path / "pairs.jsonl", message_pairs(4))
     report = build(BuildConfig(model=str(reference), dataset=(str(dataset),), cache=cache))
     assert report is not None
