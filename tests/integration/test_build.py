@@ -341,27 +341,30 @@ def test_leaving_pairs_out_again_loads_no_model_and_changes_nothing(
 def test_a_model_that_is_too_sure_is_refused_in_words_of_its_own(
     reference: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    """With logits blown up and one token that always wins, an answer of that token alone has probability 1."""
+    """With logits blown up, ``Z`` follows whatever is not ``Z``, and the end follows ``Z``: both for certain."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(reference)
     model = AutoModelForCausalLM.from_pretrained(reference)
+    (sure,) = tokenizer("Z", add_special_tokens=False).input_ids
     with torch.no_grad():
-        for parameter in model.model.layers.parameters():
+        for parameter in (*model.model.layers.parameters(), model.model.embed_tokens.weight, model.lm_head.weight):
             parameter.zero_()
-        model.model.embed_tokens.weight.fill_(1.0)
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[tokenizer.eos_token_id] = 100.0
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.model.embed_tokens.weight[sure] = torch.eye(2, model.config.hidden_size)[1]
+        model.lm_head.weight[sure, 0] = 100.0
+        model.lm_head.weight[tokenizer.eos_token_id, 1] = 100.0
     model.save_pretrained(tmp_path / "sure")
     tokenizer.save_pretrained(tmp_path / "sure")
     rows: list[dict[str, Any]] = [
-        {"prompt": f"say {number}", "chosen": "<|endoftext|>", "rejected": "no"} for number in range(3)
+        {
+            "prompt": [{"role": "user", "content": f"say {number}"}],
+            "chosen": [{"role": "assistant", "content": "Z"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        }
+        for number in range(3)
     ]
-    for row in rows:
-        row["chosen"] = [{"role": "assistant", "content": "", "tool_calls": "x"}]
-        row["rejected"] = [{"role": "assistant", "content": "no"}]
-        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     dataset = write_rows(tmp_path / "rows.jsonl", rows)
     command = build(tmp_path / "sure", dataset, tmp_path / "cache")
     message = fails(command)
