@@ -31,7 +31,10 @@ LESS_MEMORY = (
     "--gradient-checkpointing, a smaller --tokens-per-microbatch, more GPUs at --zero-stage 3, --offload-optimizer, or "
     "--use-lora; --dry-run measures each"
 )
-STOPPING = "stopping: a checkpoint is saved after this update; Ctrl-C again stops at once, without one"
+STOPPING = (
+    "stopping: a checkpoint is saved after this update, or this batch of an evaluation; Ctrl-C again stops at once, "
+    "without one"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -99,7 +99,7 @@ class TrainingUpdates:
         if done != self._first_step and not self._run.checkpoints.is_due(done):
             self._save_checkpoint(done)
         self._log.close()
-        say_once(f"saved a checkpoint after update {done} of {self._run.recipe.total_steps}")
+        say_once(f"the checkpoint after update {done} of {self._run.recipe.total_steps} is saved")
         raise KeyboardInterrupt
 
     def evaluate_after(self) -> dict[str, float] | None:

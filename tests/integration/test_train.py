@@ -246,25 +246,60 @@ dpo_train(sys.argv[1:])
 """
 
 
+EVALUATED = ("--max-steps", 3, "--eval-mixture", "train", "--eval-steps", 1, "--keep-best", "margin")
+
+
+def without_speed(run_folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if "perf/" not in name} for line in lines]
+
+
 def test_a_run_told_to_stop_while_it_evaluates_saves_at_once_and_makes_up_for_the_evaluation(
     shared_cache: Path, tmp_path: Path
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    options = ("--max-steps", 3, "--eval-mixture", "train", "--eval-steps", 1, "--keep-best", "margin")
+    report = run(train(shared_cache, whole, *EVALUATED))
+    saved = []
+    for resumed in ((), ("--resume",)):  # the second is told so while it makes up for the evaluation
+        told = as_script(SIGTERM_WHILE_EVALUATING, train(shared_cache, stopped, *EVALUATED, *resumed))
+        assert told.returncode == 1
+        assert "the checkpoint after update 2 of 3 is saved" in told.stderr
+        saved.append((stopped / "checkpoints/step_2/COMPLETE").stat().st_mtime_ns)
+    assert saved[0] == saved[1]
+    assert run(train(shared_cache, stopped, *EVALUATED, "--resume"))["best"] == report["best"]
+    assert without_speed(stopped) == without_speed(whole)
+
+
+KILLED_BEFORE_THE_BEST_IS_KEPT = """
+import os, signal, sys
+from dpo_cache.stages.training.training_updates import TrainingUpdates
+
+keep = TrainingUpdates._keep_best
+def killed(updates, line, evaluation):
+    if evaluation["training_step"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    keep(updates, line, evaluation)
+
+TrainingUpdates._keep_best = killed
+from dpo_cache.cli import dpo_train
+dpo_train(sys.argv[1:])
+"""
+
+
+def test_a_run_killed_between_its_best_evaluation_and_the_best_model_keeps_it_once_it_is_resumed(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = (*EVALUATED, "--keep-best", "accuracy", "--learning-rate", 0.1, "--checkpointing-steps", 1)
     report = run(train(shared_cache, whole, *options))
-    told = as_script(SIGTERM_WHILE_EVALUATING, train(shared_cache, stopped, *options))
-    assert told.returncode == 1
-    assert "saved a checkpoint after update 2 of 3" in told.stderr
-    resumed = run(train(shared_cache, stopped, *options, "--resume"))
-    assert resumed["best"] == report["best"]
-    straight, made_up = (
-        [
-            {name: value for name, value in json.loads(line).items() if not name.startswith(("perf/", "eval/perf/"))}
-            for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        for folder in (whole, stopped)
-    )
-    assert made_up == straight
+    assert report["best"]["training_step"] == 2  # the third update can only equal it
+    died = as_script(KILLED_BEFORE_THE_BEST_IS_KEPT, train(shared_cache, killed, *options))
+    assert died.returncode == -signal.SIGKILL
+    assert json.loads((killed / "best.json").read_text(encoding="utf-8"))["training_step"] == 1
+    assert run(train(shared_cache, killed, *options, "--resume"))["best"] == report["best"]
+    best = [(folder / "best/model.safetensors").read_bytes() for folder in (whole, killed)]
+    assert best[0] == best[1]
+    assert without_speed(killed) == without_speed(whole)
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_again(shared_cache: Path, tmp_path: Path) -> None:
