@@ -60,6 +60,6 @@ class WeightSample:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    elements = weight.detach().view(-1)
+    elements = weight.detach().flatten()  # a copy of a transposed weight, which has no flat view
     # Odd, so that it is no multiple of a row's length, which would sample one column.
     return elements[:: len(elements) // MAX_ELEMENTS | 1]
