@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from dpo_cache import cli
+from dpo_cache.__main__ import main
 from forked_process import start_forked
 
 TIMEOUT_S = 300
@@ -45,21 +45,12 @@ def ended(command: list[str], *, environment: dict[str, str] | None = None) -> s
         return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=variables)
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
-        process = start_forked(_main, command[3:], environment=os.environ, stdout=stdout, stderr=stderr)
+        process = start_forked(main, command[3:], environment=os.environ, stdout=stdout, stderr=stderr)
         process.join(TIMEOUT_S)
         process.kill()  # where it has not ended
         process.join()
         assert process.exitcode is not None
         return subprocess.CompletedProcess(command, process.exitcode, stdout.read_text(), stderr.read_text())
-
-
-def _main(arguments: list[str]) -> None:
-    """What ``python -m dpo_cache`` does."""
-    name, *options = arguments
-    if name == "train":
-        cli.dpo_train(options)
-    else:
-        cli.dpo_cache(arguments)
 
 
 def run(command: list[str], *, environment: dict[str, str] | None = None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def start_forked(
     """Call a function in a process of its own.
 
     Args:
-        function: Top-level function of a module of ``tests/``.
+        function: Top-level function of a module.
         args: What can be pickled.
         environment: All of its variables. What libraries read while they are imported has no effect.
         stdout, stderr: Files for what it prints; may be one.
