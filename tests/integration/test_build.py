@@ -375,8 +375,9 @@ def test_a_model_that_is_too_sure_is_refused_in_words_of_its_own(
 def test_a_damaged_file_is_told_once_without_what_its_library_logs(reference: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "rows.jsonl"
     damaged.write_text('{"chosen": [{"role": "user"\n', encoding="utf-8")
-    message = ended(build(reference, damaged, tmp_path / "cache")).stderr
-    assert message.count("JSON parse error") == 1, message
+    done = ended(build(reference, damaged, tmp_path / "cache"))
+    assert done.returncode == 1
+    assert done.stderr.count("JSON parse error") == 1, done.stderr
 
 
 def test_a_mistyped_dataset_leaves_no_cache_behind(reference: Path, tmp_path: Path) -> None:

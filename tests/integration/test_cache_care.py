@@ -149,6 +149,7 @@ def test_a_whole_cache_is_sound(cache: Path) -> None:
     assert "4 shards with 40 distinct pairs" in result.stdout
     assert "nothing is wrong" in result.stdout
     assert content() == before
+    assert {path.suffix for path in (cache / "tmp").iterdir()} == {".lock"}
 
 
 @pytest.mark.parametrize(("damage", "kinds"), DAMAGES, ids=lambda value: getattr(value, "__name__", ""))
