@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import durable_file
-from dpo_cache.pipeline.cache.durable_file import FileOperations
 from dpo_cache.pipeline.training.checkpoint_folder import (
     MARKER,
     Checkpoint,
@@ -38,6 +36,7 @@ from dpo_cache.pipeline.training.checkpoints import (
 )
 from dpo_cache.pipeline.training.disk_space import PlannedFiles, check_free_space, planned_sizes
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
+from recorded_operations import RecordedOperations
 from torch import nn
 from training_factory import make_engine, random_pairs, train_steps
 
@@ -45,13 +44,6 @@ RUN = {"mixture": "a1b2", "seed": 42, "global_batch_size": 6}
 STATE = TrainerState(step=3, num_ranks=2, zero_stage=3, run=RUN, tracking_run_id="wandb-id")
 BATCHES = [random_pairs(6, seed=step) for step in range(5)]
 CASES = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")]
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def _fake_engine(*, fails: bool = False) -> Any:
@@ -83,26 +75,15 @@ def test_a_checkpoint_is_on_the_disk_before_it_is_marked_and_told_of_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a power cut leaves a marker that vouches for files of the right size and no content."""
-    done: list[str] = []
-
-    class Watched(FileOperations):
-        def open_existing(self, path: Path) -> int:
-            done.append(f"sync {path.name}")
-            return super().open_existing(path)
-
-        def rename(self, source: Path, destination: Path) -> None:
-            done.append(f"rename to {destination.name}")
-            super().rename(source, destination)
-
-        def sync_folder(self, path: Path) -> None:
-            done.append(f"sync {path.name}")
-            super().sync_folder(path)
-
-    monkeypatch.setattr(durable_file, "operations", Watched())
+    recorder = RecordedOperations()
+    monkeypatch.setattr(durable_file, "operations", recorder)
     _saved(tmp_path / "checkpoints", 3)
-    before, after = done[: done.index(f"rename to {MARKER}")], done[done.index(f"rename to {MARKER}") :]
-    assert {"sync weights.pt", "sync trainer_state.json", "sync engine", "sync step_3"} <= set(before)
-    assert after == [f"rename to {MARKER}", "sync step_3", "sync checkpoints"]
+    marked = recorder.calls.index(f"rename to step_3/{MARKER}")
+    before, after = recorder.calls[:marked], recorder.calls[marked:]
+    for name in ("weights.pt", "trainer_state.json"):
+        assert before[before.index(f"open {name}") + 1] == "sync"
+    assert {"sync_folder engine", "sync_folder step_3"} <= set(before)
+    assert after == [f"rename to step_3/{MARKER}", "sync_folder step_3", "sync_folder checkpoints"]
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

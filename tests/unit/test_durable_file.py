@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,58 +9,13 @@ import pytest
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import durable_file
 from dpo_cache.pipeline.cache.durable_file import (
-    FileOperations,
     adopt_durably,
     make_folder_durably,
     remove_durably,
     settle_tree,
     write_durably,
 )
-
-
-class Recorder(FileOperations):
-    """Does everything, writes down what, and fails at one call if told to."""
-
-    def __init__(self, fail_at: int | None = None) -> None:
-        self.calls: list[str] = []
-        self._fail_at = fail_at
-
-    def _record(self, call: str) -> None:
-        if len(self.calls) == self._fail_at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.calls.append(call)
-
-    def make_folder(self, path: Path) -> None:
-        self._record(f"make_folder {path.name}")
-        super().make_folder(path)
-
-    def create(self, path: Path) -> int:
-        self._record("create")
-        return super().create(path)
-
-    def open_existing(self, path: Path) -> int:
-        self._record(f"open {path.name}")
-        return super().open_existing(path)
-
-    def write(self, file: int, data: durable_file.Bytes) -> None:
-        self._record(f"write {len(data)}")
-        super().write(file, data)
-
-    def sync(self, file: int) -> None:
-        self._record("sync")
-        super().sync(file)
-
-    def rename(self, source: Path, destination: Path) -> None:
-        self._record(f"rename to {destination.parent.name}/{destination.name}")
-        super().rename(source, destination)
-
-    def remove(self, path: Path) -> None:
-        self._record(f"remove {path.name}")
-        super().remove(path)
-
-    def sync_folder(self, path: Path) -> None:
-        self._record(f"sync_folder {path.name}")
-        super().sync_folder(path)
+from recorded_operations import RecordedOperations
 
 
 @pytest.fixture
@@ -76,7 +29,7 @@ def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards, tmp = folders
-    recorder = Recorder()
+    recorder = RecordedOperations()
     monkeypatch.setattr(durable_file, "operations", recorder)
     write_durably(shards / "a", [b"one", b"three"], temporary_folder=tmp)
     assert recorder.calls == ["create", "write 3", "write 5", "sync", "rename to shards/a", "sync_folder shards"]
@@ -89,7 +42,7 @@ def test_a_file_that_others_wrote_is_synced_before_it_gets_its_name(
 ) -> None:
     shards, tmp = folders
     (tmp / "fetched").write_bytes(b"rows")
-    recorder = Recorder()
+    recorder = RecordedOperations()
     monkeypatch.setattr(durable_file, "operations", recorder)
     adopt_durably(tmp / "fetched", shards / "a")
     assert recorder.calls == ["open fetched", "sync", "rename to shards/a", "sync_folder shards"]
@@ -101,7 +54,7 @@ def test_of_a_folder_that_others_wrote_every_file_and_folder_is_synced(
     (tmp_path / "step/engine").mkdir(parents=True)
     for name in ("engine/weights", "state"):
         (tmp_path / "step" / name).write_bytes(b"whole")
-    recorder = Recorder()
+    recorder = RecordedOperations()
     monkeypatch.setattr(durable_file, "operations", recorder)
     assert settle_tree(tmp_path / "step") == [tmp_path / "step/engine/weights", tmp_path / "step/state"]
     assert recorder.calls == ["sync_folder engine", "open weights", "sync", "open state", "sync", "sync_folder step"]
@@ -113,7 +66,7 @@ def test_whichever_call_fails_the_old_file_or_the_new_one_is_there_whole_and_not
 ) -> None:
     shards, tmp = folders
     (shards / "a").write_bytes(b"old")
-    monkeypatch.setattr(durable_file, "operations", Recorder(fail_at=call))
+    monkeypatch.setattr(durable_file, "operations", RecordedOperations(fail_at=call))
     with pytest.raises(DpoCacheError, match=r"cannot write .*shards/a: No space left on device"):
         write_durably(shards / "a", b"new", temporary_folder=tmp)
     renamed = call == 4  # only the sync of the folder failed
@@ -144,7 +97,7 @@ def test_a_link_in_the_place_of_the_destination_is_replaced_and_not_followed(fol
 
 
 def test_new_folders_are_synced_into_their_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder()
+    recorder = RecordedOperations()
     monkeypatch.setattr(durable_file, "operations", recorder)
     make_folder_durably(tmp_path / "a" / "b")
     assert recorder.calls == ["make_folder a", f"sync_folder {tmp_path.name}", "make_folder b", "sync_folder a"]
@@ -154,7 +107,7 @@ def test_a_folder_that_is_there_is_synced_too_for_its_maker_may_have_died_before
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a").mkdir()
-    recorder = Recorder()
+    recorder = RecordedOperations()
     monkeypatch.setattr(durable_file, "operations", recorder)
     make_folder_durably(tmp_path / "a")
     assert recorder.calls == ["make_folder a", f"sync_folder {tmp_path.name}"]
@@ -166,7 +119,7 @@ def test_a_folder_that_is_there_is_synced_too_for_its_maker_may_have_died_before
 def test_removal_is_synced(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     shards, _ = folders
     (shards / "a").write_bytes(b"")
-    recorder = Recorder()
+    recorder = RecordedOperations()
     monkeypatch.setattr(durable_file, "operations", recorder)
     remove_durably(shards / "a")
     assert recorder.calls == ["remove a", "sync_folder shards"]

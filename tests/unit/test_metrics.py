@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,9 @@ from dpo_cache.pipeline.training.micro_batch import ScoredMicroBatch, collate
 from dpo_cache.pipeline.training.objective import resolve_objective
 from dpo_cache.pipeline.training.preference_loss import preference_loss
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def _scored(

@@ -6,13 +6,12 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import durable_file
 from dpo_cache.pipeline.cache.durable_file import Bytes, FileOperations
@@ -48,15 +47,6 @@ class FullDisk(FileOperations):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.fixture
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process."""
-    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def write_bad_batch(folder: Path) -> None:
     report_bad_batch(folder / "bad_batch.json", reason="loss", training_step=1, keys=[b"key"])
 
@@ -86,7 +76,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("one_rank")
 def test_a_full_disk_leaves_the_file_of_a_run_as_it_was(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

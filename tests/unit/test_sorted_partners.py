@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,13 +79,13 @@ def test_any_split_gives_the_gradient_of_the_whole_batch(num_ranks: int, splits:
                 assert found == pytest.approx(wanted, rel=1e-5, abs=1e-7), name
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_the_values_of_a_global_batch_leave_the_device_once_and_travel_over_the_hosts_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each transfer waits for the device, and the training's own group would take pickled objects through the GPUs."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    open_host_group()
     try:
-        open_host_group()
         objective, scorer = resolve_objective("aot"), PairScorer(tiny_policy())
         batches = [collate(part, LAYOUT) for part in (PAIRS[:3], PAIRS[3:], [])]
         with torch.no_grad():
@@ -113,7 +112,6 @@ def test_the_values_of_a_global_batch_leave_the_device_once_and_travel_over_the_
         assert [len(of_batch.chosen_B) for of_batch in partners] == [3, 4, 0]
     finally:
         forget_host_group()
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", NAMES)

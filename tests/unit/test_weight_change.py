@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from distributed_run import run_ranks
 from dpo_cache.pipeline.training.weight_change import MAX_ELEMENTS, WeightSample
 from training_factory import make_engine, random_pairs, train_steps
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def changed_at_all_stages(folder: str, learning_rates: list[float]) -> list[Any]:
@@ -51,7 +42,7 @@ def test_a_small_update_changes_the_float32_weights_and_hardly_any_in_bfloat16(t
 def test_the_sample_of_a_large_weight_is_spread_over_its_columns() -> None:
     weight = torch.zeros(1024, 256)
     assert weight.numel() > 2 * MAX_ELEMENTS
-    before = WeightSample([weight, torch.zeros(0)])
+    before = WeightSample([weight, weight.T, torch.zeros(0)])
     weight[:, 0] = 1.0
     changed = before.changed(torch.device("cpu"))
     assert changed.float32 == changed.bfloat16 == pytest.approx(1 / 256, rel=0.05)
