@@ -14,6 +14,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.durable_file import remove_durably
 from ..pipeline.cache.parquet_file import reading
 from ..pipeline.cache.shard_file import SHARD_NAME
+from ..pipeline.cache.unreadable_file import UnreadableFileError
 from .console.byte_size import byte_size
 from .console.counted_noun import counted
 
@@ -134,6 +135,8 @@ def _find_garbage(cache: ReferenceCache, min_age_days: float) -> GarbageReport:
 def _unnamed_files(cache: ReferenceCache) -> Iterator[Garbage]:
     try:
         mixtures = [cache.read_mixture(name) for name in cache.mixture_names()]
+    except UnreadableFileError:
+        raise
     except DpoCacheError as error:
         raise DpoCacheError(
             f"nobody can say what is in use: {error.found}",

@@ -15,7 +15,7 @@ import pyarrow as pa
 from ...errors import DpoCacheError, as_argument
 from .canonical_json import JsonObject, parse_object
 from .example_key import KEY_BYTES, KEY_VERSION, Keys, example_key
-from .format_version import FORMAT_VERSION, require_format_version
+from .format_version import FORMAT_VERSION, other_version, require_format_version
 from .parquet_file import KEY_COLUMN, ParquetReader, file_sha256, keys_of, numbers_of, reading
 from .row_group import RowGroup
 from .scored_pair import ScoredPair
@@ -189,5 +189,5 @@ def _checked_reference_id(path: Path, metadata: Mapping[str, str]) -> str:
     stated = metadata.get("dpo_cache.format_version")  # a footer holds texts
     require_format_version(FORMAT_VERSION if stated == str(FORMAT_VERSION) else stated, path)
     if metadata.get("dpo_cache.key_version") != str(KEY_VERSION):
-        raise DpoCacheError(f"{path} has keys of another version", expected=f"key version {KEY_VERSION}")
+        raise other_version(f"{path} has keys of another version", expected=f"key version {KEY_VERSION}")
     return metadata.get("dpo_cache.reference_id", "")

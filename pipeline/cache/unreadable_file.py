@@ -12,7 +12,9 @@ _NOT_A_FILE = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)
 
 
 class UnreadableFileError(DpoCacheError):
-    """The system would not or could not read a file: a disk, a network, too little memory, a lack of rights."""
+    """The system would not or could not read a file (a disk, a network, too little memory, a lack of rights), or this
+    version of dpo-cache cannot.
+    """
 
 
 def read_fault(path: Path, error: OSError | MemoryError) -> DpoCacheError:

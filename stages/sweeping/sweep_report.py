@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...pipeline.training.run_file import write_run_file, write_run_json
+from ...pipeline.training.run_file import read_run_json, write_run_file, write_run_json
 from .sweep_grid import value_text
 from .sweep_run import Score
 
@@ -192,7 +191,7 @@ class SweepReport:
 def recorded(output: Path) -> dict[str, Any] | None:
     """What an earlier start of the sweep wrote; None if there was none."""
     path = output / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_run_json(path) if path.exists() else None
 
 
 def options_text(options: Mapping[str, Any]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from ...errors import DpoCacheError
 from ...pipeline.report.run_record import Line, metrics_lines
 from ...pipeline.training.checkpoint_folder import changed_values
+from ...pipeline.training.run_file import read_run_json
 from ..training.recipe import Recipe, fixed_numbers
 from ..training.train_report import FILE as SUMMARY
 from ..training.train_report import TrainReport
@@ -89,7 +89,7 @@ class SweepRun:
     def step_zero_loss(self) -> float | None:
         """Loss before the first update; None before it was measured, and where it was not finite."""
         proof = self.folder / "step0.json"
-        loss: float | None = json.loads(proof.read_text(encoding="utf-8"))["loss"] if proof.exists() else None
+        loss: float | None = read_run_json(proof)["loss"] if proof.exists() else None
         return loss
 
     def has_begun(self) -> bool:
@@ -127,7 +127,7 @@ class SweepRun:
         recorded = self.folder / "config.json"
         if not self.has_begun() or not recorded.exists():
             return
-        config = json.loads(recorded.read_text(encoding="utf-8"))
+        config = read_run_json(recorded)
         different = changed_values(
             self._compared(config["settings"], config["resolved"]),
             self._compared(asdict(self.point.config), self.recipe.to_json()),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from ...pipeline.training.run_file import write_run_json
+from ...pipeline.training.run_file import read_run_json, write_run_json
 
 FILE = "best.json"
 FIELDS = {"accuracy": "eval/rewards/accuracy", "margin": "eval/rewards/margin"}
@@ -27,7 +26,7 @@ class BestModel:
         self._field = FIELDS[by] if by else None
         self._kept: dict[str, Any] | None = None
         if self._path.exists():
-            record = json.loads(self._path.read_text(encoding="utf-8"))
+            record = read_run_json(self._path)
             if record["training_step"] <= last_step and record["field"] == self._field:
                 self._kept = record
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ...pipeline.training.run_file import write_run_file, write_run_json
+from ...pipeline.training.run_file import read_run_json, write_run_file, write_run_json
 from ...pipeline.training.step_zero import StepZeroFigures, check_step_zero
 from ..processes.process_group import decided_by_first, say_once
 from .prepared_run import PreparedRun
@@ -70,7 +69,7 @@ def recorded_figures(record: Path) -> StepZeroFigures | None:
     """The figures of a record; None where the file is gone."""
     if not record.exists():
         return None
-    recorded = json.loads(record.read_text(encoding="utf-8"))
+    recorded = read_run_json(record)
     figures = {field.name: recorded[field.name] for field in fields(StepZeroFigures)}
     # JSON knows no NaN. Only the expected loss may be absent.
     known: dict[str, Any] = {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...pipeline.training.run_file import write_run_json
+from ...pipeline.training.run_file import read_run_json, write_run_json
 from ..console.counted_noun import counted
 
 FILE = "dry-run.json"
@@ -38,7 +37,7 @@ class DryRunReport:
     @classmethod
     def read(cls, output: Path) -> DryRunReport:
         """Read what :meth:`write` wrote."""
-        return cls(**json.loads((output / FILE).read_text(encoding="utf-8")))
+        return cls(**read_run_json(output / FILE))
 
     def to_json(self) -> dict[str, Any]:
         """One object for ``--json``."""

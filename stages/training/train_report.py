@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ...pipeline.training.run_file import write_run_json
+from ...pipeline.training.run_file import read_run_json, write_run_json
 from ..console.counted_noun import counted
 from ..hub.hub_model import HubUpload
 from .best_model import FIELDS
@@ -61,7 +60,7 @@ class TrainReport:
     @classmethod
     def read(cls, output: Path) -> TrainReport:
         """Read what :meth:`write` wrote."""
-        fields = json.loads((output / FILE).read_text(encoding="utf-8"))
+        fields = read_run_json(output / FILE)
         hub = fields.pop("hub")
         return cls(**fields, hub=HubUpload(**hub) if hub else None)
 

@@ -243,6 +243,32 @@ def test_a_file_that_cannot_be_read_just_now_is_not_taken_for_damaged(
     assert {path: path.read_bytes() for path in before} == before
 
 
+def newer_pointer(cache: Path) -> None:
+    described = read_sealed_json(pointer(cache), max_bytes=1 << 20)
+    write_sealed_json(pointer(cache), {**described, "format_version": 2}, temporary_folder=cache / "tmp")
+
+
+def newer_shard(cache: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer, "FORMAT_VERSION", 2)
+        ReferenceCache.open(cache).shards.write(make_rows(1))
+
+
+@pytest.mark.parametrize("written_by_a_newer_version", [newer_pointer, newer_shard])
+def test_what_a_newer_version_wrote_is_neither_damage_nor_garbage(
+    cache: Path, reference: Path, pairs_file: Path, written_by_a_newer_version: Callable[[Path], None]
+) -> None:
+    written_by_a_newer_version(cache)
+    before = {path: path.read_bytes() for path in cache.rglob("*.*") if path.parent.name != "tmp"}
+    commands = [["verify", cache], ["verify", cache, "--repair"]]
+    commands += [["build", "--model", reference, "--dataset", pairs_file, "--cache", cache, "--replace"]]
+    if written_by_a_newer_version is newer_pointer:
+        commands += [["gc", cache, "--yes", "--min-age-days", 0]]
+    for words in commands:
+        assert "has format version 2\n  expected: version 1\n  next: use the dpo-cache that" in refusal(*words)
+    assert {path: path.read_bytes() for path in cache.rglob("*.*") if path.parent.name != "tmp"} == before
+
+
 def test_every_command_that_a_message_names_exists() -> None:
     package = Path(dpo_cache_package.__file__).parent
     sources = [path for folder in ("stages", "pipeline") for path in (package / folder).rglob("*.py")]

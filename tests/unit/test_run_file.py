@@ -20,9 +20,11 @@ from dpo_cache.pipeline.training.eval_margins import EVAL_MARGINS, write_eval_ma
 from dpo_cache.pipeline.training.run_file import write_run_file, write_run_json
 from dpo_cache.pipeline.training.run_log import MetricsFile
 from dpo_cache.pipeline.training.step_zero import StepZeroFigures
-from dpo_cache.stages.sweeping.sweep_report import SweepReport
+from dpo_cache.stages.sweeping.sweep_report import SweepReport, recorded
 from dpo_cache.stages.training.best_model import BestModel
+from dpo_cache.stages.training.step_zero_proof import recorded_figures
 from dpo_cache.stages.training.train_dry_run import DryRunReport
+from dpo_cache.stages.training.train_report import TrainReport
 
 STEP_ZERO = StepZeroFigures(
     dtype="float32",
@@ -94,6 +96,24 @@ def test_a_file_of_a_run_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_run_json(tmp_path / "file", {"short": 1})
     assert (tmp_path / "file").read_text(encoding="utf-8") == '{\n  "short": 1\n}\n'
     assert os.listdir(tmp_path) == ["file"]
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "step0.json": lambda folder: recorded_figures(folder / "step0.json"),
+    "dry-run.json": DryRunReport.read,
+    "best.json": lambda folder: BestModel(folder, by="accuracy", last_step=0),
+    "summary.json": TrainReport.read,
+    "sweep.json": recorded,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("content", ["", "null", '{"training_step": '])
+def test_a_file_of_a_run_that_was_spoiled_is_named(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DpoCacheError, match=f"{name} cannot be read: .*") as refused:
+        READERS[name](tmp_path)
+    assert refused.value.next_step == "restore it from a copy, or remove it"
 
 
 def test_a_number_that_is_not_finite_is_null_in_every_file_of_a_run(tmp_path: Path) -> None:
