@@ -43,8 +43,8 @@ class PairMetrics:
     Args:
         objective: Decides the unit of ``logps/*`` and ``rewards/*``, and whether there are rewards at all.
         device: Where the sums are kept, so that adding to them never waits for the device.
-        tie_margin: A difference of the two sides' log-ratios below this, in nats per token, is noise: a tie, which
-            counts half in the accuracy.
+        tie_margin: A difference of the two rewards below this, in nats per token, is noise: a tie, which counts half
+            in the accuracy.
         cost: Of the model, for ``perf/mfu``; None leaves it out. A backward pass counts twice a forward pass; what is
             computed again (checkpointed activations, the head's logits) does not count.
         prefix: Put before every name; ``eval/`` for evaluation.
@@ -83,7 +83,9 @@ class PairMetrics:
                 outcomes.chosen_rewards_B.sum(),
                 outcomes.rejected_rewards_B.sum(),
             )
-            right = self._right(outcomes.chosen_rewards_B, outcomes.rejected_rewards_B, outcomes.average_margin_B).sum()
+            right = self._right(
+                outcomes.chosen_rewards_B, outcomes.rejected_rewards_B, outcomes.margin_per_token_B
+            ).sum()
         if policy.aux_loss is not None:
             self._has_aux_loss = True
             aux_loss = policy.aux_loss * scored.micro_batch.num_pairs
@@ -106,10 +108,10 @@ class PairMetrics:
             ]
         )
 
-    def _right(self, chosen_rewards_B: Tensor, rejected_rewards_B: Tensor, average_margin_B: Tensor) -> Tensor:
+    def _right(self, chosen_rewards_B: Tensor, rejected_rewards_B: Tensor, margin_per_token_B: Tensor) -> Tensor:
         """1 where chosen has the higher reward, 0 where rejected has, 1/2 for a tie; no number for a margin that is
         none."""
-        tie_B = (average_margin_B.abs() < self._tie_margin) | (chosen_rewards_B == rejected_rewards_B)
+        tie_B = (margin_per_token_B.abs() < self._tie_margin) | (chosen_rewards_B == rejected_rewards_B)
         right_B = torch.where(tie_B, 0.5, (chosen_rewards_B > rejected_rewards_B).double())
         return torch.where((chosen_rewards_B - rejected_rewards_B).isnan(), torch.nan, right_B)
 

@@ -47,7 +47,8 @@ class PairOutcomes:
         chosen_rewards_B, rejected_rewards_B: ``β·rc`` and ``β·rr`` (with another f-divergence ``β·f′``), of averages
             where the lead loss works on averages; without gradient. None for an objective without a reference.
         chosen_logps_B, rejected_logps_B: The policy's log-probabilities in the lead loss's unit, without gradient.
-        average_margin_B: avgΔ in nats per token, which tells a tie from a difference whatever the loss's unit.
+        margin_per_token_B: What the two rewards differ by, in nats per token, to be held against rounding: avgΔ where
+            the lead loss works on averages, else rc − rr over the mean length of the two responses. Without gradient.
     """
 
     objective_B: Tensor
@@ -55,7 +56,7 @@ class PairOutcomes:
     rejected_rewards_B: Tensor | None
     chosen_logps_B: Tensor
     rejected_logps_B: Tensor
-    average_margin_B: Tensor
+    margin_per_token_B: Tensor
 
     def detached(self) -> PairOutcomes:
         """The same values without the graph."""
@@ -83,7 +84,7 @@ def preference_loss(
             rejected_rewards_B=_reward(objective, terms.rejected_score_B, terms.rejected_average_B),
             chosen_logps_B=(terms.policy_chosen_average_B if averages else policy.chosen_logps_B).detach(),
             rejected_logps_B=(terms.policy_rejected_average_B if averages else policy.rejected_logps_B).detach(),
-            average_margin_B=terms.average_margin(),
+            margin_per_token_B=_margin_per_token(objective, policy, terms),
         )
 
 
@@ -121,3 +122,10 @@ def _reward(objective: Objective, score_B: Tensor, average_B: Tensor) -> Tensor 
     if not objective.uses_reference:
         return None
     return objective.lead.beta * (average_B if objective.averages else score_B).detach()
+
+
+def _margin_per_token(objective: Objective, policy: PairLogps, terms: PairTerms) -> Tensor:
+    """Rounding of so much per token on both sides moves either by twice as much at most."""
+    if objective.averages:
+        return terms.average_margin()
+    return 2 * (terms.chosen_B - terms.rejected_B) / (policy.chosen_tokens_B + policy.rejected_tokens_B)

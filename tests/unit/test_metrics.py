@@ -212,6 +212,29 @@ def test_ties_and_differences_within_rounding_count_half() -> None:
     assert metrics.reduce()["rewards/accuracy"] == pytest.approx((0.5 + 0.5 + 1.0) / 3)
 
 
+def test_a_tie_is_one_of_the_rewards_that_are_compared() -> None:
+    """Responses of 3 and 4 tokens: rewards of sums may be far apart where those per token are not, and the reverse."""
+    apart_in_sums, apart_per_token = (-6.0, -8.0, -3.0, -4.0), (-6.0, -8.0, -3.0, -5.0)
+    accuracies = {}
+    for loss in ("dpo", "dpo_norm"):
+        for pair in (apart_in_sums, apart_per_token):
+            metrics = _metrics(loss, tie_margin=1e-3)
+            metrics.add(_scored([pair], loss=loss))
+            accuracies[loss, pair] = metrics.reduce()["rewards/accuracy"]
+    assert accuracies == {
+        ("dpo", apart_in_sums): 1.0,  # rc = −3, rr = −4
+        ("dpo", apart_per_token): 0.5,  # rc = rr = −3
+        ("dpo_norm", apart_in_sums): 0.5,  # −1 per token both
+        ("dpo_norm", apart_per_token): 0.0,  # −1 and −3/4
+    }
+
+
+def test_sums_that_differ_by_rounding_are_a_tie_whatever_their_lengths() -> None:
+    metrics = _metrics(tie_margin=1e-3)
+    metrics.add(_scored([(-6.0, -8.0, -3.0, -5.003), (-6.0, -8.0, -3.0, -5.004)]))  # 7 tokens: up to 3.5e-3 nats
+    assert metrics.reduce()["rewards/accuracy"] == (0.5 + 0.0) / 2
+
+
 def test_a_margin_that_is_no_number_is_neither_right_nor_wrong_nor_a_tie() -> None:
     metrics = _metrics()
     metrics.add(_scored([(math.nan, -6.0, -5.0, -6.0), (-5.0, -6.0, -5.1, -6.0)]))
