@@ -260,7 +260,7 @@ def test_what_a_newer_version_wrote_is_neither_damage_nor_garbage(
 ) -> None:
     written_by_a_newer_version(cache)
     before = {path: path.read_bytes() for path in cache.rglob("*.*") if path.parent.name != "tmp"}
-    commands = [["verify", cache], ["verify", cache, "--repair"]]
+    commands: list[list[str | Path | int]] = [["verify", cache], ["verify", cache, "--repair"]]
     commands += [["build", "--model", reference, "--dataset", pairs_file, "--cache", cache, "--replace"]]
     if written_by_a_newer_version is newer_pointer:
         commands += [["gc", cache, "--yes", "--min-age-days", 0]]
