@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import zstandard
 from datasets import Dataset, load_dataset_builder
+from datasets.data_files import FILES_TO_IGNORE
 
 from ...errors import DpoCacheError, first_line
 from .dataset_spec import DatasetSpec
@@ -37,10 +38,14 @@ class DatasetSource:
         spec: What was asked for.
         num_rows: Rows there are, before the amount.
         picked_rows: Row numbers in order, repeats included, shape (rows picked,).
+        unread_files: Names of the data files of a folder that are in none of its splits.
     """
 
-    def __init__(self, spec: DatasetSpec, dataset: Dataset, provenance: dict[str, Any]) -> None:
+    def __init__(
+        self, spec: DatasetSpec, dataset: Dataset, provenance: dict[str, Any], *, unread_files: Sequence[str] = ()
+    ) -> None:
         self.spec = spec
+        self.unread_files = unread_files
         self.num_rows: int = dataset.num_rows
         self.picked_rows = spec.pick_rows(self.num_rows)
         self._dataset = dataset
@@ -125,7 +130,8 @@ def _open_local(spec: DatasetSpec, path: Path) -> DatasetSource:
         records = [_file_record(file, relative_to=path) for file in files]
         if before != [_age(file) for file in files]:
             raise DpoCacheError(f"--dataset {spec}: its files changed while they were read")
-        source = DatasetSource(spec, dataset, {**_spec_record(spec, split), "files": records})
+        unread = _unread_files(path.resolve(), builder) if path.is_dir() else []
+        source = DatasetSource(spec, dataset, {**_spec_record(spec, split), "files": records}, unread_files=unread)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -150,8 +156,8 @@ def _local_builder(spec: DatasetSpec, path: Path, folder: Path) -> Any:
         return _builder(spec, str(path.resolve()), name=spec.config, cache_dir=str(folder))
     if spec.config is not None:
         raise DpoCacheError(f"--dataset {spec}: a single file has no config", next_step="leave config= out")
-    file_type = next((_FILE_TYPES[suffix] for suffix in path.suffixes if suffix in _FILE_TYPES), None)
-    if file_type is None or path.suffix not in (*_FILE_TYPES, ".gz", ".zst"):
+    file_type = _file_type(path)
+    if file_type is None:
         raise DpoCacheError(
             f"--dataset {spec}: files ending in {path.suffix or 'nothing'} are not read",
             expected=f"{', '.join(_FILE_TYPES)}, or one of these with .gz or .zst",
@@ -164,6 +170,13 @@ def _local_builder(spec: DatasetSpec, path: Path, folder: Path) -> Any:
         plain = folder / f"rows{path.suffix}"  # a name that is no pattern: pairs[1].jsonl would mean pairs1.jsonl
         plain.symlink_to(path.resolve())
     return _builder(spec, file_type, data_files={"train": [str(plain)]}, cache_dir=str(folder))
+
+
+def _file_type(path: PurePath) -> str | None:
+    """What the library calls a file of this name; None for one that is not read."""
+    if path.suffix not in (*_FILE_TYPES, ".gz", ".zst"):
+        return None
+    return next((_FILE_TYPES[suffix] for suffix in path.suffixes if suffix in _FILE_TYPES), None)
 
 
 def _refuse_pattern(spec: DatasetSpec, folder: Path) -> None:
@@ -225,7 +238,7 @@ def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
 def _choose_split(spec: DatasetSpec, builder: Any) -> str:
     splits = [str(split) for split in builder.config.data_files or builder.info.splits or ()]
     if spec.split is not None:
-        if _base_split(spec.split) not in splits:
+        if not set(_base_splits(spec.split)) <= set(splits):
             raise DpoCacheError(
                 f"--dataset {spec}: there is no split {spec.split}", expected=f"one of {', '.join(splits)}"
             )
@@ -239,12 +252,34 @@ def _choose_split(spec: DatasetSpec, builder: Any) -> str:
     )
 
 
-def _base_split(split: str) -> str:
-    return split.partition("[")[0]
+def _base_splits(split: str) -> list[str]:
+    """``train[:10%]+test`` takes rows of ``train`` and ``test``."""
+    return list(dict.fromkeys(part.partition("[")[0] for part in split.split("+")))
 
 
 def _split_files(builder: Any, split: str) -> list[Path]:
-    return [Path(file) for file in builder.config.data_files[_base_split(split)]]
+    return [Path(file) for name in _base_splits(split) for file in builder.config.data_files[name]]
+
+
+def _unread_files(folder: Path, builder: Any) -> list[str]:
+    """Data files of a folder that are in none of its splits, by their names in it.
+
+    Of files of several kinds the library reads the most frequent one, and as soon as one is named after a split
+    (``alpaca_eval.jsonl`` is a test split), only those that are.
+    """
+    if len(builder.builder_configs) > 1:  # the folder's README lists the files of each
+        return []
+    in_splits = {Path(file) for files in builder.config.data_files.values() for file in files}
+    others = (
+        file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file() and file not in in_splits
+    )
+    return [
+        str(file)
+        for file in others
+        if _file_type(file) is not None
+        and file.name not in FILES_TO_IGNORE
+        and not any(part.startswith((".", "__")) for part in file.parts)
+    ]
 
 
 # ---- what was read ----

@@ -34,6 +34,7 @@ from .row_counts import DROPPED, TRUNCATED, dropped_rows
 CHUNK_ROWS = 512
 ROWS_WORTH_A_PROCESS = 4096
 """Below this, a tokenizing process of its own costs more to start than it saves."""
+MAX_NAMED_FILES = 10
 
 
 def collect_pairs(
@@ -98,6 +99,13 @@ def _described(source: DatasetSource) -> Iterator[str]:
     unused = unused_columns(source.column_names, preference_format)
     if unused:
         yield f"{source.spec}: columns that are not used: {', '.join(unused)}"
+    if source.unread_files:
+        more = ["…"] if len(source.unread_files) > MAX_NAMED_FILES else []
+        named = ", ".join([*source.unread_files[:MAX_NAMED_FILES], *more])
+        yield (
+            f"warning: {source.spec}: in none of its splits, so not read: {named}; a folder is split by the names of "
+            "its files, so name the files one by one, or rename them"
+        )
 
 
 class _Collector:

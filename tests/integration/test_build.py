@@ -116,6 +116,16 @@ def test_a_dry_run_counts_and_writes_nothing(reference: Path, pairs_file: Path, 
     assert not (tmp_path / "none").exists()
 
 
+def test_files_of_a_folder_that_no_split_takes_are_warned_of(reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number, name in enumerate(("hh.jsonl", "alpaca_eval.jsonl")):
+        write_rows(folder / name, message_pairs(3, seed=number))
+    done = ended(build(reference, folder, tmp_path / "cache", "--dry-run"))
+    assert done.returncode == 0, done.stderr
+    assert f"warning: {folder}: in none of its splits, so not read: hh.jsonl; a folder is split" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -114,6 +114,44 @@ def test_a_folder_is_read_by_split(tmp_path: Path) -> None:
     assert all_rows(opened(tmp_path / "folder", split="train[1:3]")) == ROWS[1:3]
 
 
+def test_splits_that_are_joined_are_recorded_with_the_files_of_all(tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder" / "train.jsonl", ROWS[:4]).parent
+    write(folder / "test.jsonl", ROWS[4:])
+    for split, rows in (("train+test", ROWS), ("train[:2]+test[:1]", [*ROWS[:2], ROWS[4]])):
+        source = opened(folder, split=split)
+        assert all_rows(source) == rows
+        assert [file["name"] for file in source.provenance()["files"]] == ["train.jsonl", "test.jsonl"]
+    with pytest.raises(DpoCacheError, match="there is no split train\\+dev"):
+        opened(folder, split="train+dev")
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "unread"),
+    [
+        (["hh.jsonl", "alpaca_eval.jsonl"], ["alpaca_eval.jsonl"], ["hh.jsonl"]),  # "eval" means a test split
+        (["train-0.jsonl", "test.jsonl", "more/extra.json.gz"], ["train-0.jsonl"], ["more/extra.json.gz"]),
+        (["one.jsonl", "two.jsonl", "three.parquet"], ["one.jsonl", "two.jsonl"], ["three.parquet"]),
+        (["one.jsonl", "two.jsonl", "config.json", ".cache/old.jsonl"], ["one.jsonl", "two.jsonl"], []),
+    ],
+)
+def test_data_files_of_a_folder_that_are_in_no_split_are_told(
+    tmp_path: Path, names: list[str], read: list[str], unread: list[str]
+) -> None:
+    for name in names:
+        write(tmp_path / "folder" / name)
+    source = opened(tmp_path / "folder")
+    assert [file["name"] for file in source.provenance()["files"]] == read
+    assert source.unread_files == unread
+
+
+def test_the_files_of_another_config_are_not_missed(tmp_path: Path) -> None:
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("default", "other"))
+    for name in ("default", "other"):
+        write(tmp_path / "folder" / f"{name}.jsonl")
+    (tmp_path / "folder" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert opened(tmp_path / "folder").unread_files == []
+
+
 def test_a_folder_without_a_train_split_wants_a_name(tmp_path: Path) -> None:
     write(tmp_path / "folder" / "dev.jsonl")
     write(tmp_path / "folder" / "test.jsonl")
