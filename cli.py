@@ -102,15 +102,17 @@ def info_command(cache: Location, as_json: bool) -> None:
 
 @dpo_cache.command("show", context_settings=CONTEXT, short_help="Print pairs as text, with the scored tokens coloured.")
 @readable_cache_argument
-@click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="Number of pairs.")
-@click.option("--mixture", help="Mixture to show.  [default: train]", shell_complete=complete_mixture)
+@click.option("-n", "count", type=click.IntRange(min=1), help="Show this many pairs instead of 3.")
+@click.option(
+    "--mixture", help="Mixture to show.  [default: train, or the only one there is]", shell_complete=complete_mixture
+)
 @click.option("--key", metavar="HEX", help="Show the pair with this key, or with the only key that begins with it.")
 @click.option(
     "--tokenizer", metavar="PATH_OR_ID", help="Where the tokenizer is now.  [default: where it was for the build]"
 )
 @json_option
 def show_command(
-    cache: Location, count: int, mixture: str | None, key: str | None, tokenizer: str | None, as_json: bool
+    cache: Location, count: int | None, mixture: str | None, key: str | None, tokenizer: str | None, as_json: bool
 ) -> None:
     """Print pairs as text with the scored tokens coloured, their lengths and the reference's log-probabilities.
 

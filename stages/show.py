@@ -19,6 +19,8 @@ from .addresses.local_copy import glance, local_copy
 from .addresses.location import Location
 from .reporting.shown_pair import Decode, ShownPair, decoder_of, named_decoder, shown_pair
 
+USUAL_COUNT = 3
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShowReport:
@@ -42,21 +44,29 @@ class ShowReport:
 
 
 def show(
-    location: Location, *, count: int, mixture_name: str | None, key: str | None, tokenizer: str | None = None
+    location: Location,
+    *,
+    mixture_name: str | None,
+    count: int | None = None,
+    key: str | None = None,
+    tokenizer: str | None = None,
 ) -> ShowReport:
     """Decode pairs with the tokenizer that made them, or show their ids where it cannot be loaded.
 
     Args:
         location: The cache. Of one at an address, no more shards are read than it takes.
-        count: How many pairs, in the mixture's order.
+        count: How many pairs, in the mixture's order; None for :data:`USUAL_COUNT`.
         mixture_name: Of which mixture; None for ``train``, or the only one there is.
         key: A pair's key in hex, or how it begins, instead of the first pairs.
         tokenizer: Folder or Hub id of the tokenizer; None for where the mixture says that it is.
 
     Raises:
         DpoCacheError: There is no such cache, mixture or pair, or it is damaged; or the tokenizer that is named is not
-            the one that made the tokens.
+            the one that made the tokens; or both a count and a key are given.
     """
+    if key is not None and count is not None:
+        raise DpoCacheError("-n has no effect with --key, which names a single pair", next_step="leave out one of them")
+    count = count or USUAL_COUNT
     names = [mixture_name] if mixture_name else None
     if key is not None:  # any shard could hold it
         return _show(local_copy(location, names), count=count, mixture_name=mixture_name, key=key, tokenizer=tokenizer)

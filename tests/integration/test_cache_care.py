@@ -749,6 +749,7 @@ def test_show_prints_ids_where_the_tokenizer_is_gone_and_refuses_keys_that_are_n
     assert shown["pairs"][0]["chosen"].split() == [str(token) for token in shown["pairs"][0]["chosen_ids"]]
     assert "no pairs of" in refusal("show", cache, "--key", "0" * 64)
     assert "is no key" in refusal("show", cache, "--key", "xyz")
+    assert "-n has no effect with --key" in refusal("show", cache, "--key", "0", "-n", 2)
 
 
 def test_show_marks_exactly_the_tokens_of_the_mask(tmp_path: Path) -> None:

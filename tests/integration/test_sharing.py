@@ -556,7 +556,7 @@ def test_looking_reads_no_more_than_it_shows(web: FileServer) -> None:
     assert len(shown.pairs) == 1
     assert len(web.shard_requests()) == 1
     key = shown.pairs[0].row.key.hex()
-    assert show(address, count=1, mixture_name="train", key=key[:12]).pairs[0].row.key.hex() == key
+    assert show(address, mixture_name="train", key=key[:12]).pairs[0].row.key.hex() == key
     assert verify_cache(address).is_sound
     with pytest.raises(DpoCacheError, match="read-only"):
         verify_cache(address, repair=True)

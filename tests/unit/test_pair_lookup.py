@@ -95,4 +95,4 @@ def test_a_shard_whose_bytes_are_not_those_of_its_name_is_not_shown_by_key(tmp_p
     shard = cache.shards.path_of(cache.shards.write(rows))
     shard.rename(shard.with_name(f"{'0' * 64}.parquet"))
     with pytest.raises(DpoCacheError, match="is damaged: its bytes have the SHA-256"):
-        show(cache.path, count=1, mixture_name=None, key=rows[0].key.hex())
+        show(cache.path, mixture_name=None, key=rows[0].key.hex())
