@@ -226,6 +226,12 @@ def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
         cause = cause.__cause__
     if isinstance(cause, StopIteration):  # what an empty file leaves of its first line
         return _empty(spec)
+    if str(cause).startswith("Couldn't cast"):  # types are read off the first ten megabytes of the first file
+        return DpoCacheError(
+            f"--dataset {spec} cannot be read: later rows have other columns, keys or types than the first ones",
+            expected="columns, keys and types that the first rows show already",
+            next_step="move a row that has all of them to the top of the first file",
+        )
     return DpoCacheError(
         f"--dataset {spec} cannot be read: {first_line(cause)}",
         expected=f"a file ({', '.join(_FILE_TYPES)}, also .gz, .zst), a folder of those, or a Hub dataset",

@@ -228,6 +228,17 @@ def test_what_cannot_be_read_is_an_error_of_ours(
     assert not list(temporary_folder.iterdir())
 
 
+def test_keys_that_only_later_rows_have_are_an_error_until_a_row_at_the_top_has_them(tmp_path: Path) -> None:
+    plain = {"chosen": [{"role": "assistant", "content": "yes"}], "rejected": []}
+    thought = {"chosen": [{"role": "assistant", "content": "yes", "reasoning": "hm"}], "rejected": []}
+    write(tmp_path / "folder" / "a.jsonl", [plain] * 2)
+    write(tmp_path / "folder" / "b.jsonl", [plain, thought])
+    with pytest.raises(DpoCacheError, match="later rows have other columns, keys or types than the first ones"):
+        opened(tmp_path / "folder")
+    write(tmp_path / "folder" / "a.jsonl", [thought, plain])
+    assert all_rows(opened(tmp_path / "folder")) == [thought, plain, plain, thought]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
