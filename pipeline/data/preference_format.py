@@ -39,8 +39,8 @@ class PreferenceFormat(StrEnum):
 
 
 _DESCRIPTIONS = {
-    PreferenceFormat.IMPLICIT_MESSAGES: "`chosen` and `rejected` are whole conversations; the prompt is everything "
-    "before the last message",
+    PreferenceFormat.IMPLICIT_MESSAGES: "`chosen` and `rejected` are whole conversations; the prompt is the messages "
+    "with which both begin",
     PreferenceFormat.EXPLICIT_MESSAGES: "`prompt`, `chosen` and `rejected` are messages (or the prompt or the "
     "responses are plain text)",
     PreferenceFormat.TRANSCRIPT: r"`chosen` and `rejected` are transcripts, '\n\nHuman: … \n\nAssistant: …', split "
