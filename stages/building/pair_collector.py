@@ -28,6 +28,7 @@ from ...pipeline.data.tokenization_settings import TokenizationSettings
 from ...pipeline.data.tokenized_rows import TokenizedChunk, source_format, tokenize_rows
 from ...pipeline.data.unusable_row import UnusableRow
 from ..console.progress import Progress
+from ..console.terminal import say
 from .pair_collection import CollectedPairs, SpooledPairs
 from .row_counts import DROPPED, TRUNCATED, dropped_rows
 
@@ -35,6 +36,8 @@ CHUNK_ROWS = 512
 ROWS_WORTH_A_PROCESS = 4096
 """Below this, a tokenizing process of its own costs more to start than it saves."""
 MAX_NAMED_FILES = 10
+EXAMPLE_CHARACTERS = 400
+"""Of a rendered example: enough for its beginning and its end, where special tokens are missing or stand twice."""
 
 
 def collect_pairs(
@@ -63,6 +66,8 @@ def collect_pairs(
             does not have.
     """
     tokenization = PairTokenizer(settings).description()
+    if example := tokenization["rendered_example"]:
+        say(f"the chat template renders a question and an answer as {_shortened(example)!r}")
     with PairSpoolWriter(spool) as writer:
         collector = _Collector(known, writer, vocab_size, say_unusable)
         for number, source in enumerate(sources):
@@ -106,6 +111,12 @@ def _described(source: DatasetSource) -> Iterator[str]:
             f"warning: {source.spec}: in none of its splits, so not read: {named}; a folder is split by the names of "
             "its files, so name the files one by one, or rename them"
         )
+
+
+def _shortened(text: str) -> str:
+    """A long text without its middle."""
+    half = EXAMPLE_CHARACTERS // 2
+    return text if len(text) <= 2 * half else f"{text[:half]} … {text[-half:]}"
 
 
 class _Collector:

@@ -116,6 +116,14 @@ def test_a_dry_run_counts_and_writes_nothing(reference: Path, pairs_file: Path, 
     assert not (tmp_path / "none").exists()
 
 
+def test_a_build_shows_what_the_chat_template_renders_before_it_scores(
+    reference: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    said = ended(build(reference, pairs_file, tmp_path / "none", "--dry-run")).stderr
+    rendered = "'<|user|>question<|assistant|>answer<|endoftext|>'"
+    assert f"the chat template renders a question and an answer as {rendered}" in said
+
+
 def test_files_of_a_folder_that_no_split_takes_are_warned_of(reference: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
