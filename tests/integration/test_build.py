@@ -161,13 +161,14 @@ def test_two_mixtures_of_one_cache_share_their_rows(cache: Path, reference: Path
 # ---- refusals --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("more", [[], ["--zero-stage", 3]], ids=["whole", "partitioned"])
 def test_another_models_weights_are_refused_even_under_the_same_path(
-    cache: Path, reference: Path, pairs_file: Path, tmp_path: Path
+    cache: Path, reference: Path, pairs_file: Path, tmp_path: Path, more: list[str | int]
 ) -> None:
     overwritten = tmp_path / "model"
     shutil.copytree(reference, overwritten)
     write_tiny_model(overwritten, seed=1)
-    message = fails(build(overwritten, pairs_file, cache))
+    message = fails(build(overwritten, pairs_file, cache, *more))
     assert "holds the values of another reference (weights_sha256:" in message
 
 
