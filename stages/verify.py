@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import DpoCacheError, as_argument
 from ..pipeline.cache.cache_folder import ReferenceCache
@@ -26,11 +27,15 @@ from ..pipeline.cache.shard_file import SHARD_NAME, ShardReader, ShardRef, verif
 from ..pipeline.cache.unreadable_file import UnreadableFileError
 from .addresses.local_copy import local_copy
 from .addresses.location import Location, is_address
+from .console.counted_noun import counted
 from .console.progress import Progress
 from .verifying.rescore_report import RescoreReport
 from .verifying.rescore_settings import RescoreSettings
 from .verifying.verify_report import Finding, FindingKind, Repair, VerifyReport
 
+Lengths = npt.NDArray[np.int32]
+"""Numbers of prompt, chosen and rejected ids, shape (rows, 3)."""
+SIDES = ("prompt", "chosen", "rejected")
 WITHOUT_CACHE_JSON = (
     "; nothing else can be judged without it. Without the file, the next build with the same reference writes it again "
     "and keeps all shards"
@@ -86,6 +91,7 @@ class _Walk:
     path: Path
     findings: list[Finding] = field(default_factory=list)
     shards: list[tuple[ShardRef, Keys]] = field(default_factory=list)
+    lengths: dict[str, Lengths] = field(default_factory=dict)
     with_token_logps: set[str] = field(default_factory=set)
     mixtures: dict[str, Mixture] = field(default_factory=dict)
     index: KeyIndex = field(default_factory=lambda: build_key_index([]))
@@ -164,12 +170,14 @@ class _Walk:
             ours, theirs = cache.reference_id[:16], shard.reference_id[:16]
             self._find(FindingKind.FOREIGN_SHARD, shard.path, f"it belongs to the reference {theirs}…, not to {ours}…")
             return
-        if wrong := [key.hex() for key in _wrong_keys(shard)]:
+        wrong, lengths = _wrong_keys_and_lengths(shard)
+        if wrong:
             self._find(
                 FindingKind.WRONG_KEYS, shard.path, f"{len(wrong)} of {shard.num_rows} rows: {', '.join(wrong[:10])}"
             )
             return
         self.shards.append((shard.ref, shard.keys()))
+        self.lengths[shard.ref.sha256] = lengths
         if shard.has_token_logps:
             self.with_token_logps.add(shard.ref.sha256)
 
@@ -206,6 +214,7 @@ class _Walk:
         with self._damage_is(FindingKind.BROKEN_MIXTURE, pointer, mixture=name):
             check_mixture(cache, mixture)
             _check_counts(mixture)
+            _check_lengths(mixture, self.lengths)
 
     # ---- what depends on what ----------------------------------------------------------------------------------------
 
@@ -249,13 +258,21 @@ def _entries(folder: Path) -> list[Path]:
     return entries
 
 
-def _wrong_keys(shard: ShardReader) -> Iterator[bytes]:
-    """Keys that are not those of their rows; reading the rows checks ids, masks, counts and values."""
-    for group in range(len(shard.group_starts)):
+def _wrong_keys_and_lengths(shard: ShardReader) -> tuple[list[str], Lengths]:
+    """Keys that are not those of their rows, in hex, and the rows' lengths.
+
+    Reading the rows checks ids, masks, counts and values.
+    """
+    wrong: list[str] = []
+    lengths = np.empty((shard.num_rows, len(SIDES)), dtype=np.int32)
+    for group, first_row in enumerate(shard.group_starts.tolist()):
         rows = shard.read_row_group(group)
         for index in range(len(rows)):
-            if example_key(rows.scored_pair(index).pair) != key_at(rows.keys, index):
-                yield key_at(rows.keys, index)
+            pair = rows.scored_pair(index).pair
+            lengths[first_row + index] = [len(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+            if example_key(pair) != (stated := key_at(rows.keys, index)):
+                wrong.append(stated.hex())
+    return wrong, lengths
 
 
 def _check_counts(mixture: Mixture) -> None:
@@ -267,3 +284,15 @@ def _check_counts(mixture: Mixture) -> None:
     stated = {**mixture.num_ids, "distinct pairs": mixture.num_distinct_pairs}
     if counted != stated:
         raise DpoCacheError(f"the pointer states the counts {stated}, the table has {counted}")
+
+
+def _check_lengths(mixture: Mixture, lengths: Mapping[str, Lengths]) -> None:
+    """The table's lengths are those of the rows, by which training fills its batches."""
+    if any(shard.sha256 not in lengths for shard in mixture.shards):
+        return  # which there is a finding about already
+    shards, rows = mixture.table.column("shard"), mixture.table.column("row")
+    first_rows = np.cumsum([0, *(shard.num_rows for shard in mixture.shards)])
+    of_rows = np.concatenate([lengths[shard.sha256] for shard in mixture.shards])[first_rows[shards] + rows]
+    stated = np.stack([mixture.table.column(f"{side}_length") for side in SIDES], axis=1)
+    if differing := int((of_rows != stated).any(axis=1).sum()):
+        raise DpoCacheError(f"{mixture.table.path} states other lengths than {counted(differing, 'row')} have")

@@ -113,6 +113,14 @@ def change_counts(cache: Path) -> None:
     write_sealed_json(pointer(cache), described, temporary_folder=cache / "tmp")
 
 
+def change_lengths(cache: Path) -> None:
+    opened = ReferenceCache.open(cache)
+    mixture = opened.read_mixture("train")
+    rows = mixture.rows()
+    one_more = np.arange(len(rows), dtype=np.int32) == 7
+    write_train(opened, replace(rows, prompt_lengths=rows.prompt_lengths + one_more), like=mixture)
+
+
 def forge_value(cache: Path) -> None:
     rows = rows_of(cache)
     rows[3] = replace(rows[3], ref_chosen_logps=0.0)
@@ -136,6 +144,7 @@ DAMAGES = [
     (flip_in_pointer, {"damaged-pointer"}),
     (flip_in_table, {"damaged-table", "broken-mixture"}),
     (change_counts, {"broken-mixture"}),
+    (change_lengths, {"broken-mixture"}),
 ]
 
 
