@@ -47,16 +47,16 @@ def command_run(*, to_go_on: str | None = None) -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr), _sigterm_as_ctrl_c():
             yield
     except DpoCacheError as fault:
-        _tell(fault, fault.to_json())
+        _tell(fault)
         sys.exit(1)
     except OSError as refused:
         if refused.errno not in REFUSED_BY_THE_MACHINE:
             raise
-        _tell(DpoCacheError(str(refused)), {"found": str(refused)})
+        _tell(DpoCacheError(str(refused)))
         sys.exit(1)
     except KeyboardInterrupt:
         stopped = f"Stopped. Finished work is kept; {to_go_on}." if to_go_on else "Stopped."
-        _tell(DpoCacheError(stopped), {"found": "stopped", "next_step": to_go_on}, prefix="")
+        _tell(DpoCacheError(stopped), in_json=DpoCacheError("stopped", next_step=to_go_on), prefix="")
         sys.exit(1)
 
 
@@ -94,14 +94,14 @@ def print_summary(summary: str, as_json: Mapping[str, Any] | None) -> None:
         click.echo(finite_json(as_json, indent=2))
 
 
-def _tell(fault: DpoCacheError, error: Mapping[str, str | None], *, prefix: str = "Error: ") -> None:
+def _tell(fault: DpoCacheError, *, in_json: DpoCacheError | None = None, prefix: str = "Error: ") -> None:
     """Print a fault, unless the process that started this one prints it for all of its children."""
     if leave_fault(fault):
         return
     click.echo(printable(f"{prefix}{fault}"), err=True)
     context = click.get_current_context(silent=True)
     if context is not None and context.params.get("as_json") and _speaks_for_the_job():
-        click.echo(finite_json({"error": error}, indent=2))
+        click.echo(finite_json({"error": (in_json or fault).to_json()}, indent=2))
 
 
 def _speaks_for_the_job() -> bool:

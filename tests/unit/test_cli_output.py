@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import signal
@@ -94,9 +95,20 @@ def test_a_command_that_starts_over_does_not_promise_to_go_on(tmp_path: Path, mo
     for command in ("info", "verify"):
         result = CliRunner().invoke(dpo_cache, [command, str(tmp_path), "--json"])
         assert result.stderr == "Stopped.\n"
-        assert json.loads(result.stdout)["error"] == {"found": "stopped", "next_step": None}
+        assert json.loads(result.stdout)["error"] == {"found": "stopped", "expected": None, "next_step": None}
     result = CliRunner().invoke(dpo_cache, ["build", "--model", "m", "--dataset", "d", "--cache", str(tmp_path)])
     assert result.stderr == "Stopped. Finished work is kept; the same command continues from there.\n"
+
+
+def test_a_disk_that_is_full_is_an_error_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr("dpo_cache.stages.info.cache_info", fill)
+    result = CliRunner().invoke(dpo_cache, ["info", str(tmp_path), "--json"])
+    assert result.exit_code == 1
+    found = f"[Errno 28] No space left on device: '{tmp_path}'"
+    assert json.loads(result.stdout)["error"] == {"found": found, "expected": None, "next_step": None}
 
 
 def test_nobody_to_ask_is_no_consent(tmp_path: Path) -> None:
