@@ -15,6 +15,7 @@ from ...pipeline.cache.example_key import Keys, name_keys
 from ...pipeline.cache.key_index import KeyIndex
 from ...pipeline.cache.mixture import Mixture
 from ...pipeline.cache.mixture_rows import MixtureRows
+from ...pipeline.cache.mixture_table import training_set_digest
 from ...pipeline.cache.unreadable_file import UnreadableFileError
 from ...pipeline.data.dataset_spec import DatasetSpec
 from .build_config import BuildConfig
@@ -47,17 +48,20 @@ def mixture_content(
     Raises:
         DpoCacheError: The cache has a mixture of this name with other pairs, and neither ``--replace`` nor
             ``--extend`` says what shall become of it; or ``--extend`` would mix two ways of making tokens, or add to
-            a mixture whose own pairs are lost.
+            a mixture that is damaged or whose own pairs are lost.
     """
     content = new_content(collected)
     if config.mixture not in cache.mixture_names():
         return content
+    existing: Mixture | None = None
     try:
         existing = cache.read_mixture(config.mixture)
         existing.table.verify()
     except DpoCacheError as error:
         if config.extend or isinstance(error, UnreadableFileError):
             raise
+        if existing is not None and not config.replace:
+            _refuse_others_in_place_of(existing, content, error)
         warn(f"warning: mixture {config.mixture} is written anew: {error.found}")
         return content
     is_whole = {shard.file_name for shard in existing.shards} <= {path.name for path in cache.shards.paths()}
@@ -88,6 +92,19 @@ def left_out_before(cache: ReferenceCache, config: BuildConfig, collected: Colle
     except DpoCacheError:  # damaged: they are scored again
         return collected
     return collected.without(recorded_keys(existing.sources))
+
+
+def _refuse_others_in_place_of(existing: Mixture, content: MixtureContent, damage: DpoCacheError) -> None:
+    """A build of the same pairs mends a mixture whose table is damaged: the pointer still tells their digest."""
+    rows, _ = content.rows.in_mixture_order()
+    if training_set_digest(rows.example_keys) != existing.digest:
+        raise DpoCacheError(
+            f"mixture {existing.name} has other training pairs ({existing.num_pairs}) than this build makes "
+            f"({len(rows)}), and is damaged: {damage.found}",
+            expected="the same pairs, or --replace or another --mixture",
+            next_step=f"to mend it, build it once more from its own datasets: {_datasets_of(existing)}; to put these "
+            "pairs in their place, add --replace",
+        )
 
 
 def _extended(existing: Mixture, added: MixtureContent, known: KeyIndex) -> MixtureContent:
@@ -121,13 +138,17 @@ def _refuse_lost_pairs(existing: Mixture, before: MixtureContent, added: Mixture
     keys: Keys = np.unique(before.rows.example_keys)
     lost = keys[(known.find(keys) < 0) & ~np.isin(keys, added.rows.example_keys)]
     if len(lost):
-        datasets = " ".join(f"--dataset {as_argument(_spec_of(source))}" for source in existing.sources)
         raise DpoCacheError(
             f"{len(lost)} pairs of mixture {existing.name} are in no shard that can be used: {name_keys(lost)}",
             expected="a whole mixture to add to",
             next_step="build it once more from all its datasets, with the same options; only what is lost is scored: "
-            f"dpo-cache build --mixture {existing.name} --replace {datasets} …",
+            f"dpo-cache build --mixture {existing.name} --replace {_datasets_of(existing)} …",
         )
+
+
+def _datasets_of(mixture: Mixture) -> str:
+    """A mixture's datasets as they are given on the command line."""
+    return " ".join(f"--dataset {as_argument(_spec_of(source))}" for source in mixture.sources)
 
 
 def _spec_of(source: dict[str, Any]) -> str:

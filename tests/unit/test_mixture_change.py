@@ -94,6 +94,16 @@ def test_a_damaged_one_is_written_anew_with_a_warning_but_not_extended(cache: Re
         content_of(cache, extend=True)
 
 
+def test_one_whose_table_is_damaged_gives_way_to_other_pairs_only_if_asked_to(cache: ReferenceCache) -> None:
+    for table in (cache.path / "mixtures").glob("*.parquet"):
+        table.write_bytes(table.read_bytes()[:-1])
+    others = collected(ROWS[:5])
+    with pytest.raises(DpoCacheError, match=r"has other training pairs \(12\) than this build makes \(5\)") as refused:
+        content_of(cache, others)
+    assert "from its own datasets: --dataset 'made up'; to put these" in str(refused.value.next_step)
+    assert len(content_of(cache, others, replace=True).rows) == 5
+
+
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize(
     "changed",
