@@ -6,17 +6,21 @@ import contextlib
 import errno
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any, Protocol
 
 import click
 
-from .errors import DpoCacheError
+from .errors import DpoCacheError, first_line
 from .pipeline.data.printable_text import printable
 from .pipeline.finite_json import finite_json
+from .stages.console.unfailing_stderr import make_stderr_unfailing
 from .stages.processes.child_processes import leave_fault
 from .stages.processes.ranks import ranks_from_environment
+from .stages.processes.stop_request import signals_to_stop
 
 REFUSED_BY_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -43,16 +47,18 @@ def command_run(*, to_go_on: str | None = None) -> Iterator[None]:
     Args:
         to_go_on: How to continue once it was stopped; None for a command that starts over.
     """
+    make_stderr_unfailing()
     try:
-        with contextlib.redirect_stdout(sys.stderr), _sigterm_as_ctrl_c():
+        with contextlib.redirect_stdout(sys.stderr), _stopped_as_by_ctrl_c():
             yield
     except DpoCacheError as fault:
         _tell(fault)
         sys.exit(1)
     except OSError as refused:
-        if refused.errno not in REFUSED_BY_THE_MACHINE:
+        explained = _fault_of_the_machine(refused)
+        if explained is None:
             raise
-        _tell(DpoCacheError(str(refused)))
+        _tell(explained)
         sys.exit(1)
     except KeyboardInterrupt:
         stopped = f"Stopped. Finished work is kept; {to_go_on}." if to_go_on else "Stopped."
@@ -60,17 +66,36 @@ def command_run(*, to_go_on: str | None = None) -> Iterator[None]:
         sys.exit(1)
 
 
+def _fault_of_the_machine(error: OSError) -> DpoCacheError | None:
+    """In words, what no code can fix; None where it is ours to fix."""
+    if error.errno in REFUSED_BY_THE_MACHINE:
+        return DpoCacheError(str(error))
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as nowhere:  # a container whose file systems are all read-only
+        return DpoCacheError(first_line(nowhere), next_step="set TMPDIR to a folder that this user may write to")
+    return None
+
+
 @contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """A scheduler's request to stop ends a command as Ctrl-C does, so that its temporary files are removed."""
+def _stopped_as_by_ctrl_c() -> Iterator[None]:
+    """A scheduler or a lost terminal ends a command as Ctrl-C does, so that its temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    others = [signum for signum in signals_to_stop() if signum != signal.SIGINT]
+    before = {signum: signal.signal(signum, _interrupt) for signum in others}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _interrupt(signum: int, _frame: FrameType | None) -> None:
+    if signum == signal.SIGHUP:  # kernel and shell each send one: the second must not disturb what the first began
+        signal.signal(signum, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def print_report(report: Report, as_json: bool, *, coloured: bool = False) -> None:

@@ -64,7 +64,7 @@ def run_children(
 
     Raises:
         DpoCacheError: A child failed and the others do not go on.
-        KeyboardInterrupt: This process was asked to stop (Ctrl-C or SIGTERM) and the children have stopped.
+        KeyboardInterrupt: This process was asked to stop and the children have stopped.
     """
     with tempfile.TemporaryDirectory(prefix="dpo-cache-") as folder, stop_requests() as stop_requested:
         children = [
@@ -126,7 +126,7 @@ def run_jobs(
         on_end: Told each job that has ended and its fault; None if it ended well or was stopped with this process.
 
     Raises:
-        KeyboardInterrupt: This process was asked to stop (Ctrl-C or SIGTERM) and the jobs have stopped.
+        KeyboardInterrupt: This process was asked to stop and the jobs have stopped.
     """
     waiting, free = deque(jobs), list(places)
     running: list[tuple[Job, Child, Mapping[str, str]]] = []
@@ -161,12 +161,16 @@ def leave_fault(fault: DpoCacheError) -> bool:
     """Leave a fault to the parent, which tells that of several children once.
 
     Returns:
-        Whether there is such a parent.
+        Whether there is such a parent, and it can read of the fault.
     """
     if not is_child():
         return False
-    with contextlib.suppress(FileNotFoundError):  # the folder went with a parent that no longer listens
+    try:
         Path(os.environ[FAULT_FILE]).write_text(json.dumps(fault.to_json()), encoding="utf-8")
+    except FileNotFoundError:  # the folder went with a parent that no longer listens
+        return True
+    except OSError:  # a full disk, of which the fault may be
+        return False
     return True
 
 

@@ -1,4 +1,4 @@
-"""Being asked to stop, by Ctrl-C or SIGTERM, as a question that the work asks when it suits it."""
+"""Being asked to stop, by Ctrl-C, SIGTERM or a lost terminal, as a question that the work asks when it suits it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ STDERR = 2
 
 @contextlib.contextmanager
 def stop_requests(*, notice: str | None = None) -> Iterator[Callable[[], bool]]:
-    """While this is held, the first SIGINT or SIGTERM only answers the question; a second one takes effect at once.
+    """While this is held, the first SIGINT, SIGTERM or SIGHUP only answers the question; a second one takes effect at
+    once. Of SIGHUP it does not: kernel and shell each send one when a terminal goes away.
 
     Args:
         notice: Told to the person at the terminal at the first one, as the answer may take a while.
@@ -21,15 +22,24 @@ def stop_requests(*, notice: str | None = None) -> Iterator[Callable[[], bool]]:
     requested: list[int] = []
 
     def remember(signum: int, _frame: FrameType | None) -> None:
+        if requested and signum == signal.SIGHUP:
+            return
         if requested:
             raise KeyboardInterrupt
         requested.append(signum)
         if notice is not None:  # not through a stream, which the signal may have interrupted in the middle of a line
-            os.write(STDERR, f"\n{notice}\n".encode())
+            with contextlib.suppress(OSError):  # the same Ctrl-C ended the `tee` that this goes to
+                os.write(STDERR, f"\n{notice}\n".encode())
 
-    previous = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+    previous = {signum: signal.signal(signum, remember) for signum in signals_to_stop()}
     try:
         yield lambda: bool(requested)
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def signals_to_stop() -> list[signal.Signals]:
+    """What asks to stop; a lost terminal does not where ``nohup`` says so."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    return signals if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*signals, signal.SIGHUP]

@@ -158,6 +158,11 @@ def test_a_fault_whose_parent_has_stopped_listening_is_no_further_fault(
     assert leave_fault(DpoCacheError("Stopped."))
 
 
+def test_a_fault_that_a_full_disk_keeps_from_the_parent_is_told_by_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(child_processes.FAULT_FILE, "/dev/full")
+    assert not leave_fault(DpoCacheError("No space left on device"))
+
+
 # ---- jobs that have nothing to do with each other ---------------------------------------------------------------
 
 

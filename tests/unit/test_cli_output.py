@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def test_what_the_machine_refuses_is_said_without_a_traceback(tmp_path: Path) ->
     assert "Error: [Errno 36] File name too long" in result.stderr
 
 
+def test_a_machine_without_a_folder_for_scratch_files_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a container whose file systems are read-only; another missing file is a mistake of ours."""
+    with pytest.raises(FileNotFoundError), command_run():
+        (tmp_path / "missing").read_bytes()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
+    with pytest.raises(SystemExit), command_run():
+        tempfile.mkdtemp()
+    said = capsys.readouterr().err
+    assert said.startswith("Error: [Errno 2] No usable temporary directory found in [")
+    assert "next: set TMPDIR" in said
+
+
 @pytest.mark.parametrize("option", [["--seed", "0"], ["--model", "m"], ["--trust-remote-code"]])
 def test_an_option_of_rescoring_alone_is_refused(option: list[str], tmp_path: Path) -> None:
     result = CliRunner().invoke(dpo_cache, ["verify", str(tmp_path), *option])
@@ -78,12 +94,39 @@ def test_what_names_no_repository_is_not_asked_for(tmp_path: Path) -> None:
     assert "'tulu3-cache' names no cache to pull" in result.stderr
 
 
-def test_a_request_to_stop_ends_a_command_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_stop_ends_a_command_as_ctrl_c_does(
+    signum: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signum)
     with pytest.raises(SystemExit), command_run(to_go_on="--resume continues"):
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signum)
     assert capsys.readouterr().err == "Stopped. Finished work is kept; --resume continues.\n"
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signum) is before
+
+
+def test_a_lost_terminal_does_not_disturb_the_clearing_up_by_telling_it_twice_and_nohup_holds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cleared = []
+
+    def lose_terminal() -> None:
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            cleared.append(True)
+
+    with pytest.raises(SystemExit), command_run():
+        lose_terminal()
+    assert cleared
+    assert capsys.readouterr().err == "Stopped.\n"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with command_run():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_command_that_starts_over_does_not_promise_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
