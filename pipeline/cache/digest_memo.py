@@ -13,6 +13,7 @@ from pathlib import Path
 from ...errors import DpoCacheError
 from .canonical_json import JsonObject, read_sealed_json, write_sealed_json
 from .durable_file import make_folder_durably
+from .user_folder import user_folder
 
 TensorDigest = tuple[str, str, list[int], str]
 """Name, dtype as safetensors spells it, shape, SHA-256 of the bytes in hex."""
@@ -27,9 +28,16 @@ class DigestMemo:
     """The memo as it was when opened, and what this process adds to it."""
 
     def __init__(self) -> None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.path = Path(base) / "dpo-cache" / "weight-digests.json"
         self._files = self._read()
+
+    @property
+    def path(self) -> Path:
+        """Where the memo is kept.
+
+        Raises:
+            DpoCacheError: The user has no home folder.
+        """
+        return user_folder() / "weight-digests.json"
 
     def get(self, path: Path, status: os.stat_result) -> list[TensorDigest] | None:
         """What is remembered of a file in exactly this state."""

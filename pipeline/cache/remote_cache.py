@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import queue
-import shutil
 import tempfile
 import threading
 from collections import deque
@@ -19,6 +18,7 @@ from pathlib import Path
 from ...errors import DpoCacheError, as_argument
 from .cache_folder import ReferenceCache
 from .cache_json import MAX_CACHE_JSON_BYTES, CacheDescription
+from .free_space import free_bytes
 from .mixture import MIXTURE_NAME, Mixture, check_name
 from .mixture_check import check_mixture
 from .mixture_pointer import MAX_POINTER_BYTES
@@ -278,7 +278,7 @@ def _is_present(cache: ReferenceCache, shard: ShardRef, *, hash_present: bool) -
 
 
 def _require_room(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path).free
+    free = free_bytes(path)
     if needed > free:
         raise DpoCacheError(
             f"{needed / 2**30:,.1f} GiB are to be fetched into {path}, where {free / 2**30:,.1f} GiB are free",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ...errors import DpoCacheError
+from ..cache.free_space import free_bytes
 from ..scoring.quantization import num_elements
 
 OPTIMIZER_BYTES = 12
@@ -106,7 +106,7 @@ def check_free_space(folder: Path, planned: PlannedFiles, *, freed_bytes: int = 
     """
     checkpoints, models = planned.most_at_once()
     needed = planned.size(checkpoints, models)
-    free = shutil.disk_usage(folder).free + freed_bytes
+    free = free_bytes(folder) + freed_bytes
     if free < needed:
         files = [
             f"{number} more {name}{'' if number == 1 else 's'}"

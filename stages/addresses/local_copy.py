@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ...errors import DpoCacheError
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.durable_file import make_folder_durably
 from ...pipeline.cache.mixture import Mixture
 from ...pipeline.cache.remote_cache import RemoteCache, distinct_shards, fetch_description, num_bytes
 from ...pipeline.cache.remote_files import RemoteFiles
 from ...pipeline.cache.shard_file import ShardRef
+from ...pipeline.cache.user_folder import user_folder
 from ..console.progress import Progress
 from .location import Location, is_address
 
@@ -106,9 +107,13 @@ def _is_whole(copy: ReferenceCache, mixture: Mixture) -> bool:
 
 
 def _home() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    home = Path(base) / "dpo-cache" / "remote"
-    make_folder_durably(home)
+    home = user_folder() / "remote"
+    try:
+        make_folder_durably(home)
+    except DpoCacheError as refused:
+        raise DpoCacheError(
+            refused.found, next_step="set XDG_CACHE_HOME to a folder that you may write to, on a disk with room"
+        ) from refused
     return home
 
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...errors import first_line
 from .finding import Finding, Level, Section
 
 _found = Section("machine").found
@@ -63,21 +64,27 @@ def _memory() -> Finding:
 def _disks(folder: Path) -> Iterator[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    places = {
-        "this folder": (folder, "put --cache and --output on a larger disk"),
-        "models, datasets": (Path(HF_HUB_CACHE), "set HF_HOME to a folder on a larger disk"),
-        "scratch files": (Path(tempfile.gettempdir()), "set TMPDIR to a folder on a larger disk"),
-    }
-    for name, (place, advice) in places.items():
-        yield _disk(name, place.absolute(), advice)
+    yield _disk("this folder", folder.absolute(), "put --cache and --output on a larger disk")
+    yield _disk("models, datasets", Path(HF_HUB_CACHE).absolute(), "set HF_HOME to a folder on a larger disk")
+    yield _scratch_disk("scratch files", "set TMPDIR to a folder on a larger disk")
+
+
+def _scratch_disk(name: str, advice: str) -> Finding:
+    try:
+        return _disk(name, Path(tempfile.gettempdir()), advice)
+    except FileNotFoundError as nowhere:
+        return _found(name, first_line(nowhere), Level.FATAL, advice)
 
 
 def _disk(name: str, place: Path, advice: str) -> Finding:
-    existing = next(parent for parent in (place, *place.parents) if parent.exists())
+    # Not Path.exists: it raises for a folder in a home that this user may not look into.
+    existing = next(parent for parent in (place, *place.parents) if os.path.exists(parent))
     usage = shutil.disk_usage(existing)
     value = f"{usage.free / GIB:.1f} GiB free in {place}"
     if not os.access(existing, os.W_OK):
         return _found(name, f"{existing} cannot be written to", Level.FATAL, advice)
+    if not usage.total:
+        return _found(name, f"{place}, on a file system that does not say how much is free")
     if usage.free < DISK_TOO_SMALL:
         return _found(name, value, Level.FATAL, advice)
     if usage.free < DISK_SMALL and name != "scratch files":

@@ -39,6 +39,7 @@ from dpo_cache.stages.train import train
 from dpo_cache.stages.training.train_config import TrainConfig
 from dpo_cache.stages.verify import verify_cache
 from file_server import FileServer, file_server
+from homeless_user import leave_without_home
 from hub_server import TOKEN, Files, HubServer, hub_server
 
 ROWS, SHARD_ROWS = 50, 10
@@ -484,7 +485,7 @@ def test_a_folder_with_another_reference_or_training_set_is_not_overwritten(web:
 def test_a_full_disk_ends_a_pull_at_once(web: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_shared(web.folder / "cache")
     with monkeypatch.context() as small:
-        small.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        small.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1000, free=1000))
         with pytest.raises(DpoCacheError, match="GiB are free"):
             pull(f"{web.url}/cache", tmp_path / "copy", revision=None)
     assert not web.shard_requests()
@@ -525,6 +526,20 @@ def test_shards_are_fetched_once_ever_and_pointers_each_time(web: FileServer) ->
     assert ReferenceCache.open(first).read_mixture("train").num_pairs == 20
     assert len(web.shard_requests()) == 7
     assert set(web.shard_requests().values()) == {1}
+
+
+def test_a_user_without_a_home_is_told_where_to_keep_what_is_fetched(
+    web: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shared(web.folder / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    with pytest.raises(DpoCacheError, match="cannot make the folder /proc/nowhere") as refused:
+        local_copy(f"{web.url}/cache", ["train"])
+    assert "set XDG_CACHE_HOME" in (refused.value.next_step or "")
+    leave_without_home(monkeypatch)
+    with pytest.raises(DpoCacheError, match="no home folder") as homeless:
+        local_copy(f"{web.url}/cache", ["train"])
+    assert "set XDG_CACHE_HOME" in (homeless.value.next_step or "")
 
 
 def test_two_addresses_of_one_cache_share_its_shards_on_disk(web: FileServer) -> None:

@@ -158,7 +158,7 @@ FULL_DISK = """
 import shutil, sys
 from types import SimpleNamespace
 
-shutil.disk_usage = lambda folder: SimpleNamespace(free=1000)
+shutil.disk_usage = lambda folder: SimpleNamespace(total=1000, free=1000)
 from dpo_cache.cli import dpo_train
 dpo_train(sys.argv[1:])
 """

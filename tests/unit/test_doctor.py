@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -172,7 +174,7 @@ def test_gpus_that_torch_cannot_see_are_told_why(
 def test_a_full_disk_is_fatal_and_a_small_one_a_warning(
     free_gib: float, level: Level, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = SimpleNamespace(free=int(free_gib * GIB))
+    usage = SimpleNamespace(total=1000 * GIB, free=int(free_gib * GIB))
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     found = list(doctor_machine.examine_machine(tmp_path / "not there yet"))
     assert one(found, "this folder").level is level
@@ -182,6 +184,40 @@ def test_a_full_disk_is_fatal_and_a_small_one_a_warning(
 def test_a_folder_that_cannot_be_written_to_is_fatal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != tmp_path)
     assert one(doctor_machine.examine_machine(tmp_path), "this folder").level is Level.FATAL
+
+
+def test_a_home_that_this_user_may_not_look_into_and_a_missing_tmp_are_findings_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container under another number than root's: the report on it is what doctor is for."""
+    private = tmp_path / "home"
+    private.mkdir()
+    look, may_use = os.stat, os.access
+
+    def refuse(path: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{private}/"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return look(path, **options)
+
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != private and may_use(path, mode))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(private / "hub"))
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    found = list(doctor_machine.examine_machine(tmp_path))
+    models, scratch = one(found, "models, datasets"), one(found, "scratch files")
+    assert (models.level, models.value) == (Level.FATAL, f"{private} cannot be written to")
+    assert scratch.level is Level.FATAL
+    assert "set TMPDIR" in (scratch.advice or "")
+
+
+def test_a_file_system_that_gives_no_numbers_is_not_called_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(total=0, free=0))
+    assert one(doctor_machine.examine_machine(tmp_path), "this folder").level is Level.OK
 
 
 def test_little_memory_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

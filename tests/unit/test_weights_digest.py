@@ -19,6 +19,7 @@ from dpo_cache.pipeline.cache import weights_digest as weights_digest_module
 from dpo_cache.pipeline.cache.canonical_json import canonical_bytes
 from dpo_cache.pipeline.cache.digest_memo import DigestMemo, TensorDigest
 from dpo_cache.pipeline.cache.weights_digest import weights_digest
+from homeless_user import leave_without_home
 from safetensors.torch import save_file
 
 TENSORS = {
@@ -168,8 +169,17 @@ def test_a_damaged_memo_counts_as_empty_and_is_replaced(
     assert DigestMemo().get(path.resolve(), path.stat()) is not None
 
 
-def test_a_memo_that_cannot_be_written_is_no_fault(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "/" + 300 * "n"], ids=["not made", "not even looked for"])
+def test_a_memo_that_cannot_be_written_is_no_fault(model: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second as a folder in another user's private home, where only root may look for anything."""
+    monkeypatch.setenv("XDG_CACHE_HOME", folder)
+    monkeypatch.setattr(digest_memo, "SETTLED_NS", -1)
+    assert len(weights_digest(model)) == 64
+
+
+def test_a_user_without_a_home_has_no_memo(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number without a name."""
+    leave_without_home(monkeypatch)
     monkeypatch.setattr(digest_memo, "SETTLED_NS", -1)
     assert len(weights_digest(model)) == 64
 
