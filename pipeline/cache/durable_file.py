@@ -7,6 +7,7 @@ power cut can stand in its place.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from pathlib import Path
 from ...errors import DpoCacheError
 
 Bytes = bytes | bytearray | memoryview
+_SYNCS_NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)
 
 
 class FileOperations:
@@ -49,9 +51,13 @@ class FileOperations:
         path.unlink()
 
     def sync_folder(self, path: Path) -> None:
+        """Nothing is done where the file system syncs no folders, as some that are shared with a virtual machine."""
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
+        except OSError as error:
+            if error.errno not in _SYNCS_NO_FOLDERS:
+                raise
         finally:
             os.close(folder)
 
@@ -132,8 +138,8 @@ def make_folder_durably(path: Path) -> None:
     Raises:
         DpoCacheError: Something else has its name, or the operating system refused.
     """
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         for folder in reversed(missing or [path]):
             existed = False
             try:

@@ -84,12 +84,17 @@ def output_lock(output: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as taken:
+        except (BlockingIOError, PermissionError) as taken:
             lock.seek(0)
             raise DpoCacheError(
                 f"--output {output} is in use by process {lock.read().strip() or 'unknown'}",
                 next_step="wait for that run to end, or give another --output",
             ) from taken
+        except OSError as unsupported:  # such as Lustre without its mount option flock
+            raise DpoCacheError(
+                f"--output {output} cannot be locked: {unsupported.strerror}",
+                next_step="give an --output on a file system with file locks",
+            ) from unsupported
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +117,22 @@ def test_a_folder_that_is_there_is_synced_too_for_its_maker_may_have_died_before
     (tmp_path / "file").touch()
     with pytest.raises(DpoCacheError, match="File exists"):
         make_folder_durably(tmp_path / "file")
+
+
+def test_a_file_system_that_syncs_no_folders_holds_a_cache_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def sync_files_only(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", sync_files_only)
+    make_folder_durably(tmp_path / "shards")
+    write_durably(tmp_path / "shards" / "a", b"rows", temporary_folder=tmp_path)
+    assert (tmp_path / "shards" / "a").read_bytes() == b"rows"
 
 
 def test_removal_is_synced(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -36,3 +38,17 @@ def test_a_folder_is_written_by_one_run_at_a_time(tmp_path: Path) -> None:
         pytest.fail("two runs write one folder")
     with output_lock(tmp_path / "run"):
         pass
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lustre is, unless it is mounted with locks."""
+
+    def refuse(_file: object, _mode: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DpoCacheError, match="run cannot be locked: Function not implemented") as refused:
+        output_lock(tmp_path / "run").__enter__()
+    assert "a file system with file locks" in (refused.value.next_step or "")
