@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from dataclasses import dataclass, replace
 
 from torch._C._distributed_c10d import Store
 from torch.distributed import DistError
@@ -43,8 +44,20 @@ class Heartbeat:
                 return  # the store is gone; the main thread will notice and say so
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """A heart as it was seen last: its beats, when they became so many, and when it was looked at."""
+
+    beats: int
+    since: float
+    looked: float
+
+
 class HeartMonitor:
     """How long the hearts of others have stood still, since this process first looked.
+
+    A heart's silence counts only while this process looks: a job that its cluster suspends, or whose terminal does,
+    stands still as a whole, and its processes do not wake up in the same moment.
 
     Args:
         store: Where they beat.
@@ -52,7 +65,7 @@ class HeartMonitor:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._seen: dict[str, tuple[int, float]] = {}
+        self._seen: dict[str, _Seen] = {}
 
     def has_stopped(self, name: str, *, patience: float = 1.0, starting_s: float = 0.0) -> bool:
         """Whether a heart stands still for good, or was declared dead.
@@ -64,17 +77,18 @@ class HeartMonitor:
         """
         if self._store.check([f"dead/{name}"]):
             return True
-        beats, since = self._seen.get(name, (-1, 0.0))
-        now = self._store.add(f"heartbeats/{name}", 0)
-        if now != beats:
-            self._seen[name] = (now, time.monotonic())
+        beats, now = self._store.add(f"heartbeats/{name}", 0), time.monotonic()
+        seen = self._seen.get(name)
+        if seen is None or beats != seen.beats or now - seen.looked > STALE_AFTER_S:
+            self._seen[name] = _Seen(beats=beats, since=now, looked=now)
             return False
+        self._seen[name] = replace(seen, looked=now)
         patience_s = patience * STALE_AFTER_S
-        return time.monotonic() - since > (patience_s if now else max(patience_s, starting_s))
+        return now - seen.since > (patience_s if beats else max(patience_s, starting_s))
 
     def has_begun(self, name: str) -> bool:
         """Whether a heart had beaten when :meth:`has_stopped` last looked."""
-        return self._seen.get(name, (0, 0.0))[0] > 0
+        return name in self._seen and self._seen[name].beats > 0
 
     def declare_dead(self, name: str) -> None:
         """Say that a process has ended: nobody needs to wait for its heart."""
