@@ -36,7 +36,7 @@ def ranks_from_environment(environment: Mapping[str, str] | None = None) -> Rank
     job of ranks.
 
     Raises:
-        DpoCacheError: Some of a launcher's variables are set and others are missing.
+        DpoCacheError: Some of a launcher's variables are set and others are missing, or mpirun started this process.
     """
     environment = os.environ if environment is None else environment
     if "RANK" in environment:
@@ -46,6 +46,7 @@ def ranks_from_environment(environment: Mapping[str, str] | None = None) -> Rank
             rank_of_node=_number(environment, "LOCAL_RANK"),
             ranks_per_node=_processes_here(environment),
         )
+    _refuse_mpirun(environment)
     if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return Ranks(
             rank=_number(environment, "SLURM_PROCID"),
@@ -100,11 +101,24 @@ def _tasks_on_this_node(environment: Mapping[str, str]) -> int:
     return counts[min(int(environment.get("SLURM_NODEID", "0")), len(counts) - 1)]
 
 
+def _refuse_mpirun(environment: Mapping[str, str]) -> None:
+    """Each of its processes would take itself for the only one, and all GPUs for its own."""
+    started = environment.get("OMPI_COMM_WORLD_SIZE", "1")
+    if started != "1":
+        raise DpoCacheError(
+            f"mpirun started {started} of these processes, and says which is which in variables that are not read",
+            expected="torchrun, the deepspeed launcher or srun",
+            next_step="on one machine leave mpirun out: one command starts a process for each GPU",
+        )
+
+
 def _number(environment: Mapping[str, str], name: str) -> int:
     try:
         return int(environment[name])
     except (KeyError, ValueError) as missing:
         raise DpoCacheError(
-            f"a launcher's variable {name} is {environment.get(name)!r}",
+            f"a launcher's variable {name} is {environment.get(name)!r}, and RANK is {environment.get('RANK')!r}",
             expected="a number, as torchrun, the deepspeed launcher and srun set it",
+            next_step="some clusters set RANK and WORLD_SIZE for their machines: start with torchrun, or for a job on "
+            "one machine alone, remove them: env -u RANK -u WORLD_SIZE dpo-train …",
         ) from missing

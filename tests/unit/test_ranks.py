@@ -44,6 +44,23 @@ def test_half_a_launcher_is_an_error_that_names_the_variable() -> None:
         ranks_from_environment({"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
 
 
+def test_a_cluster_that_numbers_machines_and_not_processes_is_told_what_to_start() -> None:
+    """As Kubeflow's PyTorchJob, which leaves the processes of a machine to torchrun."""
+    pod = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "23456"}
+    with pytest.raises(DpoCacheError, match="LOCAL_RANK is None, and RANK is '0'") as refused:
+        ranks_from_environment(pod)
+    assert "env -u RANK -u WORLD_SIZE" in (refused.value.next_step or "")
+
+
+def test_processes_of_mpirun_are_refused_before_each_takes_all_gpus() -> None:
+    started = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
+    with pytest.raises(DpoCacheError, match="mpirun started 8 of these processes"):
+        ranks_from_environment(started)
+    with pytest.raises(DpoCacheError, match="mpirun started 8"):  # itself started by srun, one of it on each node
+        ranks_from_environment({**started, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"})
+    assert ranks_from_environment({"OMPI_COMM_WORLD_SIZE": "1"}) is None
+
+
 def test_srun_names_the_rank_and_the_tasks_of_its_own_node() -> None:
     ranks = ranks_from_environment(SRUN)
     assert ranks is not None
