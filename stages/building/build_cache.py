@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -89,8 +89,13 @@ def wait_until_visible(cache: ReferenceCache, shards: Collection[str]) -> None:
 
 @contextmanager
 def scratch_folder(temporary_folder: Path) -> Iterator[Path]:
-    """A folder for this build's spool and plan, gone when the build ends."""
-    folder = Path(tempfile.mkdtemp(prefix="build-", dir=temporary_folder))
+    """A folder for this build's spool and plan, gone when the build ends.
+
+    Those of killed builds are removed by gc, which another user of a shared cache may start: its permissions are those
+    that the umask gives, not the private ones of a temporary folder.
+    """
+    folder = temporary_folder / f"build-{secrets.token_hex(8)}"
+    folder.mkdir()
     try:
         yield folder
     finally:
