@@ -175,8 +175,12 @@ def leave_fault(fault: DpoCacheError) -> bool:
 
 
 def python_command(*arguments: str) -> list[str]:
-    """This interpreter running this package's command line."""
-    return [sys.executable, "-m", __package__.partition(".")[0], *arguments]
+    """This interpreter running this package's command line.
+
+    ``-P`` keeps the current folder out of it, as it is out of the console script that the user started: a file
+    ``tokenize.py`` there is no module of Python's.
+    """
+    return [sys.executable, "-P", "-m", __package__.partition(".")[0], *arguments]
 
 
 def threads_for(num_processes: int) -> dict[str, str]:

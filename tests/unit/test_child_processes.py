@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.processes import child_processes
-from dpo_cache.stages.processes.child_processes import Job, leave_fault, run_children, run_jobs
+from dpo_cache.stages.processes.child_processes import Job, leave_fault, python_command, run_children, run_jobs
 
 FAILS = """
 import sys
@@ -161,6 +161,12 @@ def test_a_fault_whose_parent_has_stopped_listening_is_no_further_fault(
 def test_a_fault_that_a_full_disk_keeps_from_the_parent_is_told_by_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(child_processes.FAULT_FILE, "/dev/full")
     assert not leave_fault(DpoCacheError("No space left on device"))
+
+
+def test_scripts_in_the_current_folder_are_not_taken_for_modules_of_python(tmp_path: Path) -> None:
+    (tmp_path / "tokenize.py").write_text("raise SystemExit('a script of the user')")
+    asked = subprocess.run(python_command("--help"), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (asked.returncode, asked.stderr) == (0, "")
 
 
 # ---- jobs that have nothing to do with each other ---------------------------------------------------------------
