@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...errors import first_line
 from .finding import Finding, Level, Section
 
 _found = Section("machine").found
@@ -64,16 +63,13 @@ def _memory() -> Finding:
 def _disks(folder: Path) -> Iterator[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    yield _disk("this folder", folder.absolute(), "put --cache and --output on a larger disk")
-    yield _disk("models, datasets", Path(HF_HUB_CACHE).absolute(), "set HF_HOME to a folder on a larger disk")
-    yield _scratch_disk("scratch files", "set TMPDIR to a folder on a larger disk")
-
-
-def _scratch_disk(name: str, advice: str) -> Finding:
-    try:
-        return _disk(name, Path(tempfile.gettempdir()), advice)
-    except FileNotFoundError as nowhere:
-        return _found(name, first_line(nowhere), Level.FATAL, advice)
+    places = {
+        "this folder": (folder, "put --cache and --output on a larger disk"),
+        "models, datasets": (Path(HF_HUB_CACHE), "set HF_HOME to a folder on a larger disk"),
+        "scratch files": (Path(tempfile.gettempdir()), "set TMPDIR to a folder on a larger disk"),
+    }
+    for name, (place, advice) in places.items():
+        yield _disk(name, place.absolute(), advice)
 
 
 def _disk(name: str, place: Path, advice: str) -> Finding:

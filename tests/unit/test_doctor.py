@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -186,7 +185,7 @@ def test_a_folder_that_cannot_be_written_to_is_fatal(tmp_path: Path, monkeypatch
     assert one(doctor_machine.examine_machine(tmp_path), "this folder").level is Level.FATAL
 
 
-def test_a_home_that_this_user_may_not_look_into_and_a_missing_tmp_are_findings_too(
+def test_a_home_that_this_user_may_not_look_into_is_a_finding_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a container under another number than root's: the report on it is what doctor is for."""
@@ -199,18 +198,12 @@ def test_a_home_that_this_user_may_not_look_into_and_a_missing_tmp_are_findings_
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return look(path, **options)
 
-    def nowhere() -> str:
-        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
-
     monkeypatch.setattr(os, "stat", refuse)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != private and may_use(path, mode))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(private / "hub"))
-    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
     found = list(doctor_machine.examine_machine(tmp_path))
-    models, scratch = one(found, "models, datasets"), one(found, "scratch files")
+    models = one(found, "models, datasets")
     assert (models.level, models.value) == (Level.FATAL, f"{private} cannot be written to")
-    assert scratch.level is Level.FATAL
-    assert "set TMPDIR" in (scratch.advice or "")
 
 
 def test_a_file_system_that_gives_no_numbers_is_not_called_full(
