@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, as_argument
 
 CACHE_LOCK = "cache.lock"
 CREATION_LOCK = "create.lock"
@@ -67,8 +67,9 @@ def reading_lock(temporary_folder: Path, work: str) -> Iterator[None]:
     """
     with ExitStack() as held:
         for name in (CACHE_LOCK, TRAINING_LOCK):
-            file = _open_for_reading(temporary_folder / name)
-            if file is None:
+            try:
+                file = _open(temporary_folder / name)
+            except OSError:
                 continue
             held.callback(os.close, file)
             try:
@@ -106,9 +107,9 @@ def creation_lock(temporary_folder: Path) -> Iterator[None]:
 @contextmanager
 def _locked(path: Path, mode: int, *, work: str) -> Iterator[None]:
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = _open(path)
     except OSError as error:
-        raise DpoCacheError(f"cannot lock {path}: {error.strerror}") from error
+        raise _may_not_lock(path, error) from error
     try:
         try:
             fcntl.flock(file, mode)
@@ -121,12 +122,17 @@ def _locked(path: Path, mode: int, *, work: str) -> Iterator[None]:
         os.close(file)
 
 
-def _open_for_reading(path: Path) -> int | None:
-    """A lock file, made where it can be; a shared lock needs no right to write."""
-    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
+def _open(path: Path, *, create: int = os.O_CREAT) -> int:
+    """A lock file. A lock needs no right to write, which the umask of the user who made the file may have kept from us.
+
+    Without it the file goes on naming an earlier holder. NFS alone asks for it, where the lock is not to be shared.
+    """
+    try:
+        return os.open(path, os.O_RDWR | create | os.O_NOFOLLOW, 0o666)
+    except OSError:
         with suppress(OSError):
-            return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-    return None
+            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        raise
 
 
 def _describe(file: int, work: str) -> None:
@@ -137,6 +143,8 @@ def _describe(file: int, work: str) -> None:
 
 
 def _refused(path: Path, error: OSError, work: str) -> DpoCacheError:
+    if error.errno == errno.EBADF:  # NFS, of a file that is open to be read only
+        return _may_not_lock(path, error)
     if error.errno not in _IN_USE:
         return DpoCacheError(
             f"cannot lock {path}: {error.strerror}",
@@ -145,6 +153,13 @@ def _refused(path: Path, error: OSError, work: str) -> DpoCacheError:
     return DpoCacheError(
         f"{work} cannot start: {path.parent.parent} is in use by {'; '.join(_holders(path))}",
         next_step="wait for it to end, or stop it",
+    )
+
+
+def _may_not_lock(path: Path, error: OSError) -> DpoCacheError:
+    return DpoCacheError(
+        f"cannot lock {path}: {error.strerror}",
+        next_step=f"whoever made it can let a group write there: chmod -R g+rwX {as_argument(path.parent.parent)}",
     )
 
 
@@ -162,7 +177,7 @@ def _holders(path: Path) -> list[str]:
 
 def _is_refused(path: Path, mode: int) -> bool:
     try:
-        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        file = _open(path, create=0)
     except OSError:
         return False
     try:

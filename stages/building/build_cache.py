@@ -17,6 +17,7 @@ import torch
 from ...errors import DpoCacheError
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.cache_json import CacheDescription
+from ...pipeline.cache.durable_file import make_folder_durably
 from ...pipeline.data.pair_tokenizer import PairTokenizer
 from ..console.terminal import say
 from ..processes.job_store import POLL_S, RUN_AGAIN
@@ -95,7 +96,7 @@ def scratch_folder(temporary_folder: Path) -> Iterator[Path]:
     that the umask gives, not the private ones of a temporary folder.
     """
     folder = temporary_folder / f"build-{secrets.token_hex(8)}"
-    folder.mkdir()
+    make_folder_durably(folder)
     try:
         yield folder
     finally:

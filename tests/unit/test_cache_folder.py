@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -260,6 +261,27 @@ def test_builders_of_different_mixtures_share_a_cache_and_of_the_same_do_not(tmp
         process.wait()
     with cache.building("train"):  # whoever dies lets go
         pass
+
+
+def test_a_lock_file_that_the_umask_of_another_user_made_read_only_locks_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(tmp_path / "cache")
+    with cache.building("train"):
+        pass
+    open_file = os.open
+
+    def open_as_another_user(path: Path, flags: int, mode: int = 0o777) -> int:
+        if path.suffix == ".lock" and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open_file(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", open_as_another_user)
+    with cache.building("train"), pytest.raises(DpoCacheError, match="is in use by"), cache.building("train"):
+        pass
+    with pytest.raises(DpoCacheError, match=r"mixture-new\.lock: Permission denied") as refused, cache.building("new"):
+        pass
+    assert f"chmod -R g+rwX {cache.path}" in (refused.value.next_step or "")
 
 
 def test_nobody_builds_while_files_are_removed(tmp_path: Path) -> None:
