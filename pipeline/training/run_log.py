@@ -89,9 +89,14 @@ class Tracking:
     Args:
         settings: What to call the run.
         folder: Where its local files go.
+
+    Attributes:
+        run_id: Kept in checkpoints, so that a resumed run continues its curve, also where tracking failed meanwhile;
+            None for a run that Weights & Biases has never known.
     """
 
     def __init__(self, settings: TrackingSettings, *, folder: Path) -> None:
+        self.run_id = settings.run_id
         self._run: Any = None
         for mode in (None, "offline"):
             try:
@@ -109,14 +114,10 @@ class Tracking:
                     mode=mode,
                     settings={"quiet": True},  # the link stays; curves as text would follow our own summary
                 )
+                self.run_id = str(self._run.id)
                 return
             except Exception as error:  # whatever goes wrong with tracking, training goes on
                 logger.warning("wandb did not start%s: %s", " offline" if mode else ", trying offline", error)
-
-    @property
-    def run_id(self) -> str | None:
-        """To be kept in checkpoints, so that a resumed run continues its curve."""
-        return None if self._run is None else str(self._run.id)
 
     def write(self, line: Line) -> None:
         """Log one line under its step; the first failure ends the tracking, not the run."""

@@ -105,6 +105,18 @@ def test_tracking_that_breaks_later_is_dropped(tmp_path: Path, monkeypatch: pyte
     run_log.close()
     assert calls == [1]
     assert _steps(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    assert run_log.tracking_run_id == "abc"  # a run that resumes from here continues its curve
+
+
+def test_a_resumed_run_that_cannot_track_leaves_its_curve_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> Any:
+        raise ConnectionError("no route to host")
+
+    _wandb(monkeypatch, init)
+    settings = TrackingSettings(project="p", config={}, run_id="abc")
+    assert Tracking(settings, folder=tmp_path).run_id == "abc"
 
 
 def test_a_resumed_run_continues_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
