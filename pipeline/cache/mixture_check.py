@@ -36,6 +36,7 @@ def check_mixture(cache: ReferenceCache, mixture: Mixture) -> None:
     """
     _check_table(mixture)
     hash_now = sum(shard.num_bytes for shard in mixture.shards) <= HASH_AT_ONCE_BYTES
+    lacking: list[tuple[Keys, DpoCacheError]] = []
     unscored: list[Keys] = []
     unusable: list[tuple[Keys, PairValues]] = []
     remedy = f"score them again with: dpo-cache verify --repair {as_argument(cache.path)}, then dpo-cache build"
@@ -51,11 +52,15 @@ def check_mixture(cache: ReferenceCache, mixture: Mixture) -> None:
         except UnreadableFileError:
             raise
         except DpoCacheError as error:
-            raise DpoCacheError(
-                f"mixture {mixture.name} lacks {len(wanted)} pairs ({name_keys(wanted)}): {error.found}",
-                expected=error.expected,
-                next_step=remedy,
-            ) from error
+            lacking.append((wanted, error))
+    if lacking:
+        keys, first = np.concatenate([wanted for wanted, _ in lacking]), lacking[0][1]
+        others = f" (the first of {len(lacking)} such shards)" if len(lacking) > 1 else ""
+        raise DpoCacheError(
+            f"mixture {mixture.name} lacks {len(keys)} pairs ({name_keys(keys)}): {first.found}{others}",
+            expected=first.expected,
+            next_step=remedy,
+        ) from first
     if len(keys := np.concatenate(unscored)):
         raise DpoCacheError(
             f"{len(keys)} pairs of mixture {mixture.name} count no scored token: {name_keys(keys)}", next_step=remedy

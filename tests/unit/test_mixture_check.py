@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_factory import fill_cache, make_cache, make_rows, mixture_rows
+from cache_factory import fill_cache, make_cache, make_rows, mixture_rows, read_shard
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import mixture_check, mixture_table, shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
@@ -98,6 +98,22 @@ def test_a_missing_shard_is_named_with_the_pairs_it_held(cache: ReferenceCache, 
     with pytest.raises(DpoCacheError, match=f"lacks {lacking} pairs .*is missing") as caught:
         check_mixture(cache, cache.read_mixture("train"))
     assert "dpo-cache verify --repair" in str(caught.value)
+
+
+def test_the_pairs_of_all_missing_and_damaged_shards_are_counted(cache: ReferenceCache, hashing: str) -> None:
+    fill_cache(cache, make_rows(50), shard_rows=12)
+    missing, cut, *_ = cache.shards.paths()
+    lacking = {row.key.hex() for path in (missing, cut) for row in read_shard(path)}
+    missing.unlink()
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(DpoCacheError) as caught:
+        check_mixture(cache, cache.read_mixture("train"))
+    found = caught.value.found
+    assert found.startswith(f"mixture train lacks {len(lacking)} pairs (")
+    assert found.endswith("(the first of 2 such shards)")
+    named = found[found.index("(") + 1 : found.index(", …)")].split(", ")
+    assert len(named) == 10
+    assert set(named) <= lacking
 
 
 def test_a_truncated_shard_is_refused(cache: ReferenceCache, hashing: str) -> None:
