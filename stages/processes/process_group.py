@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -84,7 +85,8 @@ def deepspeed_device(ranks: Ranks, device: torch.device) -> dict[str, str]:
 def all_or_none(work: Callable[[], Result], *, on: bool = True) -> Result | None:
     """Do something on some ranks; if it fails on one, all ranks raise the same fault.
 
-    A rank that raised alone would leave the others waiting in their next collective.
+    A rank that raised alone would leave the others waiting in their next collective. The fault of another machine than
+    rank 0's names it: what is missing there may well be here.
 
     Args:
         work: What to do.
@@ -103,12 +105,16 @@ def all_or_none(work: Callable[[], Result], *, on: bool = True) -> Result | None
             result = work()
         except DpoCacheError as raised:
             fault = raised
-    faults: list[DpoCacheError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault, group=host_group())
-    for first in faults:
+    faults: list[tuple[str, DpoCacheError | None]] = [("", None)] * dist.get_world_size()
+    dist.all_gather_object(faults, (socket.gethostname(), fault), group=host_group())
+    for machine, first in faults:
         if first is not None:
-            raise first
+            raise first if machine == faults[0][0] else _placed(first, machine)
     return result
+
+
+def _placed(fault: DpoCacheError, machine: str) -> DpoCacheError:
+    return DpoCacheError(f"on {machine}: {fault.found}", expected=fault.expected, next_step=fault.next_step)
 
 
 def decided_by_first(decide: Callable[[], Result]) -> Result:

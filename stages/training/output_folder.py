@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,10 @@ TRIAL_MODEL = "model.dry-run"
 """What a dry run saves to measure it, and removes again."""
 BEFORE_FIRST_STEP = {LOCK, "step0.json", "dry-run.json"}
 """What a run that failed before its first update leaves, besides its config: nothing to lose, nothing to resume."""
+
+SEEN_WITHIN_S = 30.0
+"""A shared file system may show another machine's file late."""
+POLL_S = 0.2
 
 
 def refuse_overwriting(output: Path) -> None:
@@ -70,8 +76,11 @@ def held_by(output: Path) -> list[str]:
 
 
 @contextmanager
-def output_lock(output: Path) -> Iterator[None]:
+def output_lock(output: Path) -> Iterator[str]:
     """Held while a run or a sweep writes its folder; what a killed one left half-written is removed.
+
+    Yields:
+        The process that holds it, as the lock names it.
 
     Raises:
         DpoCacheError: Another process trains into this folder, or it cannot be written.
@@ -95,11 +104,43 @@ def output_lock(output: Path) -> Iterator[None]:
                 f"--output {output} cannot be locked: {unsupported.strerror}",
                 next_step="give an --output on a file system with file locks",
             ) from unsupported
+        holder = f"{os.getpid()} on {socket.gethostname()}"
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(holder)
         lock.flush()
+        os.fsync(lock.fileno())  # other machines look for it
         _remove_leftovers(output)
-        yield
+        yield holder
+
+
+def refuse_unshared(output: Path, holder: str) -> None:
+    """Refuse a folder that is not the one that rank 0 has locked.
+
+    Every rank writes its part of a checkpoint there, and rank 0 would mark one complete that lacks the others' parts.
+
+    Args:
+        output: The run's folder, as this rank sees it.
+        holder: From rank 0's :func:`output_lock`.
+
+    Raises:
+        DpoCacheError: This machine has another folder of that name, or none.
+    """
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while _holder(output) != holder:
+        if time.monotonic() > deadline:
+            raise DpoCacheError(
+                f"--output {output} is not the folder that rank 0 sees under that name",
+                expected="one folder that all ranks share, for each writes its part of a checkpoint",
+                next_step="give the absolute path of a folder on a file system that all machines share",
+            )
+        time.sleep(POLL_S)
+
+
+def _holder(output: Path) -> str | None:
+    try:
+        return (output / LOCK).read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def _not_a_run(output: Path, held: list[str]) -> DpoCacheError:

@@ -15,7 +15,7 @@ from ..console.terminal import say
 from ..hub.hub_model import HubTarget, prepare_hub_target
 from ..processes.process_group import all_or_none, decided_by_first, refuse_other_settings
 from ..processes.ranks import Ranks
-from .output_folder import output_lock, refuse_other_folder, refuse_overwriting
+from .output_folder import output_lock, refuse_other_folder, refuse_overwriting, refuse_unshared
 from .policy import PolicyOrigin, check_policy, find_policy
 from .recipe import Recipe, resolve_recipe
 from .run_checkpoints import RunCheckpoints
@@ -104,7 +104,8 @@ def _open_pairs(config: TrainConfig, ranks: Ranks, cache_folder: Path, held: Exi
     settings = asdict(config)
     refuse_other_settings({name: value for name, value in settings.items() if name not in PATHS_OF_A_MACHINE})
     all_or_none(require_tensorboard, on=is_main and config.with_tensorboard)
-    all_or_none(lambda: _claim_output(config, held), on=is_main)
+    holder = decided_by_first(lambda: _claim_output(config, held))
+    all_or_none(lambda: refuse_unshared(config.output, holder))
     pairs = held.enter_context(training_cache(config, cache_folder, ranks))
     recipe = resolve_recipe(config, pairs.cache, pairs.mixture, num_ranks=ranks.num_ranks)
     if is_main:
@@ -112,12 +113,12 @@ def _open_pairs(config: TrainConfig, ranks: Ranks, cache_folder: Path, held: Exi
     return pairs, recipe
 
 
-def _claim_output(config: TrainConfig, held: ExitStack) -> None:
+def _claim_output(config: TrainConfig, held: ExitStack) -> str:
     if config.resume is None:
         refuse_overwriting(config.output)
     else:
         refuse_other_folder(config.output)
-    held.enter_context(output_lock(config.output))
+    return held.enter_context(output_lock(config.output))
 
 
 def _find_policy(config: TrainConfig, cache: ReferenceCache) -> PolicyOrigin:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 from pathlib import Path
 
 import pytest
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.stages.training.output_folder import output_lock, refuse_other_folder
+from dpo_cache.stages.training import output_folder
+from dpo_cache.stages.training.output_folder import output_lock, refuse_other_folder, refuse_unshared
 from run_factory import write_run
 
 
@@ -32,7 +34,7 @@ def test_the_checkpoints_of_another_trainer_are_not_a_run(tmp_path: Path) -> Non
 def test_a_folder_is_written_by_one_run_at_a_time(tmp_path: Path) -> None:
     with (
         output_lock(tmp_path / "run"),
-        pytest.raises(DpoCacheError, match=f"is in use by process {os.getpid()}\n"),
+        pytest.raises(DpoCacheError, match=f"is in use by process {os.getpid()} on {socket.gethostname()}\n"),
         output_lock(tmp_path / "run"),
     ):
         pytest.fail("two runs write one folder")
@@ -52,3 +54,16 @@ def test_a_file_system_without_locks_is_not_taken_for_another_run(
     with pytest.raises(DpoCacheError, match="run cannot be locked: Function not implemented") as refused:
         output_lock(tmp_path / "run").__enter__()
     assert "a file system with file locks" in (refused.value.next_step or "")
+
+
+def test_a_folder_that_another_machine_does_not_share_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_folder, "SEEN_WITHIN_S", 0)
+    with output_lock(tmp_path / "of rank 0") as holder:
+        refuse_unshared(tmp_path / "of rank 0", holder)
+        (tmp_path / "of an earlier run").mkdir()
+        (tmp_path / "of an earlier run/.lock").write_text(f"{os.getpid()} on another-machine")
+        for folder in (tmp_path / "of an earlier run", tmp_path / "absent"):
+            with pytest.raises(DpoCacheError, match="is not the folder that rank 0 sees under that name"):
+                refuse_unshared(folder, holder)
