@@ -27,6 +27,11 @@ def gather_expert_blocks_whole(model: nn.Module) -> None:
         set_z3_leaf_modules(model, sorted(blocks, key=lambda block: block.__name__))
 
 
+def can_be_balanced(model: nn.Module) -> bool:
+    """Whether there are experts, and a router that shows its logits."""
+    return bool(expert_blocks(model)) and hasattr(find_causal_lm(model).config, "output_router_logits")
+
+
 def refuse_load_balancing(model: nn.Module) -> None:
     """Refuse a model that has nothing to balance.
 

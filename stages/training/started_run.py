@@ -11,6 +11,7 @@ from ...pipeline.scoring.pair_scorer import PairScorer
 from ...pipeline.scoring.scoring_batch import Layout
 from ...pipeline.training.checkpoint_folder import Checkpoint
 from ...pipeline.training.deepspeed_config import EngineSettings, deepspeed_config
+from ...pipeline.training.expert_blocks import can_be_balanced
 from ...pipeline.training.host_memory import fix_mmap_threshold
 from ...pipeline.training.policy_engine import PolicyEngine
 from ...pipeline.training.resident_memory import resident_bytes_of_ranks
@@ -99,6 +100,8 @@ def _start_engine(run: PreparedRun, checkpoint: Checkpoint | None) -> PolicyEngi
         )
     )
     policy = load_policy(config, recipe, model, run.device, engine_config)
+    if run.is_main and not config.load_balancing_loss and can_be_balanced(policy):
+        say("the loss that balances the model's experts is off; --load-balancing-loss adds it")
     _say_host_memory(run)
     return PolicyEngine(
         PairScorer(policy, load_balancing=config.load_balancing_loss),

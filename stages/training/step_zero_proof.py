@@ -32,7 +32,9 @@ def prove_step_zero(run: PreparedRun, started: StartedRun) -> StepZeroFigures | 
         write_run_json(record, {**asdict(figures), **_what_was_compared(run)})
     if run.origin.is_reference and not run.config.allow_numerics_mismatch:
         check_step_zero(figures)
-    elif not figures.within_bound:
+    if figures.within_bound:
+        say_once(f"{figures.summary()}; its loss is {figures.loss:.6f}")
+    else:
         allowed = "--allow-numerics-mismatch" if run.origin.is_reference else "--allow-other-policy"
         say_once(f"warning: {figures.summary()}; the run goes on, because {allowed} was given")
     return figures

@@ -147,6 +147,11 @@ def test_a_run_loads_the_policy_alone_and_scores_the_first_batch_the_updates_and
     assert done.returncode == 0, done.stderr
     evaluations = 2 * 40 // BATCH  # before the first update and after the last
     assert done.stdout.splitlines()[-1] == f"['{reference}'] {1 + 2 + evaluations}"
+    assert re.search(
+        r"\nbefore any update, policy and cached reference differ by [\d.e-]+ nats per token \(mean [\d.e-]+\) "
+        r"on the 8 pairs of the first batch; its loss is 0\.69314\d\n",
+        done.stderr,
+    )
     changed = re.findall(
         r"\nupdate 1, with learning rate 0.001, changed ([\d.]+)% of the float32 weights; ", done.stderr
     )
@@ -304,10 +309,12 @@ def test_a_run_killed_between_its_best_evaluation_and_the_best_model_keeps_it_on
 
 def test_a_finished_run_without_checkpoints_is_not_trained_again(shared_cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    run(train(shared_cache, output, "--max-steps", 1))
-    command = train(shared_cache, output, "--max-steps", 1, "--resume")
+    noisy = ("--model", write_tiny_model(tmp_path / "noisy", attention_dropout=0.5))  # else the reference
+    run(train(shared_cache, output, *noisy, "--max-steps", 1))
+    command = train(shared_cache, output, *noisy, "--max-steps", 1, "--resume")
     again = ended(command)
     assert again.returncode == 0, again.stderr
+    assert "\nthe model's dropout (attention_dropout 0.5) is off, because the reference" in again.stderr
     assert "step_1; all updates are done" in again.stderr
     assert "\nupdates        1 in all, 5 per epoch\n" in again.stderr  # the resolved settings, as of --plan
     assert re.search(
