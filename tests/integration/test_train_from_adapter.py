@@ -35,6 +35,9 @@ def test_a_policy_starts_at_base_plus_adapter_and_is_saved_as_one_model(pairs_fi
 
     lora_on_top = dpo_train("--cache", cache, "--output", tmp_path / "none", "--use-lora")
     assert "belongs on neither the base nor the adapter" in fails(lora_on_top)
+    quantized = ("--use-qlora", "--merge", "--zero-stage", 2, "--allow-numerics-mismatch")
+    quantized_below = dpo_train("--cache", cache, "--output", tmp_path / "none", *quantized)
+    assert "--use-qlora cannot start at a reference with an adapter" in fails(quantized_below)
     base_alone = dpo_train("--cache", cache, "--output", tmp_path / "none", "--model", base)
     assert "is not the reference of this cache (adapter_sha256" in fails(base_alone)
 

@@ -48,8 +48,11 @@ def a_shard(cache: Path) -> Path:
     return next((cache / "shards").glob("*.parquet"))
 
 
-def test_no_cache(tmp_path: Path) -> None:
-    message = refusal(tmp_path / "none", tmp_path / "run")
+@pytest.mark.parametrize("how", [(), ("--resume",)])
+def test_no_cache(tmp_path: Path, how: tuple[str, ...]) -> None:
+    if how:
+        write_run(tmp_path / "run")
+    message = refusal(tmp_path / "none", tmp_path / "run", *how)
     assert message.startswith(f"Error: there is no cache in {tmp_path / 'none'}")
     assert "next: make one with: dpo-cache build" in message
 
@@ -168,6 +171,14 @@ def test_a_policy_that_is_not_the_reference(cache: Path, tmp_path: Path) -> None
     assert "--allow-other-policy" in message
 
 
+def test_a_cache_that_another_version_of_the_scoring_code_made(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "SCORING_VERSION", policy.SCORING_VERSION + 1)
+    message = refusal(cache, tmp_path / "run", "--allow-other-policy", "--allow-numerics-mismatch")
+    assert f"the cache was scored by version {policy.SCORING_VERSION - 1} of the scoring code\n" in message
+
+
 def test_a_reference_overwritten_since(shared_cache: Path, reference: Path, tmp_path: Path) -> None:
     copied, model = tmp_path / "cache", tmp_path / "model"
     shutil.copytree(shared_cache, copied)
@@ -200,6 +211,7 @@ def test_other_numerics_than_the_caches(cache: Path, tmp_path: Path, flag: str, 
     [
         (["--loss", "ipo", "--label-smoothing", "0.1"], "--label-smoothing is not defined for --loss ipo"),
         (["--gamma-beta-ratio", "0.5"], "--gamma-beta-ratio has no effect without --loss simpo"),
+        (["--use-lora", "--push-to-hub"], "--push-to-hub: an adapter names the model it belongs on"),
         (["--eval-mixture", "held-out"], "has no mixture 'held-out'"),
         (["--stop-after-steps", "1"], "--stop-after-steps is 1, but the run has 1 update\n"),
     ],

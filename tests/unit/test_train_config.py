@@ -23,6 +23,7 @@ def config(**options: Any) -> TrainConfig:
         ({"merge": True}, "--merge has no effect without --use-lora"),
         ({"load_balancing_weight": 0.1}, "--load-balancing-weight has no effect without --load-balancing-loss"),
         ({"hub_model_id": "lab/model"}, "--hub-model-id has no effect without --push-to-hub"),
+        ({"hub_revision": "v1"}, "--hub-revision has no effect without --push-to-hub"),
         ({"hub_private": False}, "--no-hub-private has no effect without --push-to-hub"),
         ({"use_qlora": True}, "which cannot partition quantized weights"),
         ({"keep_best": "margin"}, "--keep-best has no effect without --eval-mixture"),
@@ -36,6 +37,7 @@ def config(**options: Any) -> TrainConfig:
         ({"model_revision": "v1"}, "--model-revision has no effect without --model"),
         ({"zero_stage": 0, "offload_optimizer": True}, "--offload-optimizer has no effect at --zero-stage 0"),
         ({"zero_stage": 2, "offload_parameters": True}, "--offload-parameters has no effect at --zero-stage 2"),
+        ({"zero_stage": 2, "zero_hpz_partition_size": 2}, "--zero-hpz-partition-size has no effect at --zero-stage 2"),
         (
             {"gradient_checkpointing": True, "activation_memory_budget": 0.5},
             "--gradient-checkpointing and --activation-memory-budget are given together",
