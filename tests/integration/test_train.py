@@ -501,6 +501,27 @@ def test_a_plan_and_a_dry_run_train_nothing(shared_cache: Path, tmp_path: Path) 
     assert not [*output.glob("model.dry-run*"), *output.glob("*.partial")]
 
 
+UNSAVABLE = """
+import sys
+from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.training import model_export
+
+def refuse(folder, expected):
+    raise DpoCacheError(f"{len(expected)} weights are not what they should be")
+
+model_export.check_headers = refuse
+from dpo_cache.cli import dpo_train
+dpo_train(sys.argv[1:])
+"""
+
+
+def test_a_dry_run_finds_that_the_model_cannot_be_saved(shared_cache: Path, tmp_path: Path) -> None:
+    """Else that would show at the end of a run alone."""
+    done = as_script(UNSAVABLE, train(shared_cache, tmp_path / "run", "--dry-run"))
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"\nError: \d+ weights are not what they should be\n", done.stderr)
+
+
 KILLED_BEFORE_SYNC = """
 import os, signal, sys
 from pathlib import Path
