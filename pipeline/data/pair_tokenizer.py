@@ -174,7 +174,7 @@ class PairTokenizer:
         if len(chosen) == 0 or len(rejected) == 0:
             raise UnusableRow("empty-response")
         if np.array_equal(chosen, rejected):
-            raise UnusableRow("identical-responses")
+            raise UnusableRow("identical-responses", "the template or the tokenizer leaves out what differs")
         # The template was found sound on a probe: what is doubled here is written in the row's own text.
         if self._specials.begins_twice(np.concatenate([prompt[:2], chosen[:1]])):
             raise UnusableRow("double-bos")

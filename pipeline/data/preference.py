@@ -116,6 +116,9 @@ def _message(message: Message, column: str) -> Message:
         return {**message, "content": "".join(_text_part(part) for part in content)}
     if content is not None and not isinstance(content, str):
         raise UnusableRow("malformed-row", f"a message of {column} has a content of type {type(content).__name__}")
+    if content is None and message.get("tool_calls"):
+        # OpenAI's format has null here. Many templates, Qwen3's among them, fail where they find no text to join.
+        return {**message, "content": ""}
     return message
 
 

@@ -131,9 +131,10 @@ class Renderer:
     def _refuse_unsaid(self, preference: Preference, conversation: list[Message], full_text: str, *, side: str) -> None:
         """Refuse a response that is empty because the template leaves out all that it has instead of text.
 
-        Many templates know nothing of tool calls: the response would be its end alone.
+        Many templates know nothing of tool calls: what is scored of the turn would be its end alone.
         """
-        for number in range(len(preference.prompt), len(conversation)):
+        first_response = len(preference.prompt)
+        for number in range(0 if self._settings.scores_all_turns else first_response, len(conversation)):
             message = conversation[number]
             bare = {name: value for name, value in message.items() if name in ("role", "content")}
             instead = sorted(message.keys() - bare.keys())
@@ -144,7 +145,8 @@ class Renderer:
             except _TEMPLATE_FAULTS:
                 continue  # it refuses an empty message, and this was none
             if text == full_text:
-                raise UnusableRow("empty-response", f"{side}: the template leaves out {', '.join(instead)}")
+                where = side if number >= first_response else f"message {number + 1}"
+                raise UnusableRow("empty-response", f"{where}: the template leaves out {', '.join(instead)}")
 
     def _response_turns(
         self, preference: Preference, conversation: list[Message], prompt_text: str, full_text: str

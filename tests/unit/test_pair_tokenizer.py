@@ -126,7 +126,8 @@ def test_answers_may_begin_alike(make: MakeTokenizer) -> None:
 
 def test_answers_that_render_alike_are_identical(make: MakeTokenizer) -> None:
     stripping = CHATML.replace("message['content']", "message['content'] | trim")
-    assert reason(make(None, chat_template=stripping), chat("Hi", "Yes", "Yes ")) == "identical-responses"
+    with pytest.raises(UnusableRow, match=r"identical-responses: .* \(the template .* leaves out what differs\)"):
+        make(None, chat_template=stripping).tokenize(chat("Hi", "Yes", "Yes "))
 
 
 HEADERS = (
@@ -505,6 +506,17 @@ def test_a_call_of_a_tool_that_the_template_leaves_out_is_an_empty_response(
     calling = silent.replace(" or '')", " or message.tool_calls[0].name)")
     pair = make(None, chat_template=calling).tokenize(preference)
     assert marked(pair, "chosen").endswith("assistant\n⟦add<|im_end|>\n⟧")
+
+
+def test_all_turns_refuse_an_earlier_turn_of_which_the_template_would_leave_the_end_alone(
+    make: MakeTokenizer,
+) -> None:
+    call: Message = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+    preference = chat([says("user", "1+1?"), call, says("tool", "2")], "Yes", "No")
+    with pytest.raises(UnusableRow, match=r"empty-response: .* \(message 2: the template leaves out tool_calls\)"):
+        make(None, chat_template=CHATML, mask="all-turns").tokenize(preference)
+    pair = make(None, chat_template=CHATML).tokenize(preference)  # unscored, and what the model reads at inference too
+    assert "<|im_start|>assistant\n<|im_end|>\n" in marked(pair, "chosen")
 
 
 def test_rows_with_tools_take_the_tokenizers_template_for_them_as_transformers_does(make: MakeTokenizer) -> None:
