@@ -16,6 +16,11 @@ TELLING_COLUMNS = ("prompt", "chosen", "rejected")
 """The columns that tell a format."""
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 """The columns in which datasets keep what a text model cannot read."""
+_PROMPTS_ELSEWHERE = (
+    "question", "instruction", "input", "query", "problem", "context", "history", "trajectory",
+    "conversation", "conversations", "messages",
+)  # fmt: skip
+"""The columns in which datasets keep the prompt where none is called ``prompt``."""
 
 
 class PreferenceFormat(StrEnum):
@@ -82,9 +87,11 @@ def detect_format(column_names: Sequence[str], first_rows: Iterable[Row]) -> Pre
             return PreferenceFormat.EXPLICIT_MESSAGES
         if _mostly(_is_text, prompts):
             return PreferenceFormat.EXPLICIT_TEXT
-        # Without words in common there is no prompt in these texts; it stands in a column of another name.
+        # Without words in common there is no prompt in these texts; it stands in a column of another name. Words in
+        # common are no proof that it does not: the solutions of UltraInteract all begin with "Step 1:".
         texts = [row for row in rows if _is_text(row["chosen"]) and _is_text(row["rejected"])]
-        if not has_prompt and _mostly(lambda row: bool(common_words(row["chosen"], row["rejected"])), texts):
+        may_begin_with_prompt = not has_prompt and not _prompts_elsewhere(column_names)
+        if may_begin_with_prompt and _mostly(lambda row: bool(common_words(row["chosen"], row["rejected"])), texts):
             return PreferenceFormat.PLAIN_TEXT
     found, next_step = _why_none_fits(column_names, first_rows)
     raise DpoCacheError(
@@ -107,6 +114,10 @@ def unused_columns(column_names: Sequence[str], preference_format: PreferenceFor
 def _mostly(is_so: Callable[[Any], bool], values: Sequence[Any]) -> bool:
     """Whether more than half of the values (and at least one) are so: one odd row must not decide a format."""
     return sum(1 for value in values if is_so(value)) * 2 > len(values)
+
+
+def _prompts_elsewhere(column_names: Sequence[str]) -> list[str]:
+    return [name for name in column_names if name.lower() in _PROMPTS_ELSEWHERE]
 
 
 def _is_text(value: Any) -> bool:
@@ -155,7 +166,9 @@ def _why_none_fits(column_names: Sequence[str], first_rows: Sequence[Row]) -> tu
     }
     of_responses = kinds["chosen"].keys() | kinds["rejected"].keys()
     if "prompt" not in kinds and of_responses == {TEXT}:
-        return these_columns, "rename the column that holds the prompt to `prompt`"
+        elsewhere = _prompts_elsewhere(column_names)
+        unless = f", or drop {' and '.join(elsewhere)} if the responses begin with the prompt" if elsewhere else ""
+        return these_columns, f"rename the column that holds the prompt to `prompt`{unless}"
     values = "; ".join(f"`{name}` is {_listed(counts)}" for name, counts in kinds.items())
     return f"the values of these columns (first {len(first_rows)} rows): {values}", _remedy(kinds)
 
@@ -163,7 +176,7 @@ def _why_none_fits(column_names: Sequence[str], first_rows: Sequence[Row]) -> tu
 def _remedy(kinds: Mapping[str, Counter[str]]) -> str:
     every_kind = {kind for counts in kinds.values() for kind in counts}
     if any("with the keys" in kind for kind in every_kind):
-        return "write messages as lists of objects with `role` (user, assistant, …) and `content`: rename their keys"
+        return "write messages as lists of objects with `role` (user, assistant, …) and `content`"
     if not kinds.get("prompt", Counter()).keys() <= {TEXT, MESSAGES}:
         return "put text or messages into `prompt`, or drop that column if the responses begin with the prompt"
     if every_kind == {TEXT, MESSAGES}:

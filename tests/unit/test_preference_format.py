@@ -56,6 +56,7 @@ def test_one_odd_row_does_not_decide_the_format() -> None:
         {"text": "Hi"},
         {"chosen": "Yes"},
         row("Yes", "No", question="Hi"),
+        row("Step 1: add", "Step 1: divide", trajectory=[{"from": "user", "value": "1+1?"}]),  # as UltraInteract has it
     ],
 )
 def test_other_columns_are_refused_with_what_would_fit(example: dict[str, Any]) -> None:
@@ -78,7 +79,13 @@ TEXTS, MESSAGES = row("Yes", "No", prompt="Hi"), row([assistant("Yes")], [assist
             [SHAREGPT] * 3,
             "`prompt` is text; `chosen` is a list of objects with the keys from, value; "
             "`rejected` is a list of objects with the keys from, value",
-            "write messages as lists of objects with `role` (user, assistant, …) and `content`: rename their keys",
+            "write messages as lists of objects with `role` (user, assistant, …) and `content`",
+        ),
+        (
+            [row(assistant("Yes"), assistant("No"), prompt="Hi")],
+            "`prompt` is text; `chosen` is an object with the keys role, content; "
+            "`rejected` is an object with the keys role, content",
+            "write messages as lists of objects with `role` (user, assistant, …) and `content`",
         ),
         (
             [row("Yes", "No", prompt=None)] * 2,
@@ -106,6 +113,18 @@ def test_if_the_columns_are_right_their_values_are_told(
     told = f"no preference format fits the values of these columns (first {len(rows)} rows): {values}"
     assert error.value.found == told
     assert error.value.next_step == f"{next_step}, then run the same command again"
+
+
+def test_words_that_responses_share_are_no_prompt_beside_a_column_that_may_hold_it() -> None:
+    example = row("Sure, yes", "Sure, no", system="Be kind", Question="Hi?")
+    with pytest.raises(DpoCacheError) as error:
+        detect_format(list(example), [example])
+    assert error.value.next_step == (
+        "rename the column that holds the prompt to `prompt`, or drop Question if the responses begin with the prompt, "
+        "then run the same command again"
+    )
+    del example["Question"]
+    assert detect_format(list(example), [example]) is PLAIN_TEXT
 
 
 def test_messages_written_as_json_text_are_not_taken_for_plain_text() -> None:
