@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from dpo_cache.cli import dpo_train
 from dpo_cache.pipeline.cache import shard_writer
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
+from dpo_cache.pipeline.scoring.pair_scorer import SCORING_VERSION
 from dpo_cache.stages.training import policy, recipe
 from run_factory import write_run
 from safetensors.torch import load_file, save_file
@@ -174,9 +175,9 @@ def test_a_policy_that_is_not_the_reference(cache: Path, tmp_path: Path) -> None
 def test_a_cache_that_another_version_of_the_scoring_code_made(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy, "SCORING_VERSION", policy.SCORING_VERSION + 1)
+    monkeypatch.setattr(policy, "SCORING_VERSION", SCORING_VERSION + 1)
     message = refusal(cache, tmp_path / "run", "--allow-other-policy", "--allow-numerics-mismatch")
-    assert f"the cache was scored by version {policy.SCORING_VERSION - 1} of the scoring code\n" in message
+    assert f"the cache was scored by version {SCORING_VERSION} of the scoring code\n" in message
 
 
 def test_a_reference_overwritten_since(shared_cache: Path, reference: Path, tmp_path: Path) -> None:
