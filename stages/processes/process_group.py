@@ -15,12 +15,15 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, first_line
 from ...pipeline.training.host_group import forget_host_group, host_group, open_host_group
 from ..console.terminal import say
+from .child_processes import is_child
 from .devices import device_of_rank
+from .job_store import STORE_FAULTS
 from .ranks import Ranks, rendezvous_environment
 from .rendezvous import hosted_rendezvous
+from .stop_request import stopped_at_once
 
 TIMEOUT = timedelta(minutes=30)
 Result = TypeVar("Result")
@@ -31,17 +34,12 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
     """Join the ranks of this job; gives this rank's device.
 
     Raises:
-        DpoCacheError: This machine has more processes than GPUs.
+        DpoCacheError: This machine has more processes than GPUs, or the ranks do not find each other.
     """
     device = device_of_rank(ranks.rank_of_node)
     with _rendezvous(ranks, device):
         prepare_deepspeed()
-        deepspeed.init_distributed(
-            dist_backend="gloo" if device.type == "cpu" else "nccl",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=TIMEOUT,
-        )
+        _meet(ranks, device)
         open_host_group()
         try:
             yield device
@@ -51,6 +49,27 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
                 _part()
             raise
         _part()
+
+
+def _meet(ranks: Ranks, device: torch.device) -> None:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if ranks.rank == 0 and ranks.num_ranks > 1 and not is_child():
+        say(f"rank 0 of {ranks.num_ranks} meets the others at {place}")  # who meant to start one process sees it here
+    try:
+        with stopped_at_once():
+            deepspeed.init_distributed(
+                dist_backend="gloo" if device.type == "cpu" else "nccl",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=TIMEOUT,
+            )
+    except STORE_FAULTS as apart:
+        raise DpoCacheError(
+            f"rank {ranks.rank} of {ranks.num_ranks} did not meet the others at {place}: {first_line(apart)}",
+            expected=f"a free port of rank 0's machine, and all ranks within {TIMEOUT.total_seconds() / 60:g} minutes",
+            next_step="see that the launcher starts them all and that they reach that port; MASTER_PORT=… names "
+            "another; for a run of this machine alone: env -u RANK -u WORLD_SIZE dpo-train …",
+        ) from apart
 
 
 def _part() -> None:

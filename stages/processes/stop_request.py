@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -34,6 +35,20 @@ def stop_requests(*, notice: str | None = None) -> Iterator[Callable[[], bool]]:
     previous = {signum: signal.signal(signum, remember) for signum in signals_to_stop()}
     try:
         yield lambda: bool(requested)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """While this is held, a request to stop ends the process: for a wait in a library in which Python hears of none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {signum: signal.signal(signum, signal.SIG_DFL) for signum in signals_to_stop()}
+    try:
+        yield
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)

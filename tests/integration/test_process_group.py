@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+from distributed_run import free_port
 from dpo_cache.stages.processes.rendezvous import hosted_rendezvous
 
 JOIN = """
@@ -17,6 +20,17 @@ from dpo_cache.stages.processes.ranks import Ranks
 
 with process_group(Ranks(rank=0, num_ranks=1, rank_of_node=0, ranks_per_node=1)) as device:
     print(device)
+"""
+
+MEET = """
+from datetime import timedelta
+from dpo_cache.cli_output import command_run
+from dpo_cache.stages.processes import process_group
+from dpo_cache.stages.processes.ranks import ranks_from_environment
+
+process_group.TIMEOUT = timedelta(seconds={timeout_s})
+with command_run(), process_group.process_group(ranks_from_environment()):
+    pass
 """
 
 FAIL = """
@@ -68,6 +82,45 @@ def test_a_rank_that_is_alone_needs_no_port_that_another_run_has() -> None:
         done = join({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other_run.getsockname()[1])})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-1] == "cpu"
+
+
+def rank_0_of_2(port: int) -> dict[str, str]:
+    return {
+        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+    }
+
+
+def test_ranks_that_do_not_meet_are_a_fault_that_names_the_place() -> None:
+    """As where a variable RANK is left over in a shell, or the port belongs to another job."""
+    port = free_port()
+    with socket.socket() as other_job:
+        other_job.bind(("0.0.0.0", 0))
+        other_job.listen()
+        taken: int = other_job.getsockname()[1]
+        for place, why in ((port, "1/2 clients joined"), (taken, "EADDRINUSE")):
+            apart = join(rank_0_of_2(place), code=MEET.format(timeout_s=1))
+            assert apart.returncode == 1
+            assert f"rank 0 of 2 meets the others at 127.0.0.1:{place}\n" in apart.stderr
+            assert f"Error: rank 0 of 2 did not meet the others at 127.0.0.1:{place}: " in apart.stderr
+            assert why in apart.stderr
+            assert "env -u RANK -u WORLD_SIZE" in apart.stderr
+            assert "Traceback" not in apart.stderr
+
+
+def test_a_rank_that_waits_for_the_others_can_be_stopped() -> None:
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", MEET.format(timeout_s=3600)],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", **rank_0_of_2(free_port())},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.stderr is not None
+    while "meets the others" not in (line := waiting.stderr.readline()):
+        assert line, "it never began to wait"
+    time.sleep(0.5)  # before, it could be stopped anyway
+    waiting.terminate()
+    assert waiting.wait(timeout=60) in (1, -signal.SIGTERM)
 
 
 def test_a_rendezvous_has_its_port_before_any_rank_is_told_of_it() -> None:
