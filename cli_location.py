@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .pipeline.data.printable_text import printable
 from .stages.addresses.location import is_address
 
 
@@ -23,7 +24,12 @@ class _Folder(click.Path):
                 parameter,
                 context,
             )
-        return super().convert(Path(value).expanduser(), parameter, context)  # YAML, and `--cache=~/x`, leave the tilde
+        path = Path(value).expanduser()  # YAML, and `--cache=~/x`, leave the tilde
+        try:
+            str(path.absolute()).encode()
+        except UnicodeEncodeError:
+            self.fail(f"the path of {printable(str(path))} is not UTF-8: rename it", parameter, context)
+        return super().convert(path, parameter, context)
 
 
 FOLDER = _Folder(path_type=Path)

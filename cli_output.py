@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import signal
 import sys
 import tempfile
@@ -108,8 +109,10 @@ def print_report(report: Report, as_json: bool, *, coloured: bool = False) -> No
     """
     if as_json:
         click.echo(finite_json(report.to_json(), indent=2))
-    else:
-        click.echo(report.text() if coloured else printable(report.text()))
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal without UTF-8 has no letters for is spelled out
+        sys.stdout.reconfigure(errors="backslashreplace")
+    click.echo(report.text() if coloured else printable(report.text()))
 
 
 def print_summary(summary: str, as_json: Mapping[str, Any] | None) -> None:

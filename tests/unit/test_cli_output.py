@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -86,6 +88,21 @@ def test_a_cache_from_a_stranger_does_not_steer_the_terminal(
     assert "reference  evil�" in shown.out
     assert shown.err.count("evil�") == 3
     assert not {"\x1b", "\x07", "\ud800"} & set(shown.out + shown.err)
+
+
+def test_a_terminal_without_utf_8_gets_a_report_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
+    print_report(cache_info(make_cache(tmp_path / "cache-☃").path), as_json=False)
+    assert b"cache-\\u2603" in written.getvalue()
+
+
+def test_a_path_that_is_not_utf_8_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    folder = f"{tmp_path}/caf\udce9"  # as Python reads the bytes of a path in Latin-1
+    result = CliRunner().invoke(dpo_cache, ["build", "--model", "m", "--dataset", "d", "--cache", folder])
+    assert result.exit_code == 2
+    assert "is not UTF-8: rename it" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_names_no_repository_is_not_asked_for(tmp_path: Path) -> None:
