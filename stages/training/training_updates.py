@@ -136,7 +136,6 @@ class TrainingUpdates:
         )
         if evaluation is None:
             return None
-        self._log.write(evaluation.line)
         if self._run.is_main and evaluation.margins is not None:
             write_eval_margins(
                 self._config.output / EVAL_MARGINS,
@@ -144,6 +143,7 @@ class TrainingUpdates:
                 keys=mixture.table.column(KEY_COLUMN),
                 margins=evaluation.margins,
             )
+        self._log.write(evaluation.line)  # last: a resumed run that finds the line does not evaluate again
         return evaluation.line
 
     def _keep_best(self, line: dict[str, float], evaluation: dict[str, float] | None) -> None:

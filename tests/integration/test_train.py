@@ -307,6 +307,34 @@ def test_a_run_killed_between_its_best_evaluation_and_the_best_model_keeps_it_on
     assert without_speed(killed) == without_speed(whole)
 
 
+KILLED_BEFORE_THE_LAST_MARGINS_ARE_WRITTEN = """
+import os, signal, sys
+from dpo_cache.stages.training import training_updates
+
+write = training_updates.write_eval_margins
+def killed(path, *, training_step, **margins):
+    if training_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, training_step=training_step, **margins)
+
+training_updates.write_eval_margins = killed
+from dpo_cache.cli import dpo_train
+dpo_train(sys.argv[1:])
+"""
+
+
+def test_a_run_killed_before_the_last_margins_are_written_writes_them_once_it_is_resumed(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    command = train(shared_cache, tmp_path / "run", *EVALUATED)
+    assert as_script(KILLED_BEFORE_THE_LAST_MARGINS_ARE_WRITTEN, command).returncode == -signal.SIGKILL
+    run([*command, "--resume"])
+    evaluations = [line["training_step"] for line in without_speed(tmp_path / "run") if "eval/loss" in line]
+    assert evaluations == [0, 1, 2, 3]
+    margins = (tmp_path / "run/eval_margins.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["training_step"] for line in margins} == {3}
+
+
 def test_a_finished_run_without_checkpoints_is_not_trained_again(shared_cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     noisy = ("--model", write_tiny_model(tmp_path / "noisy", attention_dropout=0.5))  # else the reference
