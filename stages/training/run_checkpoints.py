@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...errors import DpoCacheError
+from ...errors import DpoCacheError, as_argument
 from ...pipeline.training.checkpoint_folder import (
     Checkpoint,
     TrainerState,
@@ -32,7 +32,7 @@ from ..processes.ranks import Ranks
 from .changed_options import changed_options
 from .output_folder import held_by
 from .recipe import Recipe
-from .run_config import recorded_fingerprint
+from .run_config import recorded_fingerprint, recorded_settings
 from .train_config import TrainConfig
 
 CONVERTED = "converted"
@@ -64,8 +64,8 @@ class RunCheckpoints:
         """The checkpoint to resume from, the same on all ranks; None for a fresh start.
 
         Raises:
-            DpoCacheError: It is not complete, or belongs to a run with other settings; or the run is finished and its
-                checkpoints are gone. On all ranks alike.
+            DpoCacheError: It is not complete, or belongs to a run with other settings; the folder has evaluations of
+                another mixture; or the run is finished and its checkpoints are gone. On all ranks alike.
         """
         if self._config.resume is None:
             return None
@@ -172,6 +172,7 @@ class RunCheckpoints:
         is_named = resume != "latest"
         checkpoint = open_checkpoint(Path(resume).expanduser()) if is_named else newest_checkpoint(self._folder)
         if checkpoint is not None:
+            self._refuse_other_evaluation(checkpoint)
             check_same_run(
                 checkpoint,
                 run=self.fingerprint,
@@ -189,6 +190,17 @@ class RunCheckpoints:
         remove_unfinished(self._folder)  # before the free space is looked at
         shutil.rmtree(self._folder / CONVERTED, ignore_errors=True)
         return checkpoint
+
+    def _refuse_other_evaluation(self, checkpoint: Checkpoint) -> None:
+        """Evaluations that are there are not repeated, and the best model is chosen among them and those to come."""
+        output, now = self._config.output, self._config.eval_mixture
+        before = recorded_settings(output).get("eval_mixture")
+        if before and now and before != now:
+            raise DpoCacheError(
+                f"--eval-mixture is {now}, but the evaluations in {output} are of {before}",
+                expected="the same held-out pairs all along",
+                next_step=f"give {before}, or go on in another --output with --resume {as_argument(checkpoint.path)}",
+            )
 
     def _refuse_other_output(self, checkpoint: Checkpoint) -> None:
         """A checkpoint from elsewhere begins a new folder, or continues the same run: it replaces no other run."""

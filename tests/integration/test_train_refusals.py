@@ -255,6 +255,15 @@ def test_resuming_another_run_names_each_option_and_what_no_option_explains(
     assert "--beta was 3 and is left out" in message
 
 
+def test_resuming_with_other_held_out_pairs_than_those_of_the_evaluations_so_far(
+    cache: Path, tmp_path: Path, finished_checkpoint: Callable[[], None]
+) -> None:
+    finished_checkpoint()
+    message = refusal(cache, tmp_path / "run", "--resume", "--eval-mixture", "train")
+    assert f"--eval-mixture is train, but the evaluations in {tmp_path / 'run'} are of held-out" in message
+    assert f"go on in another --output with --resume {tmp_path}/run/checkpoints/step_3" in message
+
+
 def test_a_checkpoint_below_the_home_folder_is_found_where_no_shell_has_looked_for_it(
     cache: Path, tmp_path: Path, finished_checkpoint: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
