@@ -14,8 +14,11 @@ STDERR = 2
 
 @contextlib.contextmanager
 def stop_requests(*, notice: str | None = None) -> Iterator[Callable[[], bool]]:
-    """While this is held, the first SIGINT, SIGTERM or SIGHUP only answers the question; a second one takes effect at
-    once. Of SIGHUP it does not: kernel and shell each send one when a terminal goes away.
+    """While this is held, the first SIGINT, SIGTERM or SIGHUP only answers the question; a later SIGINT takes effect at
+    once.
+
+    The others do not. Kernel and shell each send a SIGHUP when a terminal goes away. Where a scheduler or systemd sends
+    a SIGTERM to all processes of a job, a rank gets a second from the process that started it and passes on its own.
 
     Args:
         notice: Told to the person at the terminal at the first one, as the answer may take a while.
@@ -23,10 +26,10 @@ def stop_requests(*, notice: str | None = None) -> Iterator[Callable[[], bool]]:
     requested: list[int] = []
 
     def remember(signum: int, _frame: FrameType | None) -> None:
-        if requested and signum == signal.SIGHUP:
-            return
         if requested:
-            raise KeyboardInterrupt
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         requested.append(signum)
         if notice is not None:  # not through a stream, which the signal may have interrupted in the middle of a line
             with contextlib.suppress(OSError):  # the same Ctrl-C ended the `tee` that this goes to
