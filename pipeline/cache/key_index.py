@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,12 +39,7 @@ class KeyIndex:
 
     def find(self, keys: Keys) -> npt.NDArray[np.int64]:
         """The place of each key in :attr:`keys`, -1 where it is not there. Quickest for ascending keys."""
-        if not len(self.keys):
-            return np.full(len(keys), -1, dtype=np.int64)
-        places = np.searchsorted(self.keys, keys)
-        places[places == len(self.keys)] = 0
-        places[self.keys[places] != keys] = -1
-        return places
+        return places_among(self.keys, keys)
 
 
 def build_key_index(shards: Sequence[tuple[ShardRef, Keys]], *, with_token_logps: Collection[str] = ()) -> KeyIndex:
@@ -59,16 +55,22 @@ def build_key_index(shards: Sequence[tuple[ShardRef, Keys]], *, with_token_logps
     keys = np.concatenate([keys for _, keys in shards]) if shards else np.empty(0, dtype=f"S{KEY_BYTES}")
     numbers = np.repeat(np.arange(len(shards), dtype=np.int32), lengths)
     rows = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths] or [np.empty(0, dtype=np.int32)])
-    order = np.argsort(keys, kind="stable")  # stable: among equal keys the first shard stays first
-    keys = keys[order]
-    first = np.ones(len(keys), dtype=np.bool_)
-    first[1:] = keys[1:] != keys[:-1]
-    order = order[first]
+    distinct, first = np.unique(keys, return_index=True)  # of equal keys that of the first shard
     return KeyIndex(
-        keys=keys[first],
-        shard_numbers=numbers[order],
-        rows=rows[order],
+        keys=distinct,
+        shard_numbers=numbers[first],
+        rows=rows[first],
         shards=[ref for ref, _ in shards],
         has_token_logps=np.array([ref.sha256 in with_token_logps for ref, _ in shards], dtype=np.bool_),
-        num_duplicates=int(len(first) - first.sum()),
+        num_duplicates=len(keys) - len(distinct),
     )
+
+
+def places_among(ascending: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """The place of each wanted value among ascending ones, of equal ones the first; -1 where it is not there."""
+    if not len(ascending):
+        return np.full(len(wanted), -1, dtype=np.int64)
+    places = np.searchsorted(ascending, wanted)
+    places[places == len(ascending)] = 0
+    places[ascending[places] != wanted] = -1
+    return places

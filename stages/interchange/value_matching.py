@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ...errors import DpoCacheError
 from ...pipeline.cache.example_key import Keys
+from ...pipeline.cache.key_index import places_among
 from ...pipeline.cache.mixture_rows import MixtureRows
 from ...pipeline.cache.scored_pair import unusable_in_words, whole_values
 from ...pipeline.data.dataset_source import DatasetSource
@@ -56,9 +57,8 @@ def matched_values(path: Path, source: SourceValues, keys: Keys) -> npt.NDArray[
     """
     assert source.keys is not None
     order = np.argsort(source.keys, kind="stable")  # stable: of equal rows the first
-    ordered = source.keys[order]
-    places = np.minimum(np.searchsorted(ordered, keys), max(0, len(ordered) - 1))
-    found = ordered[places] == keys if len(ordered) else np.zeros(len(keys), dtype=np.bool_)
+    places = places_among(source.keys[order], keys)
+    found = places >= 0
     if len(keys) and not found.any():
         raise DpoCacheError(
             f"none of the {len(keys)} pairs that these datasets make stands in {path} with the same tokens",
@@ -84,10 +84,8 @@ def _keys_of_picked_rows(rows: MixtureRows, datasets: Sequence[DatasetSource]) -
     for number, dataset in enumerate(datasets):
         of_dataset = np.flatnonzero(rows.sources == number)
         source_rows, first = np.unique(rows.source_rows[of_dataset], return_index=True)
-        places = np.minimum(np.searchsorted(source_rows, dataset.picked_rows), max(0, len(source_rows) - 1))
-        is_there = (
-            source_rows[places] == dataset.picked_rows if len(source_rows) else np.zeros(len(places), dtype=np.bool_)
-        )
+        places = places_among(source_rows, dataset.picked_rows)
+        is_there = places >= 0
         keys_here = np.zeros(len(places), dtype=rows.example_keys.dtype)
         keys_here[is_there] = rows.example_keys[of_dataset[first[places[is_there]]]]
         keys.append(keys_here)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...pipeline.cache.key_index import places_among
 from ...pipeline.cache.mixture import Mixture
 from ...pipeline.cache.parquet_file import KEY_COLUMN
 from ..console.counted_noun import counted
@@ -28,7 +29,6 @@ def num_shared(training: Mixture, evaluation: Mixture) -> int:
     wanted, repeats = np.unique(evaluation.table.column(KEY_COLUMN), return_counts=True)
     is_shared = np.zeros(len(wanted), dtype=np.bool_)
     for number in range(-(-training.num_pairs // training.block_rows)):
-        keys = training.table.block(number).keys
-        places = np.searchsorted(wanted, keys).clip(max=len(wanted) - 1)
-        is_shared[places[wanted[places] == keys]] = True
+        places = places_among(wanted, training.table.block(number).keys)
+        is_shared[places[places >= 0]] = True
     return int(repeats[is_shared].sum())
