@@ -117,7 +117,7 @@ def _row(pair: ScoredPair) -> dict[str, Any]:
 def _refuse_mask(pair: ScoredPair, mixture: Mixture) -> None:
     if canonical_scored_mask(pair.pair) is None:
         return
-    mask = (mixture.tokenization.get("settings") or {}).get("mask")
+    mask = mixture.settings.get("mask")
     next_step = "build the mixture with --mask last-turn under another --mixture name, and export that"
     if mask == "last-turn":
         next_step = (

@@ -121,7 +121,7 @@ def _mixture_json(mixture: Mixture) -> dict[str, Any]:
 
 
 def _mixture_lines(mixture: Mixture) -> list[str]:
-    settings = mixture.tokenization.get("settings") or {}
+    settings = mixture.settings
     tokens = sum(mixture.num_ids.values())
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in mixture.dropped.items()) or "nothing"
     truncated = truncated_rows(mixture.sources)

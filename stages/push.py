@@ -130,8 +130,7 @@ def _warnings(cache: ReferenceCache, mixtures: Sequence[Mixture]) -> list[str]:
     recorded = RecordedReference.of(cache.recorded)
     named = [recorded.model, recorded.adapter]
     for mixture in mixtures:
-        settings = mixture.tokenization.get("settings") or {}
-        named += [settings.get("tokenizer"), settings.get("chat_template")]
+        named += [mixture.settings.get("tokenizer"), mixture.settings.get("chat_template")]
         named += [source.get("path") for source in mixture.sources]
     paths = [path for path in dict.fromkeys(named) if isinstance(path, str)]
     local = [path for path in paths if Path(path).is_absolute() or path.startswith((".", "~"))]

@@ -17,12 +17,13 @@ from ..pipeline.cache.cache_json import MAX_CACHE_JSON_BYTES
 from ..pipeline.cache.canonical_json import read_sealed_json
 from ..pipeline.cache.durable_file import make_folder_durably, remove_durably
 from ..pipeline.cache.example_key import Keys, example_key, key_at
-from ..pipeline.cache.folder_content import refuse_linked_subfolders
+from ..pipeline.cache.folder_content import entries_of, refuse_linked_subfolders
 from ..pipeline.cache.folder_lock import maintenance_lock, reading_lock
 from ..pipeline.cache.key_index import KeyIndex, build_key_index
 from ..pipeline.cache.mixture import MIXTURE_NAME, Mixture
 from ..pipeline.cache.mixture_check import check_mixture
-from ..pipeline.cache.parquet_file import KEY_COLUMN, file_sha256, reading
+from ..pipeline.cache.mixture_pointer import pointer_path
+from ..pipeline.cache.parquet_file import KEY_COLUMN, file_sha256
 from ..pipeline.cache.shard_file import SHARD_NAME, ShardReader, ShardRef, verify_shard
 from ..pipeline.cache.unreadable_file import UnreadableFileError
 from .addresses.local_copy import local_copy
@@ -111,9 +112,9 @@ class _Walk:
     def take_away_what_is_wrong(self) -> Repair:
         """Remove what there are findings about, so that a build refills just that."""
         # A mixture goes before anything it names, so that whatever stops us, no pointer promises what is not there.
-        retired = [name for name in sorted(self._broken_mixtures()) if self._pointer(name).exists()]
+        retired = [name for name in sorted(self._broken_mixtures()) if pointer_path(self.path, name).exists()]
         for name in retired:
-            remove_durably(self._pointer(name))
+            remove_durably(pointer_path(self.path, name))
         removed, left = [], []
         for relative in dict.fromkeys(finding.path for finding in self.findings):
             file = self.path / relative
@@ -228,9 +229,6 @@ class _Walk:
             if mixture.table.path.name in files or any(shard.file_name in files for shard in mixture.shards)
         }
 
-    def _pointer(self, name: str) -> Path:
-        return self.path / "mixtures" / f"{name}.json"
-
     @contextmanager
     def _damage_is(
         self, kind: FindingKind, path: Path, *, mixture: str | None = None, more: str = ""
@@ -249,8 +247,7 @@ class _Walk:
 
 
 def _entries(folder: Path) -> list[Path]:
-    with reading(folder):
-        entries = sorted(folder.iterdir()) if folder.exists() else []
+    entries = entries_of(folder)
     for path in entries:
         if path.exists() and not os.access(path, os.R_OK):
             # Not damage: a repair must not take away what another user wrote. Told before hours of looking.

@@ -19,7 +19,7 @@ from .durable_file import make_folder_durably, remove_durably, settle_folder
 from .example_key import KEY_BYTES, example_key
 from .folder_content import (
     SUBFOLDERS,
-    files_of_shards,
+    entries_of,
     other_content,
     refuse_linked_subfolders,
     refuse_other_content,
@@ -28,7 +28,7 @@ from .folder_content import (
 from .folder_lock import building_lock, creation_lock, fetching_lock, maintenance_lock, reading_lock
 from .key_index import KeyIndex
 from .mixture import MIXTURE_NAME, Mixture, check_name
-from .mixture_pointer import read_pointer, write_pointer
+from .mixture_pointer import pointer_path, read_pointer, write_pointer
 from .mixture_rows import MixtureRows
 from .mixture_writer import write_mixture
 from .pair_lookup import PairLookup
@@ -114,7 +114,7 @@ class ReferenceCache:
         """
         path = Path(path)
         if not (path / "cache.json").exists():
-            if files_of_shards(path):
+            if entries_of(path / "shards"):
                 raise DpoCacheError(f"cache.json of {path} is missing", next_step=WRITE_AGAIN)
             strange = other_content(path) if path.exists() else []
             if strange:  # no build would make a cache of it
@@ -241,7 +241,7 @@ class ReferenceCache:
             DpoCacheError: There is none of that name (naming those there are), or it is not to be trusted.
         """
         check_name(name)
-        if not (self.path / "mixtures" / f"{name}.json").exists():
+        if not pointer_path(self.path, name).exists():
             there_are = ", ".join(self.mixture_names()) or "none"
             raise DpoCacheError(
                 f"{self.path} has no mixture {name!r}",
@@ -295,7 +295,7 @@ class ReferenceCache:
     def retire_mixture(self, name: str) -> None:
         """Remove a mixture's pointer, so that nothing trains from it until it is built again."""
         check_name(name)
-        remove_durably(self.path / "mixtures" / f"{name}.json")
+        remove_durably(pointer_path(self.path, name))
 
     def building(self, mixture_name: str) -> AbstractContextManager[None]:
         """The lock of a builder; see :func:`~.folder_lock.building_lock`."""

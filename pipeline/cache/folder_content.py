@@ -63,7 +63,8 @@ def refuse_shards_of_others(path: Path, identity: ReferenceIdentity) -> None:
         DpoCacheError: Naming the other reference, and the fields that differ where a damaged ``cache.json`` still
             says what it is.
     """
-    others = sorted({_reference_of(shard) for shard in files_of_shards(path)} - {identity.digest, None}, key=str)
+    shards = entries_of(path / "shards")
+    others = sorted({_reference_of(shard) for shard in shards} - {identity.digest, None}, key=str)
     if not others:
         return
     state = "damaged" if (path / "cache.json").exists() else "missing"
@@ -79,9 +80,8 @@ def refuse_shards_of_others(path: Path, identity: ReferenceIdentity) -> None:
     )
 
 
-def files_of_shards(path: Path) -> list[Path]:
-    """Whatever lies in ``shards/``, sorted; empty where there is no such folder."""
-    folder = path / "shards"
+def entries_of(folder: Path) -> list[Path]:
+    """Whatever lies in a folder, sorted; empty where there is no such folder."""
     with reading(folder):
         return sorted(folder.iterdir()) if folder.exists() else []
 

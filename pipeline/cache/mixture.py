@@ -57,6 +57,11 @@ class Mixture:
     has_token_logps: bool
     table: MixtureTable
 
+    @property
+    def settings(self) -> JsonObject:
+        """The settings that its tokens were made with; empty where a cache from elsewhere does not record them."""
+        return self.tokenization.get("settings") or {}
+
     def shared_prefix_lengths(self) -> npt.NDArray[np.int32]:
         """Token ids of each pair with its prompt once, shape (P,)."""
         total = self.table.column("prompt_length").copy()

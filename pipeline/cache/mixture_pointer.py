@@ -17,6 +17,11 @@ MAX_POINTER_BYTES = 64 << 20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
+def pointer_path(cache_path: Path, name: str) -> Path:
+    """Where a mixture's pointer stands, if it does."""
+    return cache_path / "mixtures" / f"{name}.json"
+
+
 def write_pointer(cache_path: Path, mixture: Mixture) -> None:
     """Write a mixture's pointer; everything that it names must be there.
 
@@ -32,7 +37,7 @@ def write_pointer(cache_path: Path, mixture: Mixture) -> None:
         )
     # A shard of another builder may be visible before it is durable; its name must not be lost once we point at it.
     settle_folder(cache_path / "shards")
-    path = cache_path / "mixtures" / f"{mixture.name}.json"
+    path = pointer_path(cache_path, mixture.name)
     if path.is_file() and path.read_bytes() == content:
         settle_folder(path.parent)
     else:
@@ -68,7 +73,7 @@ def read_pointer(cache_path: Path, name: str) -> Mixture:
         DpoCacheError: No such mixture, a damaged pointer, another format version, or an impossible value.
     """
     check_name(name)
-    path = cache_path / "mixtures" / f"{name}.json"
+    path = pointer_path(cache_path, name)
     pointer = read_sealed_json(path, max_bytes=MAX_POINTER_BYTES)
     require_format_version(pointer.get("format_version"), path)
     if pointer.get("name") != name:

@@ -21,7 +21,7 @@ from .cache_json import MAX_CACHE_JSON_BYTES, CacheDescription
 from .free_space import free_bytes
 from .mixture import MIXTURE_NAME, Mixture, check_name
 from .mixture_check import check_mixture
-from .mixture_pointer import MAX_POINTER_BYTES
+from .mixture_pointer import MAX_POINTER_BYTES, pointer_path
 from .remote_files import MissingRemoteFileError, RemoteFiles, UnreachableError
 from .shard_file import ShardRef, verify_shard
 
@@ -109,7 +109,7 @@ class RemoteCache:
         check_name(name)
         try:
             with self._explained():
-                pointer = self.folder / "mixtures" / f"{name}.json"
+                pointer = pointer_path(self.folder, name)
                 self.files.fetch(f"mixtures/{name}.json", pointer, max_bytes=MAX_POINTER_BYTES)
                 return self.cache.read_mixture(name)
         except MissingRemoteFileError as error:

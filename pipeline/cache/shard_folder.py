@@ -11,6 +11,7 @@ from typing import Any
 from ...errors import DpoCacheError
 from .digest_named_file import write_digest_named
 from .durable_file import adopt_durably
+from .folder_content import entries_of
 from .key_index import KeyIndex, build_key_index
 from .parquet_file import reading
 from .reference_identity import ReferenceIdentity
@@ -50,7 +51,7 @@ class ShardFolder:
 
     def paths(self) -> list[Path]:
         """The shards by ascending digest, which is the order in which duplicate keys resolve."""
-        return [path for path in self._entries() if SHARD_NAME.fullmatch(path.name)]
+        return [path for path in entries_of(self._folder) if SHARD_NAME.fullmatch(path.name)]
 
     def open(self, path: Path) -> ShardReader:
         """Open a shard.
@@ -73,7 +74,7 @@ class ShardFolder:
         Raises:
             UnreadableFileError: The system could not read one: that is no reason to score its rows again.
         """
-        faults = ((path, self._fault_of(path)) for path in self._entries())
+        faults = ((path, self._fault_of(path)) for path in entries_of(self._folder))
         return [UnusableShard(path=path, reason=fault) for path, fault in faults if fault is not None]
 
     # ---- where each key stands ----
@@ -160,10 +161,6 @@ class ShardFolder:
     def _ref(self, path: Path) -> ShardRef:
         with self.open(path) as shard:
             return shard.ref
-
-    def _entries(self) -> list[Path]:
-        with reading(self._folder):
-            return sorted(self._folder.iterdir()) if self._folder.exists() else []
 
 
 def verified_chunks(source: Path) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ from ...errors import DpoCacheError
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.durable_file import make_folder_durably
 from ...pipeline.cache.mixture import Mixture
+from ...pipeline.cache.mixture_pointer import pointer_path
 from ...pipeline.cache.remote_cache import RemoteCache, distinct_shards, fetch_description, num_bytes
 from ...pipeline.cache.remote_files import RemoteFiles
 from ...pipeline.cache.shard_file import ShardRef
@@ -96,8 +97,8 @@ def _shards_of_first(mixture: Mixture, rows: int) -> list[ShardRef]:
 
 def _is_whole(copy: ReferenceCache, mixture: Mixture) -> bool:
     """Whether the copy has the mixture as the address has it now."""
-    pointer = copy.path / "mixtures" / f"{mixture.name}.json"
-    theirs = mixture.table.path.with_name(f"{mixture.name}.json")
+    pointer = pointer_path(copy.path, mixture.name)
+    theirs = mixture.table.path.with_name(pointer.name)
     return (
         pointer.is_file()
         and pointer.read_bytes() == theirs.read_bytes()

@@ -130,7 +130,7 @@ def _written(repo_id: str, cache: ReferenceCache, mixtures: Sequence[Mixture], b
 
 
 def _mixture_line(mixture: Mixture) -> str:
-    settings = mixture.tokenization.get("settings") or {}
+    settings = mixture.settings
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in mixture.dropped.items()) or "none"
     cells = [
         mixture.name,

@@ -63,8 +63,6 @@ def _section(run: RunRecord, mixtures: OpenMixtures) -> CacheSection:
 def _facts(opened: OpenMixture) -> list[tuple[str, str]]:
     cache, mixture = opened.cache, opened.mixture
     reference = RecordedReference.of(cache.recorded)
-    settings = mixture.tokenization.get("settings")
-    settings = settings if isinstance(settings, dict) else {}
     tokens = sum(mixture.num_ids.values())
     return [
         ("reference", reference.name + (f" @ {reference.commit}" if reference.commit else "")),
@@ -72,7 +70,7 @@ def _facts(opened: OpenMixture) -> list[tuple[str, str]]:
         ("numerics", f"{cache.identity.precision}, attention {cache.identity.attention}"),
         ("pairs", f"{mixture.num_pairs:,} ({mixture.num_distinct_pairs:,} distinct)"),
         ("tokens", f"{tokens:,}, {tokens / mixture.num_pairs:,.0f} per pair"),
-        *[(name.replace("_", " "), str(value)) for name, value in settings.items() if value is not None],
+        *[(name.replace("_", " "), str(value)) for name, value in mixture.settings.items() if value is not None],
         ("skipped rows", ", ".join(f"{count} {why}" for why, count in mixture.dropped.items()) or "none"),
         *[("from", source_in_words(source)) for source in mixture.sources],
     ]
