@@ -19,6 +19,7 @@ from .building.build_datasets import collect_datasets, open_datasets
 from .building.build_reference import resolve_reference
 from .building.mixture_change import differing_settings
 from .building.pair_collection import CollectedPairs
+from .building.row_counts import dropped_in_words
 from .console.library_output import quiet_libraries
 
 Difference = tuple[str, Any, Any]
@@ -105,7 +106,7 @@ class ExplainReport:
                     f"             {source.num_others:,} rows have other tokens: rows {_ranges_in_words(source.others)}"
                 )
         if self.dropped:
-            lines.append("no pair    " + ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()))
+            lines.append(f"no pair    {dropped_in_words(self.dropped)}")
         lines += self._reasons()
         return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..console.counted_noun import counted
 from ..console.next_command import training_commands
-from .row_counts import truncated_in_words
+from .row_counts import dropped_in_words, truncated_in_words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +65,7 @@ class BuildReport:
         """The closing lines on a terminal."""
         lines = [f"warning: {warning}" for warning in self.warnings]
         if self.dropped:
-            dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-            lines.append(f"skipped rows: {dropped}")
+            lines.append(f"skipped rows: {dropped_in_words(self.dropped)}")
         if self.truncated:
             lines.append(f"cut: {truncated_in_words(self.truncated, num_rows=self.usable_rows)}")
         if self.already_there:

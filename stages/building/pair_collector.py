@@ -30,7 +30,7 @@ from ...pipeline.data.unusable_row import UnusableRow
 from ..console.progress import Progress
 from ..console.terminal import say
 from .pair_collection import CollectedPairs, SpooledPairs
-from .row_counts import DROPPED, TRUNCATED, dropped_rows
+from .row_counts import DROPPED, TRUNCATED, dropped_in_words, dropped_rows
 
 CHUNK_ROWS = 512
 ROWS_WORTH_A_PROCESS = 4096
@@ -176,7 +176,7 @@ class _Collector:
         records = [source | self._counts_of(number) for number, source in enumerate(sources)]
         if not self._parts:
             raise DpoCacheError(
-                f"none of {self._num_source_rows} rows makes a pair: {_listed(dropped_rows(records))}",
+                f"none of {self._num_source_rows} rows makes a pair: {dropped_in_words(dropped_rows(records))}",
                 next_step=_advice(dropped_rows(records), are_listed=self._say_unusable is not None),
             )
         rows = MixtureRows.concatenate(self._parts)
@@ -231,7 +231,7 @@ def _refuse_many_unusable(collected: CollectedPairs, max_share: float, *, are_li
         share = math.ceil(1000 * count / collected.num_source_rows) / 1000  # rounded down it would refuse again
         advice = _advice(collected.dropped, are_listed=are_listed)
         raise DpoCacheError(
-            f"{count} of {collected.num_source_rows} rows make no pair: {_listed(collected.dropped)}",
+            f"{count} of {collected.num_source_rows} rows make no pair: {dropped_in_words(collected.dropped)}",
             expected=f"at most a share of {max_share}",
             next_step=f"{advice}, or accept them with --max-unusable-share {share:g}",
         )
@@ -249,7 +249,3 @@ def _advice(dropped: dict[str, int], *, are_listed: bool) -> str:
         if 2 * dropped.get(reason, 0) >= sum(dropped.values()):
             return remedy
     return "mend the rows that are listed above" if are_listed else "look at the rows with --verbose"
-
-
-def _listed(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))

@@ -36,6 +36,11 @@ def dropped_rows(sources: Iterable[dict[str, Any]]) -> dict[str, int]:
     return _total(sources, DROPPED)
 
 
+def dropped_in_words(dropped: Mapping[str, int]) -> str:
+    """How many rows are not used for which reason; empty where all are."""
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+
+
 def truncated_rows(sources: Iterable[dict[str, Any]]) -> dict[str, int]:
     """How many rows of all datasets together were cut, by part; empty where none was, or an old cache does not say."""
     return _total(sources, TRUNCATED)

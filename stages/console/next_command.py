@@ -1,4 +1,4 @@
-"""The closing line of what brought a mixture: what to type next."""
+"""Closing lines: what to type next."""
 
 from __future__ import annotations
 
@@ -25,3 +25,9 @@ def training_commands(cache: Path | str, mixtures: Collection[str]) -> str:
         f"next, to train on {first}: dpo-train --cache {as_argument(cache)} --mixture {first} --output runs/first\n"
         f"or, to evaluate on it: dpo-train --cache {as_argument(cache)} --eval-mixture {first} --output runs/first"
     )
+
+
+def report_command(output: str) -> str:
+    """How to see the results of the run, or of the sweep, in this folder."""
+    page = Path(output) / "report.html"
+    return f"next: dpo-report {as_argument(output)} -o {as_argument(page)}"

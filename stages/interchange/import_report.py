@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..building.row_counts import truncated_in_words
+from ..building.row_counts import dropped_in_words, truncated_in_words
 from ..console.next_command import training_commands
 from .import_proof import SampleSpread
 
@@ -44,8 +44,7 @@ class ImportReport:
         """For an 80-column terminal."""
         lines = []
         if self.dropped:
-            dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-            lines.append(f"skipped rows: {dropped}")
+            lines.append(f"skipped rows: {dropped_in_words(self.dropped)}")
         if self.truncated:
             lines.append(f"cut: {truncated_in_words(self.truncated)}")
         lines.append(

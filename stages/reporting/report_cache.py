@@ -14,7 +14,7 @@ from ...pipeline.cache.scored_pair import ScoredPair
 from ...pipeline.report.histogram import Histogram, histogram
 from ...pipeline.report.page_content import CacheSection, PairGroup
 from ...pipeline.report.run_record import RunRecord
-from ..building.row_counts import source_in_words
+from ..building.row_counts import dropped_in_words, source_in_words
 from ..hub.recorded_reference import RecordedReference
 from .report_pairs import OpenMixture, OpenMixtures, OutermostPairs
 
@@ -71,52 +71,33 @@ def _facts(opened: OpenMixture) -> list[tuple[str, str]]:
         ("pairs", f"{mixture.num_pairs:,} ({mixture.num_distinct_pairs:,} distinct)"),
         ("tokens", f"{tokens:,}, {tokens / mixture.num_pairs:,.0f} per pair"),
         *[(name.replace("_", " "), str(value)) for name, value in mixture.settings.items() if value is not None],
-        ("skipped rows", ", ".join(f"{count} {why}" for why, count in mixture.dropped.items()) or "none"),
+        ("skipped rows", dropped_in_words(mixture.dropped) or "none"),
         *[("from", source_in_words(source)) for source in mixture.sources],
     ]
 
 
 @dataclass(kw_only=True, slots=True)
 class _Sample:
-    """Numbers of some pairs. Each list holds one array a block."""
+    """Numbers of some pairs, one array a block, shape (5, pairs): lengths of prompt, chosen and rejected, and the
+    log-probabilities per token of chosen and rejected.
+    """
 
-    prompt_lengths: list[npt.NDArray[np.float64]] = field(default_factory=list)
-    chosen_lengths: list[npt.NDArray[np.float64]] = field(default_factory=list)
-    rejected_lengths: list[npt.NDArray[np.float64]] = field(default_factory=list)
-    chosen_logps: list[npt.NDArray[np.float64]] = field(default_factory=list)
-    rejected_logps: list[npt.NDArray[np.float64]] = field(default_factory=list)
+    blocks: list[npt.NDArray[np.float64]] = field(default_factory=list)
     pairs: PairGroup | None = None
-
-    def add(self, rows: Sequence[ScoredPair]) -> None:
-        """Take the numbers of a block, and let go of its tokens."""
-        self.prompt_lengths.append(np.array([len(row.pair.prompt_ids) for row in rows], dtype=np.float64))
-        self.chosen_lengths.append(np.array([len(row.pair.chosen_ids) for row in rows], dtype=np.float64))
-        self.rejected_lengths.append(np.array([len(row.pair.rejected_ids) for row in rows], dtype=np.float64))
-        self.chosen_logps.append(np.array([row.ref_chosen_logps / row.chosen_tokens for row in rows]))
-        self.rejected_logps.append(np.array([row.ref_rejected_logps / row.rejected_tokens for row in rows]))
 
     def origin(self, num_pairs: int) -> str:
         """What stands under the distributions."""
-        sampled = sum(map(len, self.prompt_lengths))
+        sampled = sum(block.shape[1] for block in self.blocks)
         if sampled == num_pairs:
             return f"Distributions over all {num_pairs:,} pairs. The outermost bars include everything beyond them."
         return (
-            f"Distributions over a sample: {sampled:,} of {num_pairs:,} pairs, from {len(self.prompt_lengths)} places "
+            f"Distributions over a sample: {sampled:,} of {num_pairs:,} pairs, from {len(self.blocks)} places "
             "of the mixture, which is sorted by a hash. The outermost bars include everything beyond them."
         )
 
     def histograms(self) -> tuple[Histogram, ...]:
         """Lengths and log-probabilities, chosen beside rejected."""
-        prompts, chosen, rejected, chosen_logps, rejected_logps = (
-            np.concatenate(blocks)
-            for blocks in (
-                self.prompt_lengths,
-                self.chosen_lengths,
-                self.rejected_lengths,
-                self.chosen_logps,
-                self.rejected_logps,
-            )
-        )
+        prompts, chosen, rejected, chosen_logps, rejected_logps = np.concatenate(self.blocks, axis=1)
         return (
             histogram("Length of the prompts", "tokens", {"prompt": prompts}),
             histogram("Length of the responses", "tokens", {"chosen": chosen, "rejected": rejected}),
@@ -136,9 +117,10 @@ def _sample(opened: OpenMixture) -> _Sample:
     for block in np.unique(np.linspace(0, num_blocks - 1, SAMPLED_BLOCKS).round().astype(np.int64)).tolist():
         start = block * mixture.block_rows
         rows = opened.stream.read(np.arange(start, min(start + mixture.block_rows, mixture.num_pairs)))
-        sample.add(rows)
-        margins = (sample.chosen_logps[-1] - sample.rejected_logps[-1]).tolist()
-        for row, margin in zip(rows, margins, strict=True):
+        numbers = np.array([_numbers(row) for row in rows]).T
+        sample.blocks.append(numbers)
+        *_, chosen_logps, rejected_logps = numbers
+        for row, margin in zip(rows, (chosen_logps - rejected_logps).tolist(), strict=True):
             outermost.offer(row, margin)
     sample.pairs = outermost.group(
         "Pairs by the reference's own margin",
@@ -146,3 +128,9 @@ def _sample(opened: OpenMixture) -> _Sample:
         "the pairs counted above.",
     )
     return sample
+
+
+def _numbers(row: ScoredPair) -> tuple[float, ...]:
+    """A pair's column of a :class:`_Sample`."""
+    lengths = (len(row.pair.prompt_ids), len(row.pair.chosen_ids), len(row.pair.rejected_ids))
+    return (*lengths, row.ref_chosen_logps / row.chosen_tokens, row.ref_rejected_logps / row.rejected_tokens)

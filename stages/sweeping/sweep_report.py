@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...pipeline.training.run_file import read_run_json, write_run_file, write_run_json
+from ..console.next_command import report_command
 from .sweep_grid import value_text
 from .sweep_run import Score
 
@@ -175,8 +175,7 @@ class SweepReport:
             lines.append(f"best: {self._best()}")
             name = self.best[0] if len(self.best) == 1 else "POINT"
             lines.append(f"model: {self.output}/{name}/model")
-        page = Path(self.output) / "report.html"
-        lines.append(f"next: {shlex.join(['dpo-report', self.output, '-o', str(page)])}")
+        lines.append(report_command(self.output))
         return "\n".join(lines)
 
     def _best(self) -> str:

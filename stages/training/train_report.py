@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypeGuard
 
 from ...pipeline.training.run_file import read_run_json, write_run_json
 from ..console.counted_noun import counted
+from ..console.next_command import report_command
 from ..hub.hub_model import HubUpload
 from .best_model import FIELDS
 
@@ -94,8 +94,7 @@ class TrainReport:
             lines.append(f"best model: {self.output}/best, after update {update}: held-out reward {figure}")
         if self.hub:
             lines.append(self.hub.summary())
-        page = Path(self.output) / "report.html"
-        lines.append(f"next: {shlex.join(['dpo-report', self.output, '-o', str(page)])}")
+        lines.append(report_command(self.output))
         diverged = [name for name, value in after.items() if not _is_finite(value)]
         if diverged:
             some = ", ".join(diverged[:2]) + (", …" if len(diverged) > 2 else "")
