@@ -14,7 +14,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.remote_cache import RemoteCache, distinct_shards, fetch_description, num_bytes
 from ..pipeline.cache.remote_files import RemoteFiles
-from .addresses.location import is_address
+from .addresses.location import hub_address, is_address
 from .console.byte_size import byte_size
 from .console.next_command import training_commands
 from .console.progress import Progress
@@ -106,7 +106,7 @@ def _address(source: str, revision: str | None) -> str:
     if not is_address(source):
         if not re.fullmatch(r"[^/\s]+/[^/\s]+", source):
             raise DpoCacheError(f"{source!r} names no cache to pull", expected="ORG/NAME on the Hub, or an address")
-        return f"hf://datasets/{source}" + (f"@{revision.replace('/', '%2F')}" if revision else "")
+        return hub_address(source, revision)
     if revision is not None:
         raise DpoCacheError(
             f"--revision has no effect on the address {source}",

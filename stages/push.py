@@ -13,6 +13,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.mixture_check import check_mixture
 from ..pipeline.cache.remote_cache import distinct_shards, num_bytes
+from .addresses.location import hub_address
 from .console.byte_size import byte_size
 from .hub.hub_access import MAIN_BRANCH
 from .hub.hub_dataset import HubDataset
@@ -50,7 +51,7 @@ class PushReport:
 
     def text(self) -> str:
         """For an 80-column terminal."""
-        at_revision = "" if self.revision == MAIN_BRANCH else f"@{self.revision}"
+        address = hub_address(self.repo_id, None if self.revision == MAIN_BRANCH else self.revision)
         return "\n".join(
             [
                 *(f"warning: {warning}" for warning in self.warnings),
@@ -58,7 +59,7 @@ class PushReport:
                 f"uploaded {self.uploaded} of {self.shards} shards, {byte_size(self.uploaded_bytes)}",
                 *(f"mixture {name}: {pairs:,} training pairs" for name, pairs in self.mixtures.items()),
                 "next: state the licence in its README, then anyone who may see it can",
-                f"  dpo-train --cache hf://datasets/{self.repo_id}{at_revision} --output runs/first",
+                f"  dpo-train --cache {address} --output runs/first",
             ]
         )
 

@@ -19,3 +19,8 @@ def is_address(location: Location) -> bool:
 def location_of(text: str) -> Location:
     """What a person meant: an address as it was written, anything else as a path."""
     return text if is_address(text) else Path(text).expanduser()
+
+
+def hub_address(repo_id: str, revision: str | None) -> str:
+    """The address of a dataset repository on the Hub, at a branch, tag or commit; None for its main branch."""
+    return f"hf://datasets/{repo_id}" + (f"@{revision.replace('/', '%2F')}" if revision else "")

@@ -10,6 +10,7 @@ from huggingface_hub import RepoCard
 
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.mixture import Mixture
+from ..addresses.location import hub_address
 from .public_name import public_name
 from .recorded_reference import RecordedReference
 
@@ -65,8 +66,7 @@ def _written(repo_id: str, cache: ReferenceCache, mixtures: Sequence[Mixture], b
     identity, recorded = cache.identity, RecordedReference.of(cache.recorded)
     reference = public_name(recorded.name)
     commit = f" at commit `{recorded.commit}`" if recorded.commit else ""
-    at_branch = f"@{branch.replace('/', '%2F')}" if branch else ""
-    address, first = f"hf://datasets/{repo_id}{at_branch}", mixtures[0]
+    address, first = hub_address(repo_id, branch), mixtures[0]
     pulled = f"{repo_id} my-cache" + (f" --revision {branch}" if branch else "")
     loaded = f'"{repo_id}", "pairs", split="train"' + (f', revision="{branch}"' if branch else "")
     return "\n".join(

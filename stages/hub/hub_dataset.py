@@ -17,6 +17,7 @@ from ...pipeline.cache.mixture_pointer import pointer_bytes
 from ...pipeline.cache.remote_cache import RemoteCache, num_bytes
 from ...pipeline.cache.remote_files import RemoteFiles
 from ...pipeline.cache.shard_file import ShardRef, verify_shard
+from ..addresses.location import hub_address
 from ..console.progress import Progress
 from .cache_card import cache_card
 from .hub_access import LOGGED_IN, MAIN_BRANCH, make_writable, refusals_explained
@@ -86,7 +87,7 @@ class HubDataset:
         for entry in entries:
             if isinstance(entry, RepoFile):
                 self._files[entry.path] = entry.lfs.sha256 if entry.lfs else None
-        files = RemoteFiles.open(f"hf://datasets/{self.repo_id}@{self.revision.replace('/', '%2F')}")
+        files = RemoteFiles.open(hub_address(self.repo_id, self.revision))
         if "README.md" in self._files:
             files.fetch("README.md", folder / "README.md", max_bytes=MAX_CARD_BYTES)
             self._card = (folder / "README.md").read_text(encoding="utf-8")
