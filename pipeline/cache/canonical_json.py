@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from ...errors import DpoCacheError
 from .durable_file import write_durably
@@ -145,13 +146,9 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
 
 def _finite_float(text: str) -> float:
     value = float(text)
-    if value in (float("inf"), float("-inf")):
-        _refuse_number(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:40]} is out of range")
     return value
-
-
-def _refuse_number(text: str) -> NoReturn:
-    raise ValueError(f"the number {text[:40]} is out of range")
 
 
 def _depth(value: object) -> int:

@@ -105,9 +105,9 @@ class RowGroup:
                 and pair.chosen_tokens == self._chosen_tokens[index]
                 and pair.rejected_tokens == self._rejected_tokens[index]
             )
-        if not right.all() or (self._chosen_tokens < 1).any() or (self._rejected_tokens < 1).any():
-            wrong = int(np.argmin(right & (self._chosen_tokens >= 1) & (self._rejected_tokens >= 1)))
-            raise ValueError(f"the scored counts of {key_at(self.keys, wrong).hex()} contradict its mask")
+        right &= (self._chosen_tokens >= 1) & (self._rejected_tokens >= 1)
+        if not right.all():
+            raise ValueError(f"the scored counts of {key_at(self.keys, int(right.argmin())).hex()} contradict its mask")
 
 
 class _Lists:

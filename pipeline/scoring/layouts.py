@@ -65,10 +65,10 @@ def _even_rows(lengths: Sequence[int], multiple: int) -> list[list[int]]:
     return min(candidates, key=computed_tokens)
 
 
-def packed_batch(pairs: Sequence[TokenPair], *, multiple: int = FLEX_BLOCK_TOKENS) -> ScoringBatch:
-    """All prompt groups in one row, its length rounded up to ``multiple``."""
+def packed_batch(pairs: Sequence[TokenPair]) -> ScoringBatch:
+    """All prompt groups in one row, its length rounded up to flex_attention's block."""
     groups = group_by_prompt(pairs)
-    return _lay_out_groups(Layout.PACKED, pairs, groups, rows=[list(range(len(groups)))], multiple=multiple)
+    return _lay_out_groups(Layout.PACKED, pairs, groups, rows=[list(range(len(groups)))], multiple=FLEX_BLOCK_TOKENS)
 
 
 _BUILDERS: dict[Layout, Callable[[Sequence[TokenPair]], ScoringBatch]] = {
@@ -120,7 +120,7 @@ def _lay_out_groups(
     groups: Sequence[PromptGroup],
     *,
     rows: list[list[int]],
-    multiple: int = 1,
+    multiple: int,
 ) -> ScoringBatch:
     trees = [_Tree(prompt_ids=group.prompt_ids, responses=group.responses) for group in groups]
     side_of = _sides(groups, lambda group, response: (group, response))
@@ -145,7 +145,7 @@ def _lay_out(
     side_of: Sequence[tuple[int, int]],
     *,
     rows: list[list[int]],
-    multiple: int = 1,
+    multiple: int,
 ) -> ScoringBatch:
     """Write the trees into rows, then say which tokens are scored and which side each counts for.
 

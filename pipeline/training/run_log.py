@@ -70,7 +70,8 @@ def _lines_until(path: Path, last_step: int) -> tuple[list[bytes], int]:
     kept: list[bytes] = []
     lines = path.read_bytes().splitlines(keepends=True)
     for line in lines if last_step else []:
-        if not line.endswith(b"\n") or _step_of(line) is None or (_step_of(line) or 0) > last_step:
+        step = _step_of(line)
+        if not line.endswith(b"\n") or step is None or step > last_step:
             break
         kept.append(line)
     return kept, len(lines) - len(kept)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DpoCacheError
-from ...pipeline.report.run_record import Line, metrics_lines
+from ...pipeline.report.run_record import Line, logged_line, metrics_lines
 from ...pipeline.training.checkpoint_folder import changed_values
 from ...pipeline.training.run_file import read_run_json
 from ..training.recipe import Recipe, fixed_numbers
@@ -101,8 +101,8 @@ class SweepRun:
 
         None where there is none: a run that was begun with other rungs went past this update without one.
         """
-        lines = [line for line in self._logged() if "eval/loss" in line and line["training_step"] == step]
-        return self._score(lines[-1], "eval/") if lines else None
+        line = logged_line(self.folder, step, "eval/loss")
+        return self._score(line, "eval/") if line else None
 
     def last_score(self, *, held_out: bool) -> Score:
         """The last evaluation; or the last logged updates, each of whose pairs was scored before it was trained on."""
