@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,10 @@ def _rewrite_shards(cache: ReferenceCache, index: KeyIndex) -> list[Path]:
     """Write anew what is kept of the shards that lose rows or are small, and return these."""
     outdated: set[Path] = set()
     written: set[Path] = set()
-    reader = RowReader(cache, index.shards)
-    try:
+    with closing(RowReader(cache, index.shards)) as reader:
         for recorded, numbers in _kinds(cache, index):
             outdated |= {cache.shards.path_of(index.shards[number]) for number in numbers}
             written |= _write_together(cache, index, reader, numbers, recorded)
-    finally:
-        reader.close()
     return sorted(outdated - written)  # one that is made of the very rows of an old one is that file
 
 

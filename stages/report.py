@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -119,12 +120,9 @@ def _content(runs: Sequence[RunRecord], tables: list[RunTable]) -> PageContent:
         )
         for chart in CHARTS
     ]
-    mixtures = OpenMixtures()
-    try:
+    with closing(OpenMixtures()) as mixtures:
         caches = cache_sections(runs, mixtures)
         pairs, missing = _held_out_pairs(runs, mixtures)
-    finally:
-        mixtures.close()
     return PageContent(
         run_names=[run.name for run in runs],
         tables=tables,

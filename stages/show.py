@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,8 @@ def _show(path: Path, *, count: int, mixture_name: str | None, key: str | None, 
     if key is not None:
         rows = [_find_row(cache, key)]
     elif mixture is not None:
-        stream = PairStream(cache, mixture)
-        rows = stream.read(np.arange(min(count, mixture.num_pairs)))
-        stream.close()
+        with closing(PairStream(cache, mixture)) as stream:
+            rows = stream.read(np.arange(min(count, mixture.num_pairs)))
     else:
         raise DpoCacheError(
             f"{path} has no mixture yet: no build has finished", next_step="name a pair instead: --key HEX"
@@ -112,7 +112,7 @@ def _find_row(cache: ReferenceCache, key: str) -> ScoredPair:
     wanted = key.lower()
     if not wanted or len(wanted) > KEY_LETTERS or set(wanted) - set("0123456789abcdef"):
         raise DpoCacheError(f"--key {key[:100]} is no key", expected="up to 64 hexadecimal digits")
-    with PairLookup(cache) as lookup:
+    with closing(PairLookup(cache)) as lookup:
         found = lookup.keys_beginning_with(wanted)
         if len(found) != 1:
             raise DpoCacheError(

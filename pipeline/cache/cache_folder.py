@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -173,12 +173,9 @@ class ReferenceCache:
                 epoch=epoch,
                 mixture_digest=opened.digest,
             )
-        stream = PairStream(self, opened)
-        try:
+        with closing(PairStream(self, opened)) as stream:
             for start in range(0, len(order), _READ_PAIRS):
                 yield from stream.read(order[start : start + _READ_PAIRS])
-        finally:
-            stream.close()
 
     def find(self, key: bytes) -> ScoredPair | None:
         """The pair with this key (32 bytes), whatever its mixture; None if the cache does not hold it.

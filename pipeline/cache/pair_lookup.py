@@ -51,9 +51,3 @@ class PairLookup:
     def close(self) -> None:
         """Close all files."""
         self._rows.close()
-
-    def __enter__(self) -> PairLookup:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_a_key_is_named_by_how_it_begins(tmp_path: Path) -> None:
     rows = make_rows(40)
     fill_cache(cache, rows, shard_rows=7)
     keys = sorted({row.key for row in rows})
-    with PairLookup(cache) as lookup:
+    with closing(PairLookup(cache)) as lookup:
         for digits in ("", "0", "f", keys[0].hex()[:2], keys[-1].hex()[:7], keys[20].hex()):
             assert lookup.keys_beginning_with(digits) == [key for key in keys if key.hex().startswith(digits)]
 
