@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,14 @@ def test_permission_is_asked_before_anything_is_sent_and_every_commit_is_a_whole
     assert "mixtures/train.json" in hub.files["lab/cache", "v1"]
     assert "hf://datasets/lab/cache@v1" in hub.files["lab/cache", "v1"]["README.md"].decode()
     assert pull("lab/cache", tmp_path / "theirs", revision="v1").fetched == 5
+
+
+def test_a_push_to_a_branch_with_a_slash_prints_an_address_that_names_it(hub: HubServer, tmp_path: Path) -> None:
+    make_shared(tmp_path / "ours")
+    report = push(tmp_path / "ours", "lab/cache", revision="runs/first")
+    (address,) = re.findall(r"hf://\S+", report.text())
+    assert address == "hf://datasets/lab/cache@runs%2Ffirst"
+    assert list(cache_info(address).mixtures) == ["train"]
 
 
 def test_who_may_not_write_is_told_before_a_byte_is_hashed(
