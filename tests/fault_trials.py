@@ -23,15 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from cache_factory import fill_cache, make_cache, make_rows
 from commands import dpo_cache, logps_by_key, run
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.cache import durable_file
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import canonical_bytes
-from dpo_cache.pipeline.cache.durable_file import FileOperations
-from power_loss import Operation, Recorder, crash_states
+from power_loss import Operation, Recorder, crash_states, through
 from stub_builder import Claim, StubBuild, StubProcesses, faults_of, read_everything, stub_build
 
 ROWS = make_rows(12)
@@ -64,14 +61,6 @@ class Trials:
         self.tries += 1
         self.lost += bool(faults)
         self.faults += faults
-
-
-@contextmanager
-def through(operations: FileOperations) -> Iterator[None]:
-    """Every durable change goes through these operations."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(durable_file, "operations", operations)
-        yield
 
 
 def whole_build(cache: Path) -> StubBuild:

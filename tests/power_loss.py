@@ -13,9 +13,12 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+from dpo_cache.pipeline.cache import durable_file
 from dpo_cache.pipeline.cache.durable_file import Bytes, FileOperations
 
 FOLDER = -1
@@ -98,6 +101,14 @@ class Recorder(FileOperations):
             raise Stopped
         if self._count - 1 in self._failing:
             raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@contextmanager
+def through(operations: FileOperations) -> Iterator[None]:
+    """Every durable change goes through these operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable_file, "operations", operations)
+        yield
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 from dpo_cache.pipeline.cache.example_key import example_key
@@ -196,3 +197,31 @@ def train_steps(
         torch.distributed.all_reduce(loss)
         figures.append((float(loss), engine.apply_update(learning_rate)))
     return figures
+
+
+def trained_weights(engine: PolicyEngine) -> list[float]:
+    """All numbers that are trained, on every rank alike; collective."""
+    weights: list[float] = []
+    for parameter in engine.parameters():
+        if parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                weights += parameter.detach().double().flatten().tolist()
+    return weights
+
+
+def policy_logits(engine: PolicyEngine, ids: Tensor) -> list[float]:
+    """What the policy itself says; collective."""
+    engine.deepspeed.eval()
+    policy: Any = engine.scorer.model
+    with torch.no_grad():
+        logits: list[float] = policy(input_ids=ids).logits.flatten().tolist()
+    engine.deepspeed.train()
+    return logits
+
+
+def assert_no_frozen_weight_in(checkpoint: Path) -> None:
+    """A checkpoint of an adapter holds the adapter alone."""
+    (states, *_) = sorted((checkpoint / "engine").glob("*model_states.pt"))
+    saved = torch.load(states, weights_only=False)["module"]
+    assert saved
+    assert all("lora_" in name for name in saved), "frozen weights are in the checkpoint"

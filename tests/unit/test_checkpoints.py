@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -38,7 +37,7 @@ from dpo_cache.pipeline.training.disk_space import PlannedFiles, check_free_spac
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from recorded_operations import RecordedOperations
 from torch import nn
-from training_factory import make_engine, random_pairs, train_steps
+from training_factory import make_engine, random_pairs, train_steps, trained_weights
 
 RUN = {"mixture": "a1b2", "seed": 42, "global_batch_size": 6}
 STATE = TrainerState(step=3, num_ranks=2, zero_stage=3, run=RUN, tracking_run_id="wandb-id")
@@ -273,14 +272,6 @@ def test_a_conversion_that_fails_leaves_nothing_in_the_way_of_the_next(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["step_3"]
 
 
-def _weights(engine: PolicyEngine) -> list[float]:
-    weights: list[float] = []
-    for parameter in engine.parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            weights += parameter.detach().double().flatten().tolist()
-    return weights
-
-
 def _engine(folder: str, stage: int, dtype: str, *, load_universal: bool = False) -> PolicyEngine:
     num_ranks = dist.get_world_size()
     return make_engine(Path(folder), zero_stage=stage, num_ranks=num_ranks, dtype=dtype, load_universal=load_universal)
@@ -302,10 +293,10 @@ def save_and_go_on(folder: str, cases: list[tuple[int, str]]) -> list[Any]:
         _train(engine, 0, 3)
         state = TrainerState(step=3, num_ranks=dist.get_world_size(), zero_stage=stage, run=RUN)
         checkpoint = open_checkpoint(save_checkpoint(engine, path, state, keep_last=1))
-        straight = (_train(engine, 3, 5), _weights(engine))
+        straight = (_train(engine, 3, 5), trained_weights(engine))
         resumed_engine = _engine(folder, stage, dtype)
         load_checkpoint(resumed_engine, checkpoint)
-        results.append((straight, (_train(resumed_engine, 3, 5), _weights(resumed_engine))))
+        results.append((straight, (_train(resumed_engine, 3, 5), trained_weights(resumed_engine))))
     return results
 
 
@@ -321,7 +312,7 @@ def go_on_with_other_ranks(folder: str, cases: list[tuple[int, str]]) -> list[An
         dist.barrier()
         engine = _engine(folder, stage, dtype, load_universal=converted is not None)
         load_checkpoint(engine, checkpoint, converted=converted)
-        results.append((_train(engine, 3, 5), _weights(engine)))
+        results.append((_train(engine, 3, 5), trained_weights(engine)))
     return results
 
 

@@ -16,7 +16,7 @@ from dpo_cache.pipeline.training.model_tokenizer import ModelTokenizer
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_model_factory import tiny_model
-from training_factory import make_engine, random_pairs, train_steps
+from training_factory import make_engine, policy_logits, random_pairs, train_steps
 from transformers import AutoModelForCausalLM
 
 LORA = LoraSettings(rank=4, alpha=8.0, target_modules=("all-linear",), seed=5)
@@ -69,10 +69,7 @@ def train_and_save(folder: str, cases: list[tuple[str, int, str]]) -> list[Any]:
         tokenizer = ModelTokenizer(base_folder=base)
         export_adapter(engine, output / "adapter", base=str(base), revision=None, tokenizer=tokenizer)
         export_model(engine, output / "merged", base_folder=base)
-        engine.deepspeed.eval()
-        policy: Any = engine.scorer.model
-        with torch.no_grad():
-            logits.append(policy(input_ids=IDS).logits.flatten().tolist())
+        logits.append(policy_logits(engine, IDS))
     return logits
 
 

@@ -17,7 +17,7 @@ from dpo_cache.pipeline.training.model_export import _put_in_place, _restore_con
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from training_factory import make_engine, random_pairs, tiny_policy, train_steps
+from training_factory import make_engine, policy_logits, random_pairs, tiny_policy, train_steps
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 BATCHES = [random_pairs(4, seed=step) for step in range(2)]
@@ -51,10 +51,7 @@ def train_and_export(folder: str) -> list[Any]:
             (output / "model" / "stale").touch()
         torch.distributed.barrier()
         export_model(engine, output / "model", base_folder=base)
-        engine.deepspeed.eval()
-        policy: Any = engine.scorer.model
-        with torch.no_grad():
-            answers.append(policy(input_ids=IDS).logits.flatten().tolist())
+        answers.append(policy_logits(engine, IDS))
     return answers
 
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from cache_factory import make_rows
-from dpo_cache.pipeline.cache import durable_file
-from dpo_cache.pipeline.cache.durable_file import FileOperations
 from power_loss import (
     Mutation,
     Operation,
@@ -25,19 +22,13 @@ from power_loss import (
     claimed_before_synced,
     crash_states,
     renamed_before_synced,
+    through,
     without_sync_of,
     without_sync_of_files,
 )
 from stub_builder import StubBuild, faults_of, read_everything
 
 ROWS = make_rows(8)
-
-
-@contextmanager
-def through(operations: FileOperations) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(durable_file, "operations", operations)
-        yield
 
 
 def record(root: Path, *, stop_before: int | None = None) -> list[Operation]:

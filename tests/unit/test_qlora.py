@@ -21,7 +21,16 @@ from dpo_cache.pipeline.training.tensor_headers import read_headers
 from peft import LoraConfig, PeftModel, get_peft_model
 from quantized_model import plainly_quantized
 from safetensors.torch import load_file
-from training_factory import LAYOUT, make_engine, plain_training, random_pairs, tiny_policy, train_steps
+from training_factory import (
+    LAYOUT,
+    assert_no_frozen_weight_in,
+    make_engine,
+    plain_training,
+    policy_logits,
+    random_pairs,
+    tiny_policy,
+    train_steps,
+)
 from transformers import AutoModelForCausalLM
 
 LORA = LoraSettings(rank=4, alpha=8.0, target_modules=("all-linear",), seed=5)
@@ -72,11 +81,7 @@ def train_quantized(folder: str, cases: list[tuple[int, bool]]) -> list[Any]:
             straight, output / "adapter", base=str(base), revision=None, tokenizer=ModelTokenizer(base_folder=base)
         )
         export_model(straight, output / "merged", base_folder=base)
-        straight.deepspeed.eval()
-        policy: Any = straight.scorer.model
-        with torch.no_grad():
-            logits = policy(input_ids=IDS).logits.flatten().tolist()
-        results.append({"figures": figures, "again": again, "logits": logits})
+        results.append({"figures": figures, "again": again, "logits": policy_logits(straight, IDS)})
     return results
 
 
@@ -108,7 +113,4 @@ def _check_saved(output: Path, base: Path, expected: torch.Tensor) -> None:
         torch.testing.assert_close(tensor, wanted[name], atol=1e-6, rtol=1e-5)
     assert read_headers(output / "merged") == read_headers(base)
     assert "quantization_config" not in json.loads((output / "merged/config.json").read_text())
-    (states, *_) = sorted((output / "step_3/engine").glob("*model_states.pt"))
-    in_checkpoint = torch.load(states, weights_only=False)["module"]
-    assert in_checkpoint
-    assert all("lora_" in name for name in in_checkpoint), "frozen weights are in the checkpoint"
+    assert_no_frozen_weight_in(output / "step_3")
