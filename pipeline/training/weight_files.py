@@ -87,8 +87,8 @@ def write_weights(
     """Write a model's weights, an adapter on it added to them; collective if the model is partitioned.
 
     The rank that writes holds one file and one weight in host memory, the others one weight, and while a partitioned
-    weight is gathered, each rank holds it twice. Where the files of an
-    architecture join weights that the model keeps apart, it is a layer instead of a weight.
+    weight is gathered, each rank holds it twice. Where the files of an architecture join weights that the model keeps
+    apart, it is a layer instead of a weight.
 
     Args:
         model: The policy, or a model with an adapter on it.
