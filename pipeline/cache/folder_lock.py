@@ -157,10 +157,9 @@ def _refused(path: Path, error: OSError, work: str) -> DpoCacheError:
 
 
 def _may_not_lock(path: Path, error: OSError) -> DpoCacheError:
-    return DpoCacheError(
-        f"cannot lock {path}: {error.strerror}",
-        next_step=f"whoever made it can let a group write there: chmod -R g+rwX {as_argument(path.parent.parent)}",
-    )
+    is_another_users = error.errno in (errno.EACCES, errno.EPERM, errno.EBADF)
+    remedy = f"whoever made it can let a group write there: chmod -R g+rwX {as_argument(path.parent.parent)}"
+    return DpoCacheError(f"cannot lock {path}: {error.strerror}", next_step=remedy if is_another_users else None)
 
 
 def _holders(path: Path) -> list[str]:
