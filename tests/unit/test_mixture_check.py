@@ -185,11 +185,13 @@ def test_memory_for_a_check_hardly_grows_with_the_mixture(tmp_path: Path, monkey
     def peak(num_rows: int) -> int:
         cache = make_cache(tmp_path / str(num_rows))
         made = fill_cache(cache, make_rows(num_rows), shard_rows=256)
-        tracemalloc.start()
-        check_mixture(cache, made)
-        most = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return most
+        peaks = []
+        for _ in range(3):  # what else the process allocates meanwhile is not the check's
+            tracemalloc.start()
+            check_mixture(cache, made)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        return min(peaks)
 
     small, large = peak(1_000), peak(6_000)
     assert large - small < 5_000 * 16
