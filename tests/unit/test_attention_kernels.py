@@ -43,6 +43,7 @@ def compiled_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Dynamo sees the code that a GPU runs; what it makes of it runs unfused. A CPU has no fused backward pass."""
     limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of what other tests of this process compiled, or failed to
     monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
     monkeypatch.setattr(torch, "compile", lambda function, **_: compile_fused(function, backend="eager"))
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
