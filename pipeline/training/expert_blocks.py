@@ -29,7 +29,7 @@ def gather_expert_blocks_whole(model: nn.Module) -> None:
 
 def can_be_balanced(model: nn.Module) -> bool:
     """Whether there are experts, and a router that shows its logits."""
-    return bool(expert_blocks(model)) and hasattr(find_causal_lm(model).config, "output_router_logits")
+    return _obstacle(model) is None
 
 
 def refuse_load_balancing(model: nn.Module) -> None:
@@ -38,15 +38,15 @@ def refuse_load_balancing(model: nn.Module) -> None:
     Raises:
         DpoCacheError: It has no experts, or does not give the router's logits.
     """
+    if (obstacle := _obstacle(model)) is not None:
+        raise DpoCacheError(f"--load-balancing-loss {obstacle}", next_step="leave --load-balancing-loss out")
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    """Why the experts of a model cannot be balanced; None where they can."""
     config: Any = find_causal_lm(model).config
     if not expert_blocks(model):
-        raise DpoCacheError(
-            f"--load-balancing-loss means nothing to a {config.model_type} model, which has no experts",
-            next_step="leave --load-balancing-loss out",
-        )
+        return f"means nothing to a {config.model_type} model, which has no experts"
     if not hasattr(config, "output_router_logits"):
-        raise DpoCacheError(
-            f"--load-balancing-loss cannot be computed for {config.model_type} models, which do not give the logits "
-            "of their router",
-            next_step="leave --load-balancing-loss out",
-        )
+        return f"cannot be computed for {config.model_type} models, which do not give the logits of their router"
+    return None
