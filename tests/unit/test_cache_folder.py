@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -282,6 +283,22 @@ def test_a_lock_file_that_the_umask_of_another_user_made_read_only_locks_all_the
     with pytest.raises(DpoCacheError, match=r"mixture-new\.lock: Permission denied") as refused, cache.building("new"):
         pass
     assert f"chmod -R g+rwX {cache.path}" in (refused.value.next_step or "")
+
+
+@pytest.mark.parametrize(("number", "is_of_rights"), [(errno.EBADF, True), (errno.EROFS, False), (errno.ENOSYS, False)])
+def test_only_a_lack_of_rights_is_mended_by_rights(
+    number: int, is_of_rights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS says EBADF to an exclusive lock on a file that is open to be read only."""
+    cache = make_cache(tmp_path / "cache")
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*((os, "open") if number == errno.EROFS else (fcntl, "flock")), fail)
+    with pytest.raises(DpoCacheError, match=f"cannot lock .*: {os.strerror(number)}") as refused:
+        cache.building("train").__enter__()
+    assert ("chmod" in (refused.value.next_step or "")) is is_of_rights
 
 
 def test_nobody_builds_while_files_are_removed(tmp_path: Path) -> None:
