@@ -225,3 +225,12 @@ def assert_no_frozen_weight_in(checkpoint: Path) -> None:
     saved = torch.load(states, weights_only=False)["module"]
     assert saved
     assert all("lora_" in name for name in saved), "frozen weights are in the checkpoint"
+
+
+# ---- what the tests of adapters train, with and without quantized weights ----
+
+LORA = LoraSettings(rank=4, alpha=8.0, target_modules=("all-linear",), seed=5)
+BATCHES = [random_pairs(5, seed=step) for step in range(5)]
+RATE = 2e-2
+IDS = torch.tensor([[5, 9, 3, 17, 60]])
+"""A sequence whose logits tell two models apart."""

@@ -16,10 +16,9 @@ from dpo_cache.pipeline.training.model_tokenizer import ModelTokenizer
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_model_factory import tiny_model
-from training_factory import make_engine, policy_logits, random_pairs, train_steps
+from training_factory import LORA, make_engine, policy_logits, random_pairs, train_steps
 from transformers import AutoModelForCausalLM
 
-LORA = LoraSettings(rank=4, alpha=8.0, target_modules=("all-linear",), seed=5)
 BATCHES = [random_pairs(4, seed=step) for step in range(2)]
 IDS = torch.tensor([[5, 9, 3, 17, 60, 4, 33]])
 _LATENT: dict[str, Any] = {

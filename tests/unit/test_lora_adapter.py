@@ -23,22 +23,20 @@ from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from peft import PeftModel
 from training_factory import (
+    BATCHES,
+    IDS,
     LAYOUT,
+    LORA,
+    RATE,
     assert_no_frozen_weight_in,
     make_engine,
     plain_training,
     policy_logits,
-    random_pairs,
     tiny_policy,
     train_steps,
     trained_weights,
 )
 from transformers import AutoModelForCausalLM
-
-LORA = LoraSettings(rank=4, alpha=8.0, target_modules=("all-linear",), seed=5)
-BATCHES = [random_pairs(5, seed=step) for step in range(5)]
-RATE = 2e-2
-IDS = torch.tensor([[5, 9, 3, 17, 60]])
 
 
 def _train(engine: PolicyEngine, first: int, last: int) -> list[tuple[float, float]]:

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from distributed_run import run_ranks
 from dpo_cache.pipeline.training.checkpoint_folder import TrainerState, open_checkpoint
 from dpo_cache.pipeline.training.checkpoints import load_checkpoint, save_checkpoint
-from dpo_cache.pipeline.training.lora_adapter import LoraSettings
 from dpo_cache.pipeline.training.micro_batch import collate
 from dpo_cache.pipeline.training.model_export import export_adapter, export_model
 from dpo_cache.pipeline.training.model_tokenizer import ModelTokenizer
@@ -22,21 +21,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from quantized_model import plainly_quantized
 from safetensors.torch import load_file
 from training_factory import (
+    BATCHES,
+    IDS,
     LAYOUT,
+    LORA,
+    RATE,
     assert_no_frozen_weight_in,
     make_engine,
     plain_training,
     policy_logits,
-    random_pairs,
     tiny_policy,
     train_steps,
 )
 from transformers import AutoModelForCausalLM
 
-LORA = LoraSettings(rank=4, alpha=8.0, target_modules=("all-linear",), seed=5)
-BATCHES = [random_pairs(5, seed=step) for step in range(5)]
-RATE = 2e-2
-IDS = torch.tensor([[5, 9, 3, 17, 60]])
 CASES = [(0, False), (2, True)]
 
 
