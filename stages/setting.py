@@ -7,11 +7,12 @@ processes are all derived from it, so none can drift from the others.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +89,28 @@ class Setting:
         """The option on the command line, ``--max-seq-length``."""
         return "--" + self.name.replace("_", "-")
 
+    def flag_for(self, value: Any) -> str:
+        """The same, or for a switch that is turned off ``--no-hub-private``."""
+        return "--no-" + self.flag.removeprefix("--") if value is False else self.flag
 
-def settings_of(config_class: type[Any]) -> Iterator[Setting]:
+
+@functools.cache
+def settings_of(config_class: type[Any]) -> tuple[Setting, ...]:
     """The settings of a stage's config class, in the order they are declared."""
     hints = typing.get_type_hints(config_class)
-    for config_field in fields(config_class):
-        value_type, repeats = _element_type(hints[config_field.name])
-        yield Setting(
-            name=config_field.name,
-            value_type=value_type,
-            is_location=hints[config_field.name] == Location,
-            repeats=repeats,
-            default=config_field.default,
-            description=config_field.metadata["setting"],
-        )
+    return tuple(_setting_of(config_field, hints[config_field.name]) for config_field in fields(config_class))
+
+
+def _setting_of(config_field: Field[Any], hint: Any) -> Setting:
+    value_type, repeats = _element_type(hint)
+    return Setting(
+        name=config_field.name,
+        value_type=value_type,
+        is_location=hint == Location,
+        repeats=repeats,
+        default=config_field.default,
+        description=config_field.metadata["setting"],
+    )
 
 
 def check_settings(config: Any) -> None:
@@ -116,6 +125,27 @@ def check_settings(config: Any) -> None:
             _check_value(declared, element)
 
 
+def refuse_ignored(config: Any, *names: str, without: str, is_given: bool) -> None:
+    """Refuse settings that would be ignored, because the option that gives them a meaning is not given.
+
+    Args:
+        config: The settings.
+        names: Those that have no meaning of their own. One at its default counts as left out.
+        without: The option that they need, as it is typed.
+        is_given: Whether that one is given.
+
+    Raises:
+        DpoCacheError: Naming both options.
+    """
+    for declared in settings_of(type(config)):
+        value = getattr(config, declared.name)
+        if declared.name in names and value != declared.default and not is_given:
+            ignored = declared.flag_for(value)
+            raise DpoCacheError(
+                f"{ignored} has no effect without {without}", next_step=f"add {without}, or leave out {ignored}"
+            )
+
+
 def command_line_of(config: Any) -> list[str]:
     """The arguments that give ``config`` back: how a stage tells its child processes what to do."""
     arguments: list[str] = []
@@ -124,7 +154,7 @@ def command_line_of(config: Any) -> list[str]:
         if value == declared.default or value is None:
             continue
         if declared.value_type is bool:
-            arguments.append(declared.flag if value else "--no-" + declared.flag.removeprefix("--"))
+            arguments.append(declared.flag_for(value))
             continue
         for element in value if declared.repeats else (value,):
             arguments.append(f"{declared.flag}={element}")

@@ -10,7 +10,7 @@ from typing import get_args
 from ...errors import DpoCacheError
 from ...pipeline.data.tokenization_settings import MaskChoice, Truncation
 from ...pipeline.scoring.attention_names import ATTENTION_KERNELS
-from ..setting import check_settings, setting
+from ..setting import check_settings, refuse_ignored, setting
 
 for_reference = partial(setting, group="Reference")
 for_data = partial(setting, group="Data")
@@ -123,11 +123,7 @@ class BuildConfig:
             raise DpoCacheError("no --dataset is given", expected="one or more")
         if self.zero_stage not in (0, 3):
             raise DpoCacheError(f"--zero-stage is {self.zero_stage}", expected="0 or 3")
-        if self.adapter_revision and not self.adapter:
-            raise DpoCacheError(
-                "--adapter-revision has no effect without --adapter",
-                next_step="add --adapter, or leave out --adapter-revision",
-            )
+        refuse_ignored(self, "adapter_revision", without="--adapter", is_given=self.adapter is not None)
         if self.quantization and self.zero_stage:
             raise DpoCacheError(
                 f"--quantization {self.quantization} is given with --zero-stage {self.zero_stage}, which cannot "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...errors import DpoCacheError
-from ..setting import check_settings, setting
+from ..setting import check_settings, refuse_ignored, setting
 
 DEFAULT_HALVING_FACTOR = 2.0
 DEFAULT_RUNGS = 3
@@ -49,14 +48,9 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        halving = {
-            "--halving-by": self.halving_by,
-            "--halving-factor": self.halving_factor,
-            "--rungs": self.rungs,
-        }
-        given = [flag for flag, value in halving.items() if value is not None]
-        if given and self.strategy != "halving":
-            raise DpoCacheError(
-                f"{given[0]} has no effect without --strategy halving",
-                next_step=f"add --strategy halving, or leave out {given[0]}",
-            )
+        refuse_ignored(
+            self,
+            *("halving_by", "halving_factor", "rungs"),
+            without="--strategy halving",
+            is_given=self.strategy == "halving",
+        )

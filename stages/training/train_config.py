@@ -20,7 +20,7 @@ from ...pipeline.training.objective import (
     resolve_objective,
 )
 from ..addresses.location import Location
-from ..setting import check_settings, setting
+from ..setting import check_settings, refuse_ignored, setting
 
 DEFAULT_GLOBAL_BATCH_SIZE = 128
 DEFAULT_LORA_RANK = 64
@@ -274,29 +274,24 @@ class TrainConfig:
 
     def _refuse_ignored_options(self) -> None:
         """Refuse options without the one that gives them a meaning."""
-        self._refuse_without(
-            "use_lora" if not self.use_qlora else "use_qlora",
-            lora_rank=self.lora_rank is not None,
-            lora_alpha=self.lora_alpha is not None,
-            lora_target_modules=bool(self.lora_target_modules),
-            merge=self.merge,
+        refuse_ignored(
+            self,
+            *("lora_rank", "lora_alpha", "lora_target_modules", "merge"),
+            without="--use-lora",
+            is_given=self.use_lora or self.use_qlora,
         )
-        self._refuse_without("load_balancing_loss", load_balancing_weight=self.load_balancing_weight is not None)
-        self._refuse_without(
-            "push_to_hub",
-            hub_model_id=self.hub_model_id is not None,
-            hub_revision=self.hub_revision is not None,
-            no_hub_private=not self.hub_private,
+        refuse_ignored(
+            self, "load_balancing_weight", without="--load-balancing-loss", is_given=self.load_balancing_loss
         )
-        self._refuse_without(
-            "with_tracking",
-            wandb_project=self.wandb_project != "dpo-cache",
-            wandb_entity=self.wandb_entity is not None,
-            wandb_tags=bool(self.wandb_tags),
+        refuse_ignored(
+            self, "hub_model_id", "hub_revision", "hub_private", without="--push-to-hub", is_given=self.push_to_hub
         )
-        self._refuse_without("model", model_revision=self.model_revision is not None)
-        self._refuse_without(
-            "eval_mixture", eval_steps=self.eval_steps is not None, keep_best=self.keep_best is not None
+        refuse_ignored(
+            self, "wandb_project", "wandb_entity", "wandb_tags", without="--with-tracking", is_given=self.with_tracking
+        )
+        refuse_ignored(self, "model_revision", without="--model", is_given=self.model is not None)
+        refuse_ignored(
+            self, "eval_steps", "keep_best", without="--eval-mixture", is_given=self.eval_mixture is not None
         )
         refuse_idle_partitions(
             zero_stage=self.zero_stage,
@@ -332,17 +327,6 @@ class TrainConfig:
             )
         if self.plan and self.dry_run:
             raise DpoCacheError("--plan and --dry-run are given together", expected="one of them")
-
-    def _refuse_without(self, needed: str, **given: bool) -> None:
-        """Refuse options that are given and would be ignored."""
-        if getattr(self, needed):
-            return
-        ignored = [_flag(name) for name, is_given in given.items() if is_given]
-        if ignored:
-            raise DpoCacheError(
-                f"{ignored[0]} has no effect without {_flag(needed)}",
-                next_step=f"add {_flag(needed)}, or leave out {ignored[0]}",
-            )
 
     @property
     def resolved_run_name(self) -> str:
@@ -401,7 +385,3 @@ class TrainConfig:
         if self.per_device_train_batch_size is None and self.gradient_accumulation_steps is None:
             return DEFAULT_GLOBAL_BATCH_SIZE
         return (self.per_device_train_batch_size or 1) * (self.gradient_accumulation_steps or 1) * num_ranks
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
