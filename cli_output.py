@@ -8,7 +8,6 @@ import io
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any, Protocol
@@ -21,7 +20,7 @@ from .pipeline.finite_json import finite_json
 from .stages.console.unfailing_stderr import make_stderr_unfailing
 from .stages.processes.child_processes import leave_fault
 from .stages.processes.ranks import ranks_from_environment
-from .stages.processes.stop_request import signals_to_stop
+from .stages.processes.stop_request import handled_by, signals_to_stop
 
 REFUSED_BY_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -81,16 +80,8 @@ def _fault_of_the_machine(error: OSError) -> DpoCacheError | None:
 @contextlib.contextmanager
 def _stopped_as_by_ctrl_c() -> Iterator[None]:
     """A scheduler or a lost terminal ends a command as Ctrl-C does, so that its temporary files are removed."""
-    if threading.current_thread() is not threading.main_thread():
+    with handled_by(_interrupt, [signum for signum in signals_to_stop() if signum != signal.SIGINT]):
         yield
-        return
-    others = [signum for signum in signals_to_stop() if signum != signal.SIGINT]
-    before = {signum: signal.signal(signum, _interrupt) for signum in others}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _interrupt(signum: int, _frame: FrameType | None) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
 STDERR = 2
@@ -35,26 +35,31 @@ def stop_requests(*, notice: str | None = None) -> Iterator[Callable[[], bool]]:
             with contextlib.suppress(OSError):  # the same Ctrl-C ended the `tee` that this goes to
                 os.write(STDERR, f"\n{notice}\n".encode())
 
-    previous = {signum: signal.signal(signum, remember) for signum in signals_to_stop()}
-    try:
+    with handled_by(remember, signals_to_stop()):
         yield lambda: bool(requested)
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager
 def stopped_at_once() -> Iterator[None]:
     """While this is held, a request to stop ends the process: for a wait in a library in which Python hears of none."""
+    with handled_by(signal.SIG_DFL, signals_to_stop()):
+        yield
+
+
+@contextlib.contextmanager
+def handled_by(
+    handler: Callable[[int, FrameType | None], None] | signal.Handlers, signals: Iterable[signal.Signals]
+) -> Iterator[None]:
+    """Let a handler have these signals while this is held; in another thread than the main one Python allows none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {signum: signal.signal(signum, signal.SIG_DFL) for signum in signals_to_stop()}
+    previous = {signum: signal.signal(signum, handler) for signum in signals}
     try:
         yield
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        for signum, before in previous.items():
+            signal.signal(signum, before)
 
 
 def signals_to_stop() -> list[signal.Signals]:
