@@ -38,6 +38,10 @@ class DpoCacheError(Exception):
         self.next_step = next_step
         super().__init__(found)
 
+    def located(self, where: str) -> DpoCacheError:
+        """The same fault, with the place where it arose in front."""
+        return DpoCacheError(f"{where}: {self.found}", expected=self.expected, next_step=self.next_step)
+
     def to_json(self) -> dict[str, str | None]:
         """What ``DpoCacheError(**…)`` makes the same error of: for another process, and for ``--json``."""
         return {"found": self.found, "expected": self.expected, "next_step": self.next_step}

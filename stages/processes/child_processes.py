@@ -46,7 +46,7 @@ def run_children(
     *,
     survivors_go_on: bool = False,
     grace_s: float = GRACE_S,
-    while_waiting: Callable[[], None] = lambda: None,
+    while_waiting: Callable[[], object] = lambda: None,
     on_end: Callable[[int], None] = lambda _pid: None,
 ) -> list[str]:
     """Run the commands side by side until all have ended.

@@ -219,10 +219,6 @@ class JobStore:
             raise DpoCacheError(failure)
         return True
 
-    def hear_of_failure(self) -> None:
-        """Raise the leader's fault if it has one: what this rank is scoring is of no use then."""
-        self.has_ended()
-
     def leave(self) -> None:
         """A following rank needs the store no more."""
         assert self._ranks is not None

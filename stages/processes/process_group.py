@@ -128,12 +128,8 @@ def all_or_none(work: Callable[[], Result], *, on: bool = True) -> Result | None
     dist.all_gather_object(faults, (socket.gethostname(), fault), group=host_group())
     for machine, first in faults:
         if first is not None:
-            raise first if machine == faults[0][0] else _placed(first, machine)
+            raise first if machine == faults[0][0] else first.located(f"on {machine}")
     return result
-
-
-def _placed(fault: DpoCacheError, machine: str) -> DpoCacheError:
-    return DpoCacheError(f"on {machine}: {fault.found}", expected=fault.expected, next_step=fault.next_step)
 
 
 def decided_by_first(decide: Callable[[], Result]) -> Result:

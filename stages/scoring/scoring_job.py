@@ -133,7 +133,7 @@ def _follow(job: JobStore, ranks: Ranks) -> None:
             [_score_command(plan_path, job.address, ranks.rank_of_node)],
             [_environment(ranks, ranks.rank_of_node, ranks.ranks_per_node)],
             survivors_go_on=not plan.zero_stage,
-            while_waiting=job.hear_of_failure,
+            while_waiting=job.has_ended,  # raises the leader's fault: what is scored here is of no use then
             on_end=lambda pid: queue.declare_dead(process_name(pid)),
         )
         queue.report_faults(faults)  # another rank takes the unit over: no reason to end the job

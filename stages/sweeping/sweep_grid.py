@@ -232,4 +232,4 @@ def _faults_located(where: str) -> Iterator[None]:
     try:
         yield
     except DpoCacheError as fault:
-        raise DpoCacheError(f"{where}: {fault.found}", expected=fault.expected, next_step=fault.next_step) from fault
+        raise fault.located(where) from fault
