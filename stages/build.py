@@ -137,7 +137,7 @@ class Build:
             self._say_what_is_to_do(collected)
             if warning := self._truncation_warning(collected):
                 say(f"warning: {warning}")  # here too: scoring may take hours
-            content = mixture_content(cache, self._config, collected, known=known, warn=say)
+            content = mixture_content(cache, self._config, collected, known=known)
             outcome = self._score(cache, collected, scratch, job)
             wait_until_visible(cache, outcome.shards)
             self._refuse_unusable(outcome)
@@ -162,7 +162,7 @@ class Build:
             content = new_content(collected)
         else:
             collected = left_out_before(cache, self._config, collected)
-            content = mixture_content(cache, self._config, collected, known=known, warn=say)
+            content = mixture_content(cache, self._config, collected, known=known)
         self._say_what_is_to_do(collected)
         return self._report(collected, content, ScoringOutcome())
 

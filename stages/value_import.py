@@ -26,7 +26,6 @@ from .building.mixture_change import mixture_content
 from .building.pair_collection import SpooledPairs
 from .console.library_output import quiet_libraries
 from .console.progress import Progress
-from .console.terminal import say
 from .interchange.import_config import ImportConfig
 from .interchange.import_proof import prove_values
 from .interchange.import_report import ImportReport
@@ -56,7 +55,7 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
         damaged = damaged_shards(cache)
         known = cache.shards.key_index(without=damaged)
         collected = collect_datasets(config, reference, datasets, known=known, scratch=scratch)
-        content = mixture_content(cache, config, collected, known=known, warn=say)
+        content = mixture_content(cache, config, collected, known=known)
         if source.keys is None:
             source = with_keys(source_path, source, collected.rows, datasets)
         waiting = _WaitingValues(

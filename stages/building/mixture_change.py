@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ...pipeline.cache.mixture_rows import MixtureRows
 from ...pipeline.cache.mixture_table import training_set_digest
 from ...pipeline.cache.unreadable_file import UnreadableFileError
 from ...pipeline.data.dataset_spec import DatasetSpec
+from ..console.terminal import say
 from .build_config import BuildConfig
 from .left_out import recorded_keys
 from .mixture_content import MixtureContent
@@ -31,7 +32,6 @@ def mixture_content(
     collected: CollectedPairs,
     *,
     known: KeyIndex,
-    warn: Callable[[str], None],
 ) -> MixtureContent:
     """What the mixture is to hold after this build.
 
@@ -43,7 +43,6 @@ def mixture_content(
         config: Names the mixture, and what shall become of one that has other pairs.
         collected: The pairs of this build.
         known: The keys that the cache holds.
-        warn: Tells people that the present mixture is damaged.
 
     Raises:
         DpoCacheError: The cache has a mixture of this name with other pairs, and neither ``--replace`` nor
@@ -62,7 +61,7 @@ def mixture_content(
             raise
         if existing is not None and not config.replace:
             _refuse_others_in_place_of(existing, content, error)
-        warn(f"warning: mixture {config.mixture} is written anew: {error.found}")
+        say(f"warning: mixture {config.mixture} is written anew: {error.found}")
         return content
     is_whole = {shard.file_name for shard in existing.shards} <= {path.name for path in cache.shards.paths()}
     is_whole &= existing.has_token_logps or not config.token_logps

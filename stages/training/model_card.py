@@ -5,43 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...pipeline.cache.cache_folder import ReferenceCache
-from ...pipeline.cache.mixture import Mixture
 from ...pipeline.finite_json import finite_json
-from ..hub.model_folder import ModelFolder
 from ..hub.public_name import public_name
 from ..hub.recorded_reference import RecordedReference
+from .prepared_run import PreparedRun
 from .recipe import Recipe
-from .train_config import TrainConfig
 
 NOT_RECIPE = {"mixture_digest", "reference_id", "learning_rate_at_update"}
 
 
-def model_card(
-    config: TrainConfig,
-    recipe: Recipe,
-    *,
-    name: str,
-    base: ModelFolder,
-    cache: ReferenceCache,
-    mixture: Mixture,
-    last_line: Mapping[str, float],
-    evaluation: Mapping[str, float] | None,
-) -> str:
+def model_card(run: PreparedRun, line: Mapping[str, float], evaluation: Mapping[str, float] | None) -> str:
     """The card as Markdown, with the header that the Hub reads.
 
     Args:
-        config: The settings.
-        recipe: The resolved numbers.
-        name: Of the model.
-        base: What training started from; named in the header only if it is on the Hub.
-        cache: Whose reference the policy was held to.
-        mixture: The pairs.
-        last_line: The last logged step.
+        run: What the model came of.
+        line: The last logged step.
         evaluation: The last evaluation.
     """
-    header = [f"library_name: {'peft' if config.saves_adapter else 'transformers'}"]
-    if base.commit is not None:
+    base = run.origin.model
+    header = [f"library_name: {'peft' if run.config.saves_adapter else 'transformers'}"]
+    if base.commit is not None:  # only what is on the Hub can be named there
         header.append(f"base_model: {base.name}")
     header += ["tags:", "- dpo", "- dpo-cache"]
     return "\n".join(
@@ -50,7 +33,7 @@ def model_card(
             *header,
             "---",
             "",
-            f"# {name}",
+            f"# {run.config.resolved_run_name}",
             "",
             f"{public_name(base.name)}, fine-tuned with DPO on preference pairs, with cached reference "
             "log-probabilities (dpo-cache).",
@@ -58,16 +41,16 @@ def model_card(
             "## Recipe",
             "",
             "```json",
-            finite_json(_numbers(recipe), indent=2),
+            finite_json(_numbers(run.recipe), indent=2),
             "```",
             "",
             "## Reference and pairs",
             "",
-            *_table(_origin(base, cache, mixture)),
+            *_table(_origin(run)),
             "",
             "## Metrics",
             "",
-            *_table({field: f"{value:.6g}" for field, value in {**last_line, **(evaluation or {})}.items()}),
+            *_table({field: f"{value:.6g}" for field, value in {**line, **(evaluation or {})}.items()}),
             "",
         ]
     )
@@ -77,12 +60,13 @@ def _numbers(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in recipe.to_json().items() if key not in NOT_RECIPE}
 
 
-def _origin(base: ModelFolder, cache: ReferenceCache, mixture: Mixture) -> dict[str, str]:
+def _origin(run: PreparedRun) -> dict[str, str]:
     """What the policy was held to and trained on."""
+    cache, mixture = run.pairs.cache, run.pairs.mixture
     identity = cache.identity
     template = (mixture.tokenization.get("chat_template") or {}).get("name")
     return {
-        "reference": public_name(RecordedReference.of(cache.recorded).model or base.name),
+        "reference": public_name(RecordedReference.of(cache.recorded).model or run.origin.model.name),
         "cache identity": f"`{cache.reference_id}`",
         "reference weights, SHA-256": f"`{identity.weights_sha256}`",
         "scored in": f"{identity.precision}, {identity.attention} attention",

@@ -9,36 +9,26 @@ from ...pipeline.training.model_export import export_adapter, export_model
 from ...pipeline.training.model_tokenizer import ModelTokenizer, tokenizer_of_pairs
 from ...pipeline.training.policy_engine import PolicyEngine
 from ..console.terminal import say
-from ..hub.model_folder import ModelFolder
 from .model_card import model_card
-from .recipe import Recipe
-from .train_config import TrainConfig
-from .training_cache import TrainingCache
+from .prepared_run import PreparedRun
 
 
 class ModelWriter:
     """Writes the policy of one run, as it stands; all ranks call it together.
 
     Args:
-        config: The settings.
-        recipe: The resolved numbers.
-        pairs: What the run reads.
-        base: What training started from.
+        run: What was prepared.
         engine: The policy.
     """
 
-    def __init__(
-        self, config: TrainConfig, recipe: Recipe, pairs: TrainingCache, base: ModelFolder, engine: PolicyEngine
-    ) -> None:
-        self._config = config
-        self._recipe = recipe
-        self._pairs = pairs
-        self._base = base
+    def __init__(self, run: PreparedRun, engine: PolicyEngine) -> None:
+        self._run = run
         self._engine = engine
-        self._tokenizer = ModelTokenizer(base_folder=base.folder)
-        if engine.rank == 0:  # the only one that writes
+        base = run.origin.model.folder
+        self._tokenizer = ModelTokenizer(base_folder=base)
+        if run.is_main:  # the only one that writes
             self._tokenizer = tokenizer_of_pairs(
-                pairs.mixture.tokenization, base.folder, trust_remote_code=config.trust_remote_code
+                run.pairs.mixture.tokenization, base, trust_remote_code=run.config.trust_remote_code
             )
             if self._tokenizer.warning is not None:
                 say(f"warning: {self._tokenizer.warning}")
@@ -51,25 +41,16 @@ class ModelWriter:
             line: The last logged step.
             evaluation: The last evaluation.
         """
-        base = self._base
-        card = model_card(
-            self._config,
-            self._recipe,
-            name=self._config.resolved_run_name,
-            base=base,
-            cache=self._pairs.cache,
-            mixture=self._pairs.mixture,
-            last_line=line,
-            evaluation=evaluation,
-        )
-        if not self._config.saves_adapter:
+        config, base = self._run.config, self._run.origin.model
+        card = model_card(self._run, line, evaluation)
+        if not config.saves_adapter:
             export_model(
                 self._engine,
                 folder,
                 base_folder=base.folder,
                 base_adapter=base.adapter.folder if base.adapter else None,
                 tokenizer=self._tokenizer,
-                trust_remote_code=self._config.trust_remote_code,
+                trust_remote_code=config.trust_remote_code,
                 card=card,
             )
             return

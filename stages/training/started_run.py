@@ -72,7 +72,7 @@ def start_run(run: PreparedRun, checkpoint: Checkpoint | None) -> StartedRun:
         _micro_batches(run, run.pairs.mixture, layout, engine),
         _micro_batches(run, evaluation, layout, engine) if evaluation else None,
     )
-    models = ModelWriter(run.config, run.recipe, run.pairs, run.origin.model, engine)
+    models = ModelWriter(run, engine)
     return StartedRun(checkpoint=checkpoint, engine=engine, loop=loop, models=models)
 
 

@@ -57,20 +57,18 @@ def collected(
     )
 
 
-def content_of(
-    cache: ReferenceCache, pairs: CollectedPairs | None = None, *, warnings: list[str] | None = None, **options: Any
-) -> MixtureContent:
+def content_of(cache: ReferenceCache, pairs: CollectedPairs | None = None, **options: Any) -> MixtureContent:
     """What these pairs, or the same twelve again, come to."""
     config = BuildConfig(model="m", dataset=("d",), cache=cache.path, **options)
-    warn = ([] if warnings is None else warnings).append
-    return mixture_content(cache, config, pairs or collected(), known=cache.shards.key_index(), warn=warn)
+    return mixture_content(cache, config, pairs or collected(), known=cache.shards.key_index())
 
 
 @pytest.mark.parametrize("extend", [False, True])
-def test_a_whole_mixture_of_the_same_pairs_is_left_alone(cache: ReferenceCache, extend: bool) -> None:
-    warnings: list[str] = []
-    assert not content_of(cache, warnings=warnings, extend=extend).is_new
-    assert warnings == []
+def test_a_whole_mixture_of_the_same_pairs_is_left_alone(
+    cache: ReferenceCache, extend: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not content_of(cache, extend=extend).is_new
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("extend", [False, True])
@@ -82,14 +80,15 @@ def test_one_that_names_a_shard_which_is_gone_is_written_again(cache: ReferenceC
 
 
 @pytest.mark.parametrize("pattern", ["train.json", "*.parquet"])
-def test_a_damaged_one_is_written_anew_with_a_warning_but_not_extended(cache: ReferenceCache, pattern: str) -> None:
+def test_a_damaged_one_is_written_anew_with_a_warning_but_not_extended(
+    cache: ReferenceCache, pattern: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     for path in (cache.path / "mixtures").glob(pattern):
         path.write_bytes(path.read_bytes()[:-1])
-    warnings: list[str] = []
-    assert content_of(cache, warnings=warnings).is_new
-    assert len(warnings) == 1
-    assert "mixture train is written anew" in warnings[0]
-    assert "is damaged" in warnings[0]
+    assert content_of(cache).is_new
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "warning: mixture train is written anew" in warning
+    assert "is damaged" in warning
     with pytest.raises(DpoCacheError, match="is damaged"):
         content_of(cache, extend=True)
 
