@@ -119,8 +119,8 @@ class Build:
 
     def _build(self, job: JobStore | None) -> BuildReport:
         self._reference = resolve_reference(self._config)
-        numerics = f"{self._reference.identity.precision}, attention {self._reference.attention}"
-        say(f"reference {self._reference.model.name}: {numerics}")
+        identity = self._reference.identity
+        say(f"reference {self._reference.model.name}: {identity.precision}, attention {identity.attention}")
         return self._dry_run() if self._config.dry_run else self._run(job)
 
     def _run(self, job: JobStore | None) -> BuildReport:
@@ -194,13 +194,14 @@ class Build:
             return ScoringOutcome()
         order_path = scratch / "order.npy"
         np.save(order_path, waiting.spool_indices[order])
+        model, identity = self._reference.model, self._reference.identity
         plan = ScoringPlan(
             cache=str(cache.path.resolve()),
-            model_folder=str(self._reference.model.folder),
-            adapter_folder=str(self._reference.adapter.folder) if self._reference.adapter else None,
-            quantization=self._reference.identity.quantization,
-            dtype=self._reference.dtype,
-            attention=self._reference.attention,
+            model_folder=str(model.folder),
+            adapter_folder=str(model.adapter_folder) if model.adapter else None,
+            quantization=identity.quantization,
+            dtype=identity.compute_dtype,
+            attention=identity.attention,
             trust_remote_code=self._config.trust_remote_code,
             zero_stage=self._config.zero_stage,
             tokens_per_batch=self._config.tokens_per_batch,

@@ -86,10 +86,11 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
 
 
 def _refuse_other_reference(path: Path, source: SourceValues, reference: BuildReference) -> None:
-    if source.reference_id not in (None, reference.identity.digest):
+    identity = reference.identity
+    if source.reference_id not in (None, identity.digest):
         raise DpoCacheError(
             f"{path} says that its values are of the reference {str(source.reference_id)[:16]}…, and --model with "
-            f"{reference.identity.precision} and attention {reference.attention} is {reference.identity.digest[:16]}…",
+            f"{identity.precision} and attention {identity.attention} is {identity.digest[:16]}…",
             next_step="name the model, --dtype, --quantization and --attn-implementation of the cache that it was "
             "exported from",
         )
@@ -145,13 +146,11 @@ class _WaitingValues:
 
     def refuse_missing(self, path: Path, config: ImportConfig) -> None:
         """Refuse to go on where the source lacks pairs."""
-        missing = len(self._waiting) - len(self.found)
-        if missing:
-            is_missing = np.ones(len(self._waiting), dtype=np.bool_)
-            is_missing[self.found] = False
+        missing = self._waiting.keys[np.isnan(self._values_W2).any(axis=1)]
+        if len(missing):
             raise DpoCacheError(
                 f"{path} has values for {len(self.found)} of {len(self._waiting)} pairs, which are imported, and none "
-                f"for {missing}: {name_keys(self._waiting.keys[is_missing])}",
+                f"for {len(missing)}: {name_keys(missing)}",
                 next_step=f"dpo-cache build --cache {as_argument(config.cache)} --mixture {config.mixture} … with the "
                 "same options scores just these",
             )

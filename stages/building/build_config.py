@@ -123,7 +123,7 @@ class BuildConfig:
             raise DpoCacheError("no --dataset is given", expected="one or more")
         if self.zero_stage not in (0, 3):
             raise DpoCacheError(f"--zero-stage is {self.zero_stage}", expected="0 or 3")
-        refuse_ignored(self, "adapter_revision", without="--adapter", is_given=self.adapter is not None)
+        refuse_ignored(self, "adapter_revision", without="--adapter", is_given=bool(self.adapter))
         if self.quantization and self.zero_stage:
             raise DpoCacheError(
                 f"--quantization {self.quantization} is given with --zero-stage {self.zero_stage}, which cannot "

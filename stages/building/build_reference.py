@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,30 +24,25 @@ class BuildReference:
     """A reference as a build's settings and this machine resolve it; no weights are loaded.
 
     Attributes:
-        model: Its files.
-        adapter: Those of a peft adapter on top of it.
-        dtype: Precision of weights and forward passes.
-        attention: The attention kernel.
+        model: Its files, with those of a peft adapter on top of it.
         vocab_size: How many tokens the model has embeddings for; None where its config does not say.
         identity: What its values depend on.
         tokenization: How rows become tokens.
     """
 
     model: ModelFolder
-    adapter: ModelFolder | None
-    dtype: str
-    attention: str
     vocab_size: int | None
     identity: ReferenceIdentity
     tokenization: TokenizationSettings
 
     def names(self) -> JsonObject:
         """Where its files came from, for people and for who has to find them again."""
+        adapter = self.model.adapter
         return RecordedReference(
             model=_lasting_name(self.model),
             commit=self.model.commit,
-            adapter=_lasting_name(self.adapter) if self.adapter else None,
-            adapter_commit=self.adapter.commit if self.adapter else None,
+            adapter=_lasting_name(adapter) if adapter else None,
+            adapter_commit=adapter.commit if adapter else None,
         ).to_json()
 
 
@@ -58,26 +53,23 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
         DpoCacheError: The model cannot be found, or its files are no model that we can score with.
     """
     model = find_model_folder(config.model, config.model_revision)
-    adapter = find_model_folder(config.adapter, config.adapter_revision) if config.adapter else None
+    if config.adapter:
+        model = replace(model, adapter=find_model_folder(config.adapter, config.adapter_revision))
     tokenizer = find_model_folder(config.tokenizer, None, files=TOKENIZER_FILES) if config.tokenizer else model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if config.trust_remote_code:
         code_that_runs(model.folder)  # refuses code from elsewhere before any of it is fetched
     model_config = load_config(model.folder, trust_remote_code=config.trust_remote_code)
-    attention = resolve_attention(config.attn_implementation, model_config, device)
     return BuildReference(
         model=model,
-        adapter=adapter,
-        dtype=dtype,
-        attention=attention,
         vocab_size=getattr(model_config.get_text_config(), "vocab_size", None),
         identity=identify_reference(
             model.folder,
-            adapter_folder=adapter.folder if adapter else None,
+            adapter_folder=model.adapter_folder,
             weight_dtype=dtype,
             compute_dtype=dtype,
-            attention=attention,
+            attention=resolve_attention(config.attn_implementation, model_config, device),
             scoring_version=SCORING_VERSION,
             quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,

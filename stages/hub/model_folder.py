@@ -34,6 +34,11 @@ class ModelFolder:
     commit: str | None
     adapter: ModelFolder | None = None
 
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The adapter's local folder; None without one."""
+        return self.adapter.folder if self.adapter else None
+
 
 def find_model_folder(path_or_id: str, revision: str | None, *, files: Sequence[str] = MODEL_FILES) -> ModelFolder:
     """The local folder of a model, downloaded from the Hub where it is an id.

@@ -17,7 +17,7 @@ def identity_to_compare(
     """
     return identify_reference(
         model.folder,
-        adapter_folder=model.adapter.folder if model.adapter else None,
+        adapter_folder=model.adapter_folder,
         weight_dtype=reference.weight_dtype,
         compute_dtype=reference.compute_dtype,
         attention=reference.attention,

@@ -64,7 +64,8 @@ def prove_values(
         "sums": np.abs(values_S2 - ours_S2) / tokens_S2,
         "averages": np.abs(values_S2 - ours_S2 / tokens_S2),
     }
-    bounds_S2, bound = side_bounds(reference.dtype, tokens_S2), long_side_bound(reference.dtype)
+    dtype = reference.identity.compute_dtype
+    bounds_S2, bound = side_bounds(dtype, tokens_S2), long_side_bound(dtype)
     stated = apart_S2.pop(config.values)
     spread = SampleSpread(
         pairs=len(pairs),
@@ -80,7 +81,7 @@ def prove_values(
     raise DpoCacheError(
         f"{path} is not what the reference gives: on a sample of {len(pairs)} pairs they differ by "
         f"{spread.max_per_token:.3g} nats per token at most, {spread.mean_per_token:.3g} in the mean",
-        expected=f"at most {bound:g} in {reference.dtype}",
+        expected=f"at most {bound:g} in {dtype}",
         next_step="what usually differs is the model, the order of the rows, the template, mask or length that made "
         "the tokens, or --dtype; to score instead: dpo-cache build",
     )
@@ -91,14 +92,14 @@ def _score(
     pairs: Sequence[TokenPair], reference: BuildReference, *, trust_remote_code: bool
 ) -> npt.NDArray[np.float64]:
     """Chosen and rejected sums of each pair, one pair at a time, shape (S, 2)."""
-    device = device_of_rank(0)
+    device, model, identity = device_of_rank(0), reference.model, reference.identity
     scorer = load_scorer(
-        reference.model.folder,
-        dtype=reference.dtype,
-        attention=reference.attention,
+        model.folder,
+        dtype=identity.compute_dtype,
+        attention=identity.attention,
         device=device,
-        adapter=reference.adapter.folder if reference.adapter else None,
-        quantization=reference.identity.quantization,
+        adapter=model.adapter_folder,
+        quantization=identity.quantization,
         trust_remote_code=trust_remote_code,
     )
     return np.concatenate([score_pairs(scorer, [pair], Layout.PADDED, device)[:, :2] for pair in pairs])

@@ -48,7 +48,7 @@ class ModelWriter:
                 self._engine,
                 folder,
                 base_folder=base.folder,
-                base_adapter=base.adapter.folder if base.adapter else None,
+                base_adapter=base.adapter_folder,
                 tokenizer=self._tokenizer,
                 trust_remote_code=config.trust_remote_code,
                 card=card,

@@ -135,7 +135,7 @@ def load_policy(
             dtype=getattr(torch, recipe.dtype),
             attention=recipe.attention,
             device=device,
-            adapter=model.adapter.folder if model.adapter else None,
+            adapter=model.adapter_folder,
             quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,
         )

@@ -289,10 +289,8 @@ class TrainConfig:
         refuse_ignored(
             self, "wandb_project", "wandb_entity", "wandb_tags", without="--with-tracking", is_given=self.with_tracking
         )
-        refuse_ignored(self, "model_revision", without="--model", is_given=self.model is not None)
-        refuse_ignored(
-            self, "eval_steps", "keep_best", without="--eval-mixture", is_given=self.eval_mixture is not None
-        )
+        refuse_ignored(self, "model_revision", without="--model", is_given=bool(self.model))
+        refuse_ignored(self, "eval_steps", "keep_best", without="--eval-mixture", is_given=bool(self.eval_mixture))
         refuse_idle_partitions(
             zero_stage=self.zero_stage,
             offload_optimizer=self.offload_optimizer,

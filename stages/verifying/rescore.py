@@ -119,7 +119,7 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
         dtype=ours.compute_dtype,
         attention=ours.attention,
         device=device,
-        adapter=model.adapter.folder if model.adapter else None,
+        adapter=model.adapter_folder,
         quantization=ours.quantization,
         trust_remote_code=settings.trust_remote_code,
     )
