@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class DoctorReport:
 
     def to_json(self) -> dict[str, Any]:
         """One object for ``--json``."""
-        return {"can_run": self.can_run, "findings": [finding.to_json() for finding in self.findings]}
+        return {"can_run": self.can_run, "findings": [asdict(finding) for finding in self.findings]}
 
     def text(self) -> str:
         """For an 80-column terminal."""

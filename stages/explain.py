@@ -173,14 +173,10 @@ def _token_differences(cached: dict[str, Any], ours: dict[str, Any]) -> list[Dif
         return differing
     if cached.get("rendered_example") == ours.get("rendered_example"):
         return []
-    libraries = {name: (cached.get("libraries") or {}).get(name) for name in ours["libraries"]}
+    before, now = cached.get("libraries") or {}, ours["libraries"]
     return [
         ("rendered_example", cached.get("rendered_example"), ours.get("rendered_example")),
-        *(
-            (f"libraries.{name}", old, now)
-            for name, now in ours["libraries"].items()
-            if (old := libraries[name]) != now
-        ),
+        *((f"libraries.{name}", before.get(name), now[name]) for name in now if before.get(name) != now[name]),
     ]
 
 

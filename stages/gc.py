@@ -75,14 +75,13 @@ class GarbageReport:
     def text(self) -> str:
         """For an 80-column terminal."""
         counts = [f"{count} {kind}s" for kind in ("shard", "table", "leftover") if (count := self._count(kind))]
-        kept = f"kept {counted(self.young, 'file')} younger than {self.min_age_days:g} days (--min-age-days)"
-        spared = kept if self.young else ""
-        if not counts:
-            return "\n".join(
-                filter(None, ["nothing to remove: every older shard and table belongs to a mixture", spared])
-            )
         did = "removed" if self.removed else "no mixture names"
-        return "\n".join(filter(None, [f"{did} {', '.join(counts)}: {byte_size(self.num_bytes)}", spared]))
+        lines = [f"{did} {', '.join(counts)}: {byte_size(self.num_bytes)}"]
+        if not counts:
+            lines = ["nothing to remove: every older shard and table belongs to a mixture"]
+        if self.young:
+            lines.append(f"kept {counted(self.young, 'file')} younger than {self.min_age_days:g} days (--min-age-days)")
+        return "\n".join(lines)
 
     def _count(self, kind: str) -> int:
         return sum(item.kind == kind for item in self.garbage)

@@ -20,6 +20,7 @@ from ..pipeline.report.run_series import CHARTS, MAX_POINTS, series_of
 from ..pipeline.report.run_settings import settings_table
 from ..pipeline.report.run_table import NumberedRun, step_zero_row
 from .console.byte_size import byte_size
+from .console.counted_noun import counted
 from .reporting.report_cache import cache_sections
 from .reporting.report_pairs import OpenMixtures, held_out_pairs
 from .reporting.report_sweep import named_folder, run_tables
@@ -59,7 +60,7 @@ class ReportSummary:
 
     def text(self) -> str:
         """For a terminal."""
-        runs = "1 run" if len(self.runs) == 1 else f"{len(self.runs)} runs"
+        runs = counted(len(self.runs), "run")
         lines = [*self.notes, f"{self.page}: {runs}, {byte_size(self.page_bytes)}; open it in any browser"]
         if self.figures:
             lines.append(f"{self.figures[0].parent}: {len(self.figures)} figures")
@@ -154,7 +155,7 @@ def _notes(runs: Sequence[RunRecord], charts: Sequence[ChartCurves]) -> list[str
         if not run.steps:
             notes.append(f"{run.name}: no update has been logged yet")
         if run.unreadable_lines:
-            lines = "1 line" if run.unreadable_lines == 1 else f"{run.unreadable_lines} lines"
+            lines = counted(run.unreadable_lines, "line")
             notes.append(f"{run.name}: {lines} of metrics.jsonl incomplete and left out")
     curves = [curve.series for chart in charts for curve in chart.curves]
     if any(series.lines > len(series.values) for series in curves):

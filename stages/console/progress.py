@@ -17,7 +17,7 @@ class Progress:
     """Rate, ETA and whatever else is worth a glance.
 
     Args:
-        total: How much there is to do, in ``unit``; None where nobody knows.
+        total: How much there is to do, in ``unit``.
         unit: What is counted.
         title: What is being done.
         done_before: How much of it an earlier process did.
@@ -26,7 +26,7 @@ class Progress:
 
     def __init__(
         self,
-        total: int | None,
+        total: int,
         *,
         unit: str,
         title: str,

@@ -6,9 +6,9 @@ Tokens are used and never shown, not even where an error message would repeat on
 from __future__ import annotations
 
 import os
-import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import TypeVar
 
 from .finding import Finding, Level, Section
@@ -95,22 +95,16 @@ def within(seconds: float, ask: Callable[[], Answer]) -> Answer:
         TimeoutError: It did not.
         Exception: What asking raised.
     """
-    answers: queue.SimpleQueue[tuple[Answer | None, Exception | None]] = queue.SimpleQueue()
+    answer: Future[Answer] = Future()
 
     def work() -> None:
         try:
-            answers.put((ask(), None))
+            answer.set_result(ask())
         except Exception as fault:
-            answers.put((None, fault))
+            answer.set_exception(fault)
 
     threading.Thread(target=work, daemon=True).start()  # one that hangs must not keep the process
-    try:
-        answer, fault = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds:g} s") from None
-    if fault is not None:
-        raise fault
-    return answer  # type: ignore[return-value]  # asked without a fault
+    return answer.result(timeout=seconds)
 
 
 def _kind_of(fault: Exception) -> str:

@@ -36,16 +36,6 @@ class Finding:
     level: Level = Level.OK
     advice: str | None = None
 
-    def to_json(self) -> dict[str, str | None]:
-        """For ``--json``."""
-        return {
-            "section": self.section,
-            "name": self.name,
-            "value": self.value,
-            "level": self.level.value,
-            "advice": self.advice,
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class Section:

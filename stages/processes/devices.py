@@ -22,8 +22,9 @@ def device_of_rank(rank_of_node: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count()
-    shown_its_own = len(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 == num_gpus
-    if rank_of_node >= num_gpus and not (shown_its_own and "CUDA_VISIBLE_DEVICES" in os.environ):
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown_its_own = num_gpus == 1 and shown is not None and "," not in shown
+    if rank_of_node >= num_gpus and not shown_its_own:
         raise DpoCacheError(
             f"process {rank_of_node + 1} of this machine has no GPU",
             expected=f"at most {num_gpus} processes, one for each GPU that torch sees",

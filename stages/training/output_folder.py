@@ -33,11 +33,10 @@ def refuse_overwriting(output: Path) -> None:
     Raises:
         DpoCacheError: The folder is not empty, or another process trains into it.
     """
+    refuse_other_folder(output)
     held = held_by(output)
     if not held:
         return
-    if not has_run_config(output):
-        raise _not_a_run(output, held)
     if (output / LOCK).exists():  # a run that is still training cannot be resumed
         with output_lock(output):
             pass
@@ -56,7 +55,11 @@ def refuse_other_folder(output: Path) -> None:
     """
     held = held_by(output)
     if held and not has_run_config(output):
-        raise _not_a_run(output, held)
+        raise DpoCacheError(
+            f"--output {output} is not the folder of a run: it holds {_some_of(held)}, and no {CONFIG} of a run",
+            expected="an empty folder, one that does not exist yet, or a run to resume",
+            next_step="give another --output",
+        )
 
 
 def held_by(output: Path) -> list[str]:
@@ -141,14 +144,6 @@ def _holder(output: Path) -> str | None:
         return (output / LOCK).read_text(encoding="utf-8")
     except OSError:
         return None
-
-
-def _not_a_run(output: Path, held: list[str]) -> DpoCacheError:
-    return DpoCacheError(
-        f"--output {output} is not the folder of a run: it holds {_some_of(held)}, and no {CONFIG} of a run",
-        expected="an empty folder, one that does not exist yet, or a run to resume",
-        next_step="give another --output",
-    )
 
 
 def _some_of(names: list[str]) -> str:

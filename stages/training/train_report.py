@@ -15,7 +15,6 @@ from ..hub.hub_model import HubUpload
 from .best_model import FIELDS
 
 FILE = "summary.json"
-HELD_OUT = ("eval/rewards/accuracy", "eval/rewards/margin")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,8 +79,8 @@ class TrainReport:
                 f"{_shown(self.step0['max_per_token'], '.2g')} nats per token"
             )
         before, after = self.eval_before or {}, self.eval_after or {}
-        if all(name in line for name in HELD_OUT for line in (before, after)):
-            accuracy, margin = HELD_OUT
+        accuracy, margin = FIELDS["accuracy"], FIELDS["margin"]
+        if all(name in line for name in (accuracy, margin) for line in (before, after)):
             accuracies = f"{_shown(before[accuracy], '.1%')} before, {_shown(after[accuracy], '.1%')} after"
             lines.append(f"held out: reward accuracy {accuracies}, margin {_shown(after[margin], '.3g')}")
         if self.is_finished:
@@ -90,7 +89,7 @@ class TrainReport:
             lines.append(f"stopped after {self.steps} of {self.total_steps} updates; --resume continues from there")
         if self.best:
             update, value = self.best["training_step"], self.best["value"]
-            figure = f"accuracy {value:.1%}" if self.best["field"] == FIELDS["accuracy"] else f"margin {value:.3g}"
+            figure = f"accuracy {value:.1%}" if self.best["field"] == accuracy else f"margin {value:.3g}"
             lines.append(f"best model: {self.output}/best, after update {update}: held-out reward {figure}")
         if self.hub:
             lines.append(self.hub.summary())

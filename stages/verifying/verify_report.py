@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,6 @@ class Finding:
     detail: str
     mixture: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """One object for ``--json``."""
-        return {"kind": str(self.kind), "path": self.path, "detail": self.detail, "mixture": self.mixture}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repair:
@@ -122,7 +118,7 @@ class VerifyReport:
             "pairs": self.pairs,
             "duplicates": self.duplicates,
             "mixtures": self.mixtures,
-            "findings": [finding.to_json() for finding in self.findings],
+            "findings": [asdict(finding) for finding in self.findings],
             "rescored": self.rescored.to_json() if self.rescored else None,
             "retired": self.repair.retired if self.repair else None,
             "removed": self.repair.removed if self.repair else None,
