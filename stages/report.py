@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import DpoCacheError
+from ..pipeline.cache.durable_file import make_folder_durably, write_durably
 from ..pipeline.report.figures import require_matplotlib, write_figures
 from ..pipeline.report.page import page_html
 from ..pipeline.report.page_content import ChartCurves, Curve, PageContent, PairGroup, RunTable
@@ -84,7 +84,9 @@ def report(folders: Sequence[Path], page: Path, *, figures_folder: Path | None =
     paths = list(dict.fromkeys(path for folder in named for path in folder.runs))
     runs = [read_run(path, name=name) for path, name in zip(paths, _names(paths), strict=True)]
     content = _content(runs, run_tables(named, dict(zip(paths, _numbered(runs), strict=True))))
-    _write(page, page_html(content, version=__version__, written=datetime.now()))
+    make_folder_durably(page.parent)
+    html = page_html(content, version=__version__, written=datetime.now())
+    write_durably(page, html.encode(), temporary_folder=page.parent)
     return ReportSummary(
         page=page,
         page_bytes=page.stat().st_size,
@@ -165,14 +167,3 @@ def _notes(runs: Sequence[RunRecord], charts: Sequence[ChartCurves]) -> list[str
             "highest value of each interval"
         )
     return notes
-
-
-def _write(page: Path, html: str) -> None:
-    """Replace the page as a whole."""
-    partial = page.with_name(page.name + ".partial")
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(html, encoding="utf-8")
-        os.replace(partial, page)
-    except OSError as refused:
-        raise DpoCacheError(f"{page} cannot be written: {refused.strerror}") from refused

@@ -33,7 +33,6 @@ def refuse_overwriting(output: Path) -> None:
     Raises:
         DpoCacheError: The folder is not empty, or another process trains into it.
     """
-    refuse_other_folder(output)
     held = held_by(output)
     if not held:
         return
@@ -48,7 +47,7 @@ def refuse_overwriting(output: Path) -> None:
 
 
 def refuse_other_folder(output: Path) -> None:
-    """Refuse to resume in a folder that holds anything but a run.
+    """Refuse a folder that holds anything but a run.
 
     Raises:
         DpoCacheError: The folder is not empty, and no run wrote what it holds.

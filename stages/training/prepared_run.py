@@ -114,10 +114,9 @@ def _open_pairs(config: TrainConfig, ranks: Ranks, cache_folder: Path, held: Exi
 
 
 def _claim_output(config: TrainConfig, held: ExitStack) -> str:
+    refuse_other_folder(config.output)
     if config.resume is None:
         refuse_overwriting(config.output)
-    else:
-        refuse_other_folder(config.output)
     return held.enter_context(output_lock(config.output))
 
 

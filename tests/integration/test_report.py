@@ -16,6 +16,7 @@ import pytest
 from cache_factory import fill_cache, make_cache, make_row
 from click.testing import CliRunner
 from dpo_cache.cli import dpo_report
+from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.data.token_pair import TokenPair
@@ -309,6 +310,14 @@ def test_a_page_of_many_runs_does_not_grow_without_bound(tmp_path: Path, monkeyp
         write_run(tmp_path / "sweep" / str(number), updates=400, total=400, evaluate_every=None)
     charts = page_of(tmp_path, tmp_path / "sweep").data["charts"]
     assert sum(len(curve["values"]) for chart in charts for curve in chart["curves"]) <= 30_000
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing_half_written(tmp_path: Path) -> None:
+    page = tmp_path / "pages" / "report.html"
+    page.mkdir(parents=True)  # a folder in its place refuses it in the last moment
+    with pytest.raises(DpoCacheError, match=f"cannot write {page}"):
+        report([write_run(tmp_path / "run")], page)
+    assert list(page.parent.iterdir()) == [page]
 
 
 def test_a_run_of_two_names_is_one_run(tmp_path: Path) -> None:
