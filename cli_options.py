@@ -27,7 +27,7 @@ def config_options(
     """Every setting of a stage but those ``without`` as an option, and ``--config`` for a YAML file of them."""
 
     def decorate(command: Command) -> Command:
-        for declared in reversed(settings_of(config_class)):
+        for declared in reversed(list(settings_of(config_class))):
             if declared.name not in without:
                 command = _option_of(declared)(command)
         if not from_file:

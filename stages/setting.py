@@ -7,12 +7,11 @@ processes are all derived from it, so none can drift from the others.
 from __future__ import annotations
 
 import difflib
-import functools
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,30 +86,22 @@ class Setting:
     @property
     def flag(self) -> str:
         """The option on the command line, ``--max-seq-length``."""
-        return "--" + self.name.replace("_", "-")
-
-    def flag_for(self, value: Any) -> str:
-        """The same, or for a switch that is turned off ``--no-hub-private``."""
-        return "--no-" + self.flag.removeprefix("--") if value is False else self.flag
+        return _flag(self.name)
 
 
-@functools.cache
-def settings_of(config_class: type[Any]) -> tuple[Setting, ...]:
+def settings_of(config_class: type[Any]) -> Iterator[Setting]:
     """The settings of a stage's config class, in the order they are declared."""
     hints = typing.get_type_hints(config_class)
-    return tuple(_setting_of(config_field, hints[config_field.name]) for config_field in fields(config_class))
-
-
-def _setting_of(config_field: Field[Any], hint: Any) -> Setting:
-    value_type, repeats = _element_type(hint)
-    return Setting(
-        name=config_field.name,
-        value_type=value_type,
-        is_location=hint == Location,
-        repeats=repeats,
-        default=config_field.default,
-        description=config_field.metadata["setting"],
-    )
+    for config_field in fields(config_class):
+        value_type, repeats = _element_type(hints[config_field.name])
+        yield Setting(
+            name=config_field.name,
+            value_type=value_type,
+            is_location=hints[config_field.name] == Location,
+            repeats=repeats,
+            default=config_field.default,
+            description=config_field.metadata["setting"],
+        )
 
 
 def check_settings(config: Any) -> None:
@@ -137,13 +128,12 @@ def refuse_ignored(config: Any, *names: str, without: str, is_given: bool) -> No
     Raises:
         DpoCacheError: Naming both options.
     """
-    for declared in settings_of(type(config)):
-        value = getattr(config, declared.name)
-        if declared.name in names and value != declared.default and not is_given:
-            ignored = declared.flag_for(value)
-            raise DpoCacheError(
-                f"{ignored} has no effect without {without}", next_step=f"add {without}, or leave out {ignored}"
-            )
+    defaults = {config_field.name: config_field.default for config_field in fields(config)}
+    ignored = [_flag(name, getattr(config, name)) for name in names if getattr(config, name) != defaults[name]]
+    if ignored and not is_given:
+        raise DpoCacheError(
+            f"{ignored[0]} has no effect without {without}", next_step=f"add {without}, or leave out {ignored[0]}"
+        )
 
 
 def command_line_of(config: Any) -> list[str]:
@@ -154,7 +144,7 @@ def command_line_of(config: Any) -> list[str]:
         if value == declared.default or value is None:
             continue
         if declared.value_type is bool:
-            arguments.append(declared.flag_for(value))
+            arguments.append(_flag(declared.name, value))
             continue
         for element in value if declared.repeats else (value,):
             arguments.append(f"{declared.flag}={element}")
@@ -180,6 +170,11 @@ def values_from_file(config_class: type[Any], given: Mapping[Any, Any]) -> dict[
             raise DpoCacheError(f"{key} is given twice", next_step="leave out one of the two spellings")
         values[name] = _value_from_file(declared[name], value)
     return {name: values[name] for name in declared if name in values}
+
+
+def _flag(name: str, value: Any = None) -> str:
+    """An option as it is typed to give it a value; to turn a switch off, ``--no-hub-private``."""
+    return ("--no-" if value is False else "--") + name.replace("_", "-")
 
 
 def _value_from_file(declared: Setting, value: Any) -> Any:
