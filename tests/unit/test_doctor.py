@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ def test_one_fatal_finding_is_enough_and_is_named() -> None:
     assert not report.can_run
     assert "because of: disk" in report.text()
     assert "-> free some" in report.text()
-    assert report.to_json()["findings"][1] == {**broken.to_json(), "level": "fatal"}
+    assert report.to_json()["findings"][1] == {**asdict(broken), "level": "fatal"}
 
 
 def _version_of(name: str, version: str | None, monkeypatch: pytest.MonkeyPatch) -> Finding:
