@@ -88,7 +88,7 @@ def plan_again(folder: Path) -> None:
         collected = synthetic_cache.collect(folder, known=known, spool=Path(scratch) / "pairs.arrow")
     assert len(collected.waiting) == 0
     config = BuildConfig(model="made up", dataset=("pairs.jsonl",), cache=cache.path)
-    assert not mixture_content(cache, config, collected, known=known).is_new
+    assert not mixture_content(cache, config, collected.content, known=known).is_new
 
 
 def train_through(folder: Path) -> None:

@@ -36,7 +36,7 @@ from .building.build_plan import ScoringPlan, cut_units
 from .building.build_reference import resolve_reference
 from .building.build_report import BuildReport
 from .building.left_out import keys_by_reason, pairs_in_words
-from .building.mixture_change import left_out_before, mixture_content, new_content
+from .building.mixture_change import left_out_before, mixture_content
 from .building.mixture_content import MixtureContent
 from .building.pair_collection import CollectedPairs
 from .building.row_counts import truncation_warning
@@ -137,7 +137,7 @@ class Build:
             self._say_what_is_to_do(collected)
             if warning := self._truncation_warning(collected):
                 say(f"warning: {warning}")  # here too: scoring may take hours
-            content = mixture_content(cache, self._config, collected, known=known)
+            content = mixture_content(cache, self._config, collected.content, known=known)
             outcome = self._score(cache, collected, scratch, job)
             wait_until_visible(cache, outcome.shards)
             self._refuse_unusable(outcome)
@@ -158,11 +158,10 @@ class Build:
         datasets = open_datasets(self._config)
         with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
             collected = self._collect(datasets, reusable, Path(scratch))
-        if cache is None or known is None:
-            content = new_content(collected)
-        else:
+        content = collected.content
+        if cache is not None and known is not None:
             collected = left_out_before(cache, self._config, collected)
-            content = mixture_content(cache, self._config, collected, known=known)
+            content = mixture_content(cache, self._config, collected.content, known=known)
         self._say_what_is_to_do(collected)
         return self._report(collected, content, ScoringOutcome())
 
@@ -248,7 +247,7 @@ class Build:
             scoring_seconds=outcome.seconds,
             forward_seconds=outcome.forward_seconds,
             forward_share=outcome.forward_share,
-            dropped=collected.without(keys_by_reason(outcome.unusable)).dropped,
+            dropped=collected.content.without(keys_by_reason(outcome.unusable)).dropped,
             truncated=collected.truncated,
             usable_rows=collected.num_usable_rows,
             warnings=(*([warning] if warning else []), *outcome.faults),

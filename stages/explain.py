@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..pipeline.cache.cache_folder import ReferenceCache
+from ..pipeline.cache.mixture_rows import MixtureRows
 from ..pipeline.cache.reference_identity import differences
 from .building.build_cache import damaged_shards
 from .building.build_config import BuildConfig
@@ -142,9 +143,10 @@ def explain(config: BuildConfig) -> ExplainReport:
     known = cache.shards.key_index(without=damaged, with_token_logps=config.token_logps)
     with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
         collected = collect_datasets(config, reference, open_datasets(config), known=known, scratch=Path(scratch))
-    is_known = known.find(collected.rows.example_keys) >= 0
+    content = collected.content
+    is_known = known.find(content.rows.example_keys) >= 0
     tokens = {
-        name: _token_differences(cache.read_mixture(name).tokenization, collected.tokenization)
+        name: _token_differences(cache.read_mixture(name).tokenization, content.tokenization)
         for name in cache.mixture_names()
     }
     return ExplainReport(
@@ -154,8 +156,10 @@ def explain(config: BuildConfig) -> ExplainReport:
         reference=differences(cache.identity, reference.identity),
         # Where one mixture was made in the same way, the settings are none of the reasons.
         tokens={name: fields for name, fields in tokens.items() if fields} if all(tokens.values()) else {},
-        sources=[_source_reuse(dataset, number, collected, is_known) for number, dataset in enumerate(config.dataset)],
-        dropped=collected.dropped,
+        sources=[
+            _source_reuse(dataset, number, content.rows, is_known) for number, dataset in enumerate(config.dataset)
+        ],
+        dropped=content.dropped,
         without_token_logps=_num_without_token_logps(cache, collected, damaged) if config.token_logps else 0,
     )
 
@@ -180,12 +184,12 @@ def _token_differences(cached: dict[str, Any], ours: dict[str, Any]) -> list[Dif
     ]
 
 
-def _source_reuse(dataset: str, number: int, collected: CollectedPairs, is_known: npt.NDArray[np.bool_]) -> SourceReuse:
-    is_ours = collected.rows.sources == number
-    unknown = np.unique(collected.rows.source_rows[is_ours & ~is_known])
+def _source_reuse(dataset: str, number: int, rows: MixtureRows, is_known: npt.NDArray[np.bool_]) -> SourceReuse:
+    is_ours = rows.sources == number
+    unknown = np.unique(rows.source_rows[is_ours & ~is_known])
     return SourceReuse(
         dataset=dataset,
-        reused=len(np.unique(collected.rows.source_rows[is_ours & is_known])),
+        reused=len(np.unique(rows.source_rows[is_ours & is_known])),
         others=_ranges(unknown),
         num_others=len(unknown),
     )

@@ -55,14 +55,14 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
         damaged = damaged_shards(cache)
         known = cache.shards.key_index(without=damaged)
         collected = collect_datasets(config, reference, datasets, known=known, scratch=scratch)
-        content = mixture_content(cache, config, collected, known=known)
+        content = mixture_content(cache, config, collected.content, known=known)
         if source.keys is None:
-            source = with_keys(source_path, source, collected.rows, datasets)
+            source = with_keys(source_path, source, collected.content.rows, datasets)
         waiting = _WaitingValues(
             PairSpool(scratch / SPOOL),
             collected.waiting,
             matched_values(source_path, source, collected.waiting.keys),
-            _longest_sequences(collected.rows, collected.waiting.keys),
+            _longest_sequences(collected.content.rows, collected.waiting.keys),
             are_averages=config.values == "averages",
         )
         spread = None
@@ -79,7 +79,7 @@ def import_values(source_path: Path, config: ImportConfig) -> ImportReport:
         training_pairs=len(content.rows),
         pairs_imported=len(waiting.found),
         pairs_reused=collected.num_reused,
-        dropped=collected.dropped,
+        dropped=collected.content.dropped,
         truncated=collected.truncated,
         rescored=spread,
     )

@@ -55,14 +55,7 @@ def build(folder: Path) -> ReferenceCache:
     indices = collected.waiting.spool_indices[order].tolist()
     for unit in units:
         cache.shards.write([_made_up(pair) for pair in spool.read(indices[unit.start : unit.stop])])
-    cache.write_mixture(
-        "train",
-        collected.rows,
-        key_index=cache.shards.key_index(),
-        tokenization=collected.tokenization,
-        sources=collected.sources,
-        dropped=collected.dropped,
-    )
+    collected.content.write(cache, "train", key_index=cache.shards.key_index())
     spool_path.unlink()
     return cache
 

@@ -27,11 +27,7 @@ from .pair_collection import CollectedPairs
 
 
 def mixture_content(
-    cache: ReferenceCache,
-    config: BuildConfig,
-    collected: CollectedPairs,
-    *,
-    known: KeyIndex,
+    cache: ReferenceCache, config: BuildConfig, content: MixtureContent, *, known: KeyIndex
 ) -> MixtureContent:
     """What the mixture is to hold after this build.
 
@@ -41,7 +37,7 @@ def mixture_content(
     Args:
         cache: The cache.
         config: Names the mixture, and what shall become of one that has other pairs.
-        collected: The pairs of this build.
+        content: The pairs of this build.
         known: The keys that the cache holds.
 
     Raises:
@@ -49,7 +45,6 @@ def mixture_content(
             ``--extend`` says what shall become of it; or ``--extend`` would mix two ways of making tokens, or add to
             a mixture that is damaged or whose own pairs are lost.
     """
-    content = new_content(collected)
     if config.mixture not in cache.mixture_names():
         return content
     existing: Mixture | None = None
@@ -73,13 +68,6 @@ def mixture_content(
     if config.replace:
         return content
     raise _changed(existing, content, config)
-
-
-def new_content(collected: CollectedPairs) -> MixtureContent:
-    """The content of a mixture of just these pairs."""
-    return MixtureContent(
-        rows=collected.rows, tokenization=collected.tokenization, sources=collected.sources, is_new=True
-    )
 
 
 def left_out_before(cache: ReferenceCache, config: BuildConfig, collected: CollectedPairs) -> CollectedPairs:

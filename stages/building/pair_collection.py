@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...pipeline.cache.example_key import Keys
-from ...pipeline.cache.mixture_rows import MixtureRows
-from .left_out import KeysByReason, without_pairs
-from .row_counts import dropped_rows, truncated_rows
+from .left_out import KeysByReason
+from .mixture_content import MixtureContent
+from .row_counts import truncated_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -59,35 +58,26 @@ class CollectedPairs:
     """What the datasets of a build came to.
 
     Attributes:
-        rows: All training pairs, repeats included.
+        content: A new mixture of all of them.
         waiting: The distinct pairs that the cache does not hold; their tokens lie in the spool.
-        num_distinct: Distinct pairs among ``rows``.
+        num_distinct: Distinct pairs of the mixture.
         num_source_rows: Distinct rows read from the sources.
-        sources: What each source was and what of it is not used, for the mixture's record.
-        tokenization: How the tokens were made, for the mixture's record.
     """
 
-    rows: MixtureRows
+    content: MixtureContent
     waiting: SpooledPairs
     num_distinct: int
     num_source_rows: int
-    sources: list[dict[str, Any]]
-    tokenization: dict[str, Any]
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Rows that are not used, by reason."""
-        return dropped_rows(self.sources)
 
     @property
     def truncated(self) -> dict[str, int]:
         """Rows of which something was cut, by part."""
-        return truncated_rows(self.sources)
+        return truncated_rows(self.content.sources)
 
     @property
     def num_usable_rows(self) -> int:
         """Distinct rows that make pairs."""
-        return self.num_source_rows - sum(self.dropped.values())
+        return self.num_source_rows - sum(self.content.dropped.values())
 
     @property
     def num_reused(self) -> int:
@@ -98,12 +88,11 @@ class CollectedPairs:
         """The same without the pairs of these keys, which are recorded and counted as dropped."""
         if not keys:
             return self
-        rows, sources = without_pairs(self.rows, self.sources, keys)
-        stays = np.isin(self.waiting.keys, rows.example_keys)
+        content = self.content.without(keys)
+        stays = np.isin(self.waiting.keys, content.rows.example_keys)
         return replace(
             self,
-            rows=rows,
-            sources=sources,
+            content=content,
             waiting=self.waiting.take(np.flatnonzero(stays)),
-            num_distinct=len(np.unique(rows.example_keys)),
+            num_distinct=len(np.unique(content.rows.example_keys)),
         )

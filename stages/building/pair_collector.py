@@ -29,6 +29,7 @@ from ...pipeline.data.tokenized_rows import TokenizedChunk, source_format, token
 from ...pipeline.data.unusable_row import UnusableRow
 from ..console.progress import Progress
 from ..console.terminal import say
+from .mixture_content import MixtureContent
 from .pair_collection import CollectedPairs, SpooledPairs
 from .row_counts import DROPPED, TRUNCATED, dropped_in_words, dropped_rows
 
@@ -181,12 +182,10 @@ class _Collector:
             )
         rows = MixtureRows.concatenate(self._parts)
         return CollectedPairs(
-            rows=rows,
+            content=MixtureContent(rows=rows, tokenization=tokenization, sources=records, is_new=True),
             waiting=SpooledPairs.concatenate(self._spooled).distinct(),
             num_distinct=len(np.unique(rows.example_keys)),
             num_source_rows=self._num_source_rows,
-            sources=records,
-            tokenization=tokenization,
         )
 
     def _counts_of(self, source: int) -> dict[str, dict[str, int]]:
@@ -226,12 +225,13 @@ class _Collector:
 
 
 def _refuse_many_unusable(collected: CollectedPairs, max_share: float, *, are_listed: bool) -> None:
-    count = sum(collected.dropped.values())
+    dropped = collected.content.dropped
+    count = sum(dropped.values())
     if count > max_share * collected.num_source_rows:
         share = math.ceil(1000 * count / collected.num_source_rows) / 1000  # rounded down it would refuse again
-        advice = _advice(collected.dropped, are_listed=are_listed)
+        advice = _advice(dropped, are_listed=are_listed)
         raise DpoCacheError(
-            f"{count} of {collected.num_source_rows} rows make no pair: {dropped_in_words(collected.dropped)}",
+            f"{count} of {collected.num_source_rows} rows make no pair: {dropped_in_words(dropped)}",
             expected=f"at most a share of {max_share}",
             next_step=f"{advice}, or accept them with --max-unusable-share {share:g}",
         )

@@ -30,9 +30,7 @@ def cache(tmp_path: Path) -> ReferenceCache:
 
 
 def write(cache: ReferenceCache, pairs: CollectedPairs) -> None:
-    MixtureContent(rows=pairs.rows, tokenization=pairs.tokenization, sources=pairs.sources, is_new=True).write(
-        cache, "train", key_index=cache.shards.key_index()
-    )
+    pairs.content.write(cache, "train", key_index=cache.shards.key_index())
 
 
 def collected(
@@ -48,19 +46,17 @@ def collected(
         lengths=nothing,
     )
     return CollectedPairs(
-        rows=columns,
+        content=MixtureContent(rows=columns, tokenization=tokenization, sources=[source], is_new=True),
         waiting=waiting,
         num_distinct=len(rows),
         num_source_rows=len(rows),
-        sources=[source],
-        tokenization=tokenization,
     )
 
 
 def content_of(cache: ReferenceCache, pairs: CollectedPairs | None = None, **options: Any) -> MixtureContent:
     """What these pairs, or the same twelve again, come to."""
     config = BuildConfig(model="m", dataset=("d",), cache=cache.path, **options)
-    return mixture_content(cache, config, pairs or collected(), known=cache.shards.key_index())
+    return mixture_content(cache, config, (pairs or collected()).content, known=cache.shards.key_index())
 
 
 @pytest.mark.parametrize("extend", [False, True])
@@ -198,7 +194,7 @@ def test_pairs_that_are_left_out_are_recorded_so_that_the_same_build_knows_them_
 
     config = BuildConfig(model="m", dataset=("d",), cache=cache.path, drop_nonfinite=True)
     again = left_out_before(cache, config, collected())
-    assert (len(again.rows), again.num_distinct, again.dropped) == (8, 8, written.dropped)
+    assert (len(again.content.rows), again.num_distinct, again.content.dropped) == (8, 8, written.dropped)
     assert not content_of(cache, again, drop_nonfinite=True).is_new
     with pytest.raises(DpoCacheError, match="4 are new") as caught:
         content_of(cache)
