@@ -43,7 +43,7 @@ from .building.row_counts import truncation_warning
 from .console.counted_noun import counted
 from .console.library_output import quiet_libraries
 from .console.terminal import say
-from .processes.job_store import STORE_FAULTS, JobStore, store_lost
+from .processes.job_store import JobStore, leading
 from .processes.ranks import Ranks, ranks_from_environment
 from .scoring.scoring_job import ScoringOutcome, follow_scoring, lead_scoring
 
@@ -61,10 +61,11 @@ def build(config: BuildConfig) -> BuildReport | None:
     quiet_libraries()
     ranks = ranks_from_environment()
     num_workers = _num_workers(config, ranks)
-    if ranks is None or ranks.rank == 0:
-        return Build(config, ranks, num_workers=num_workers).run()
-    follow_scoring(ranks)
-    return None
+    if ranks is not None and ranks.rank != 0:
+        follow_scoring(ranks)
+        return None
+    with leading(ranks) as job:
+        return Build(config, job, num_workers=num_workers).run()
 
 
 def _num_workers(config: BuildConfig, ranks: Ranks | None) -> int:
@@ -90,40 +91,27 @@ class Build:
 
     Args:
         config: What to score, with which reference, into which cache.
-        ranks: This process's place where a launcher started it.
+        job: The store of the ranks that a launcher started; None without one.
         num_workers: How many processes score.
+
+    Raises:
+        DpoCacheError: The reference cannot be found.
     """
 
-    def __init__(self, config: BuildConfig, ranks: Ranks | None, *, num_workers: int) -> None:
-        self._config = config
-        self._ranks = ranks
-        self._num_workers = num_workers
+    def __init__(self, config: BuildConfig, job: JobStore | None, *, num_workers: int) -> None:
         self._started = time.monotonic()
+        self._config = config
+        self._job = job
+        self._num_workers = num_workers
+        self._reference = resolve_reference(config)
 
     def run(self) -> BuildReport:
         """Collect, score, and write the mixture; or only say what would be done."""
-        if self._ranks is None:
-            return self._build(None)
-        try:
-            job = JobStore(self._ranks)
-            with job.beating():
-                try:
-                    report = self._build(job)
-                except BaseException as fault:
-                    job.announce_end(f"rank 0 ended: {str(fault) or 'it was asked to stop'}")
-                    raise
-                job.announce_end()
-                return report
-        except STORE_FAULTS as lost:
-            raise store_lost() from lost
-
-    def _build(self, job: JobStore | None) -> BuildReport:
-        self._reference = resolve_reference(self._config)
         identity = self._reference.identity
         say(f"reference {self._reference.model.name}: {identity.precision}, attention {identity.attention}")
-        return self._dry_run() if self._config.dry_run else self._run(job)
+        return self._dry_run() if self._config.dry_run else self._run()
 
-    def _run(self, job: JobStore | None) -> BuildReport:
+    def _run(self) -> BuildReport:
         if self._reference.identity.quantization:
             require_bitsandbytes()
         ReferenceCache.planned(self._config.cache, description_of(self._reference))  # another's is refused first
@@ -138,7 +126,7 @@ class Build:
             if warning := self._truncation_warning(collected):
                 say(f"warning: {warning}")  # here too: scoring may take hours
             content = mixture_content(cache, self._config, collected.content, known=known)
-            outcome = self._score(cache, collected, scratch, job)
+            outcome = self._score(cache, collected, scratch)
             wait_until_visible(cache, outcome.shards)
             self._refuse_unusable(outcome)
             content = content.without(keys_by_reason(outcome.unusable))
@@ -183,13 +171,11 @@ class Build:
     def _truncation_warning(self, collected: CollectedPairs) -> str | None:
         return truncation_warning(collected.truncated, num_rows=collected.num_usable_rows)
 
-    def _score(
-        self, cache: ReferenceCache, collected: CollectedPairs, scratch: Path, job: JobStore | None
-    ) -> ScoringOutcome:
+    def _score(self, cache: ReferenceCache, collected: CollectedPairs, scratch: Path) -> ScoringOutcome:
         """Have the waiting pairs scored; without any, no model is loaded and no process started."""
         waiting = collected.waiting
         order, units = cut_units(waiting, num_workers=self._num_workers)
-        if not units and job is None:
+        if not units and self._job is None:
             return ScoringOutcome()
         order_path = scratch / "order.npy"
         np.save(order_path, waiting.spool_indices[order])
@@ -213,10 +199,9 @@ class Build:
         plan_path = scratch / "plan.json"
         plan.write(plan_path)
         return lead_scoring(
-            job or JobStore(None),
+            self._job or JobStore(None),
             plan,
             plan_path,
-            ranks=self._ranks,
             num_workers=self._num_workers,
             total_tokens=int(waiting.lengths.sum()),
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -93,7 +93,7 @@ class JobStore:
     """
 
     def __init__(self, ranks: Ranks | None) -> None:
-        self._ranks = ranks
+        self.ranks = ranks
         if ranks is None:
             hosted = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             self.address = StoreAddress(host="127.0.0.1", port=hosted.port)
@@ -112,9 +112,9 @@ class JobStore:
 
     def beating(self) -> AbstractContextManager[object]:
         """While this is open the other ranks see that this one is alive."""
-        if self._ranks is None:
+        if self.ranks is None:
             return nullcontext()
-        return Heartbeat(self.address.connect(), f"rank-{self._ranks.rank}")
+        return Heartbeat(self.address.connect(), f"rank-{self.ranks.rank}")
 
     # ---- the leader ------------------------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ class JobStore:
         return self._hearts.has_begun(f"rank-{rank}")
 
     def _others(self) -> range:
-        return range(1, self._ranks.num_ranks if self._ranks else 1)
+        return range(1, self.ranks.num_ranks if self.ranks else 1)
 
     # ---- the following ranks ---------------------------------------------------------------------------------------
 
@@ -194,8 +194,8 @@ class JobStore:
 
     def announce_scored(self) -> None:
         """This rank has nothing left to score."""
-        assert self._ranks is not None
-        self.store.set(f"scored/{self._ranks.rank}", "")
+        assert self.ranks is not None
+        self.store.set(f"scored/{self.ranks.rank}", "")
 
     def wait_for_end(self) -> None:
         """Wait until the leader has written the mixture.
@@ -221,12 +221,35 @@ class JobStore:
 
     def leave(self) -> None:
         """A following rank needs the store no more."""
-        assert self._ranks is not None
-        self.store.set(f"left/{self._ranks.rank}", "")
+        assert self.ranks is not None
+        self.store.set(f"left/{self.ranks.rank}", "")
 
     def _require_leader(self) -> None:
         if self._hearts.has_stopped("rank-0", patience=LEADER_PATIENCE):
             raise DpoCacheError("rank 0, which leads this build and writes its mixture, is gone", next_step=RUN_AGAIN)
+
+
+@contextmanager
+def leading(ranks: Ranks | None) -> Iterator[JobStore | None]:
+    """The store of the ranks that a launcher started, while rank 0 leads their build; None without a launcher.
+
+    Raises:
+        DpoCacheError: The store is gone.
+    """
+    if ranks is None:
+        yield None
+        return
+    try:
+        job = JobStore(ranks)
+        with job.beating():
+            try:
+                yield job
+            except BaseException as fault:
+                job.announce_end(f"rank 0 ended: {str(fault) or 'it was asked to stop'}")
+                raise
+            job.announce_end()
+    except STORE_FAULTS as lost:
+        raise store_lost() from lost
 
 
 def store_lost() -> DpoCacheError:

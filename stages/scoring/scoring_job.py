@@ -44,15 +44,14 @@ class ScoringOutcome:
 
 
 def lead_scoring(
-    job: JobStore, plan: ScoringPlan, plan_path: Path, *, ranks: Ranks | None, num_workers: int, total_tokens: int
+    job: JobStore, plan: ScoringPlan, plan_path: Path, *, num_workers: int, total_tokens: int
 ) -> ScoringOutcome:
     """Score all units of a plan.
 
     Args:
-        job: The store.
+        job: The store; under a launcher this process runs one scoring process and the other ranks one each.
         plan: What to score.
         plan_path: Where it is written for the scoring processes.
-        ranks: This process's place; under a launcher it runs one scoring process and the other ranks one each.
         num_workers: Scoring processes to run here, without a launcher.
         total_tokens: Tokens of all units.
 
@@ -60,7 +59,7 @@ def lead_scoring(
         DpoCacheError: Units are left over because the scoring processes failed.
         KeyboardInterrupt: Asked to stop; finished units stay.
     """
-    started = time.monotonic()
+    started, ranks = time.monotonic(), job.ranks
     queue = UnitQueue(job.store, len(plan.units))
     job.announce_plan(plan_path)
     ranks_of_node = [ranks.rank_of_node] if ranks else list(range(num_workers))

@@ -32,8 +32,9 @@ def test_no_process_starts_where_nothing_is_to_be_scored(tmp_path: Path, monkeyp
         return []
 
     monkeypatch.setattr(scoring_job, "run_children", noted)
-    ranks = Ranks(rank=0, num_ranks=1, rank_of_node=0, ranks_per_node=1)
-    outcome = lead_scoring(JobStore(None), NOTHING, tmp_path / "plan", ranks=ranks, num_workers=1, total_tokens=0)
+    job = JobStore(None)
+    job.ranks = Ranks(rank=0, num_ranks=1, rank_of_node=0, ranks_per_node=1)
+    outcome = lead_scoring(job, NOTHING, tmp_path / "plan", num_workers=1, total_tokens=0)
     assert started == []
     assert outcome.forwards == 0
 
@@ -56,6 +57,6 @@ def test_progress_is_told_in_pairs_and_tokens_with_rate_and_time_left(
     monkeypatch.setattr(scoring_job, "run_children", score)
     monkeypatch.setattr(sys, "stderr", log)
     monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
-    lead_scoring(job, plan, tmp_path / "plan", ranks=None, num_workers=1, total_tokens=8000)
+    lead_scoring(job, plan, tmp_path / "plan", num_workers=1, total_tokens=8000)
     half = next(line for line in log.getvalue().splitlines() if "6.00k/8.00k" in line)
     assert re.search(r"\[\d\d:\d\d<\d\d:\d\d, .*tok/s, pairs=1,500/2,000, units=1/2, GiB=0.0\]", half), half
