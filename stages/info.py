@@ -11,7 +11,7 @@ from ..pipeline.cache.reference_identity import ReferenceIdentity
 from ..pipeline.cache.remote_cache import distinct_shards, num_bytes
 from .addresses.local_copy import glance
 from .addresses.location import Location, is_address
-from .building.row_counts import source_in_words, truncated_in_words, truncated_rows
+from .building.row_counts import dropped_in_words, source_in_words, truncated_in_words, truncated_rows
 from .console.byte_size import byte_size
 from .console.counted_noun import counted
 from .hub.recorded_reference import RecordedReference
@@ -123,7 +123,6 @@ def _mixture_json(mixture: Mixture) -> dict[str, Any]:
 def _mixture_lines(mixture: Mixture) -> list[str]:
     settings = mixture.settings
     tokens = sum(mixture.num_ids.values())
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in mixture.dropped.items()) or "nothing"
     truncated = truncated_rows(mixture.sources)
     distinct = "" if mixture.num_distinct_pairs == mixture.num_pairs else f" ({mixture.num_distinct_pairs:,} distinct)"
     return [
@@ -132,7 +131,7 @@ def _mixture_lines(mixture: Mixture) -> list[str]:
         f"{tokens / mixture.num_pairs:,.0f} a pair",
         f"           max length {settings.get('max_seq_length')}, {settings.get('truncation')}, {settings.get('mask')}",
         *(["           with the log-probability of each scored token"] if mixture.has_token_logps else []),
-        f"           dropped: {dropped}",
+        f"           dropped: {dropped_in_words(mixture.dropped) or 'nothing'}",
         *([f"           cut: {truncated_in_words(truncated)}"] if truncated else []),
         *(f"           from {source_in_words(source)}" for source in mixture.sources),
     ]

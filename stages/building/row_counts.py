@@ -38,7 +38,7 @@ def dropped_rows(sources: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 def dropped_in_words(dropped: Mapping[str, int]) -> str:
     """How many rows are not used for which reason; empty where all are."""
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
 
 
 def truncated_rows(sources: Iterable[dict[str, Any]]) -> dict[str, int]:

@@ -21,6 +21,7 @@ from datasets import Dataset, load_from_disk
 
 from ...errors import DpoCacheError, first_line
 from ...pipeline.cache.example_key import Keys, example_key, keys_array
+from ...pipeline.cache.parquet_file import file_sha256
 from ...pipeline.data.token_pair import TokenPair
 from .trl_columns import REFERENCE_ID_KEY, TRL_SCHEMA
 
@@ -163,13 +164,8 @@ def _recorded(path: Path, kind: str) -> dict[str, Any]:
     """Where values came from: the trainer, the file's name and its digest (of a folder: of its files' digests)."""
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        listed = [[str(file.relative_to(path)), _sha256(file)] for file in files]
+        listed = [[str(file.relative_to(path)), file_sha256(file)] for file in files]
         digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     else:
-        digest = _sha256(path)
+        digest = file_sha256(path)
     return {"from": kind, "name": path.name, "sha256": digest}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
