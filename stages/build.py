@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
@@ -40,11 +39,11 @@ from .building.mixture_change import left_out_before, mixture_content
 from .building.mixture_content import MixtureContent
 from .building.pair_collection import CollectedPairs
 from .building.row_counts import truncation_warning
-from .console.counted_noun import counted
 from .console.library_output import quiet_libraries
 from .console.terminal import say
+from .processes.devices import num_processes
 from .processes.job_store import JobStore, leading
-from .processes.ranks import Ranks, ranks_from_environment
+from .processes.ranks import ranks_from_environment
 from .scoring.scoring_job import ScoringOutcome, follow_scoring, lead_scoring
 
 
@@ -60,30 +59,12 @@ def build(config: BuildConfig) -> BuildReport | None:
     """
     quiet_libraries()
     ranks = ranks_from_environment()
-    num_workers = _num_workers(config, ranks)
+    num_workers = num_processes(config.num_workers, ranks, flag="--num-workers")
     if ranks is not None and ranks.rank != 0:
         follow_scoring(ranks)
         return None
     with leading(ranks) as job:
         return Build(config, job, num_workers=num_workers).run()
-
-
-def _num_workers(config: BuildConfig, ranks: Ranks | None) -> int:
-    """How many processes score, on all machines together."""
-    asked_for, num_gpus = config.num_workers, torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if ranks is not None:
-        if asked_for not in (None, ranks.ranks_per_node):
-            started = counted(ranks.ranks_per_node, "process")
-            raise DpoCacheError(
-                f"--num-workers is {asked_for}, but a launcher started {started} here", next_step="leave it out"
-            )
-        return ranks.num_ranks
-    if asked_for and 0 < num_gpus < asked_for:
-        raise DpoCacheError(
-            f"--num-workers is {asked_for}, and this machine has {counted(num_gpus, 'GPU')}",
-            expected="at most one scoring process per GPU",
-        )
-    return asked_for or max(1, num_gpus)
 
 
 class Build:

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from .addresses.local_copy import glance, local_copy
-from .console.counted_noun import counted
 from .console.library_output import quiet_libraries
 from .hub.hub_model import HubTarget, upload_model
 from .processes.child_processes import is_child, python_command, run_children, threads_for
+from .processes.devices import num_processes
 from .processes.ranks import Ranks, ranks_from_environment
 from .processes.rendezvous import hosted_rendezvous
 from .setting import command_line_of
@@ -44,14 +43,9 @@ def train(config: TrainConfig) -> TrainReport | DryRunReport | TrainPlan | None:
     """
     quiet_libraries()
     ranks = ranks_from_environment()
-    num_ranks = ranks.num_ranks if ranks else config.num_gpus or max(1, torch.cuda.device_count())
-    if config.plan:
-        return _plan(config, num_ranks)
-    if ranks is not None and config.num_gpus not in (None, ranks.ranks_per_node):
-        raise DpoCacheError(
-            f"--num-gpus is {config.num_gpus}, but a launcher started {counted(ranks.ranks_per_node, 'process')} here",
-            next_step="leave out --num-gpus under a launcher",
-        )
+    if config.plan:  # perhaps for another machine than this one
+        return _plan(config, ranks.num_ranks if ranks else config.num_gpus or max(1, torch.cuda.device_count()))
+    num_ranks = num_processes(config.num_gpus, ranks, flag="--num-gpus")
     if ranks is not None:
         return _train_rank(config, ranks)
     if num_ranks == 1:
@@ -78,11 +72,6 @@ def _mixture_names(config: TrainConfig) -> list[str]:
 
 def _train_in_children(config: TrainConfig, num_ranks: int) -> TrainReport | DryRunReport:
     """One child a rank; this process waits, passes on what it is asked, and reports."""
-    on_gpu = torch.cuda.is_available()
-    if on_gpu and num_ranks > torch.cuda.device_count():
-        raise DpoCacheError(
-            f"--num-gpus is {num_ranks}", expected=f"at most {torch.cuda.device_count()}, the GPUs here"
-        )
     _cache_folder(config)  # the ranks find there what is fetched once, with one bar
     sizes = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
     with hosted_rendezvous() as rendezvous:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from ...errors import DpoCacheError, first_line
+from ..console.counted_noun import counted
+from .ranks import Ranks
 
 
 def device_of_rank(rank_of_node: int) -> torch.device:
@@ -35,6 +37,33 @@ def device_of_rank(rank_of_node: int) -> torch.device:
     device = torch.device("cuda", min(rank_of_node, num_gpus - 1))
     torch.cuda.set_device(device)
     return device
+
+
+def num_processes(asked_for: int | None, ranks: Ranks | None, *, flag: str) -> int:
+    """How many processes a job has, on all machines together; without a launcher one for each GPU of this machine.
+
+    Args:
+        asked_for: The user's number.
+        ranks: This process's place where a launcher started it.
+        flag: The option with that number.
+
+    Raises:
+        DpoCacheError: A launcher started another number here, or there are fewer GPUs.
+    """
+    if ranks is not None:
+        if asked_for not in (None, ranks.ranks_per_node):
+            raise DpoCacheError(
+                f"{flag} is {asked_for}, but a launcher started {counted(ranks.ranks_per_node, 'process')} here",
+                next_step=f"leave out {flag}",
+            )
+        return ranks.num_ranks
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked_for and 0 < num_gpus < asked_for:
+        raise DpoCacheError(
+            f"{flag} is {asked_for}, and this machine has {counted(num_gpus, 'GPU')}",
+            expected="at most one process per GPU",
+        )
+    return asked_for or max(1, num_gpus)
 
 
 def share_cores(processes_here: int) -> None:
