@@ -6,12 +6,13 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from .finding import Finding, Level, Section
+from .finding import Finding, Level
 
-_found = Section("devices").found
+_found = partial(Finding, "devices")
 DRIVER = Path("/proc/driver/nvidia/version")
 """There where the machine has an Nvidia GPU with a driver, whatever torch makes of it."""
 OCCUPIED_SHARE = 0.1

@@ -7,11 +7,12 @@ import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from .finding import Finding, Level, Section
+from .finding import Finding, Level
 
-_found = Section("machine").found
+_found = partial(Finding, "machine")
 GIB = 2**30
 DISK_TOO_SMALL, DISK_SMALL = 1 * GIB, 50 * GIB
 """A start writes a cache, logs and scratch files; a 7B model with optimizer state takes 112 GB a checkpoint."""

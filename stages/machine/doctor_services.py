@@ -9,11 +9,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
-from .finding import Finding, Level, Section
+from .finding import Finding, Level
 
-_found = Section("services").found
+_found = partial(Finding, "services")
 PATIENCE_S = 6.0
 """For one question, name look-up included, which no timeout of an HTTP library covers."""
 Answer = TypeVar("Answer")

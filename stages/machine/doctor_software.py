@@ -7,15 +7,16 @@ import logging
 import platform
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from ...errors import first_line
-from .finding import Finding, Level, Section
+from .finding import Finding, Level
 
-_found = Section("software").found
+_found = partial(Finding, "software")
 IMPORTED = ("torch", "transformers", "datasets", "pyarrow", "deepspeed")
 """Whatever goes wrong with a library that both stages stand on shows when it is imported."""
 REPORTED = (*IMPORTED, "liger-kernel", "peft", "bitsandbytes", "huggingface-hub", "wandb", "tensorboard")

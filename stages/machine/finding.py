@@ -18,7 +18,7 @@ class Level(StrEnum):
     """``dpo-cache build`` or ``dpo-train`` cannot run."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """What was looked at, what was found, and what to do about it.
 
@@ -35,14 +35,3 @@ class Finding:
     value: str
     level: Level = Level.OK
     advice: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A part of what is looked over."""
-
-    name: str
-
-    def found(self, name: str, value: str, level: Level = Level.OK, advice: str | None = None) -> Finding:
-        """A finding of this section."""
-        return Finding(section=self.name, name=name, value=value, level=level, advice=advice)
