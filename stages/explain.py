@@ -18,9 +18,9 @@ from .building.build_cache import damaged_shards
 from .building.build_config import BuildConfig
 from .building.build_datasets import collect_datasets, open_datasets
 from .building.build_reference import resolve_reference
-from .building.mixture_change import differing_settings
 from .building.pair_collection import CollectedPairs
 from .building.row_counts import dropped_in_words
+from .building.tokenization_difference import differing_settings
 from .console.library_output import quiet_libraries
 
 Difference = tuple[str, Any, Any]

@@ -11,9 +11,9 @@ from typing import Any
 from ..errors import DpoCacheError
 from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
-from .building.mixture_change import differing_settings, settings_in_words
 from .building.mixture_content import MixtureContent
 from .building.mixture_union import canonical_order, united
+from .building.tokenization_difference import differing_settings, settings_in_words
 from .console.progress import Progress
 
 
