@@ -52,8 +52,8 @@ def rewrite(cache: Path, rows: Sequence[ScoredPair], *, rows_a_shard: int = ROWS
         path.unlink()
     for start in range(0, len(rows), rows_a_shard):
         opened.shards.write(rows[start : start + rows_a_shard])
+    mixture.table.path.unlink()  # first: where the new shards' names happen to sort alike, the new table is the same
     write_train(opened, mixture_rows_before, like=mixture)
-    mixture.table.path.unlink()
 
 
 def write_train(cache: ReferenceCache, rows: Any, *, like: Any, **changes: Any) -> None:
