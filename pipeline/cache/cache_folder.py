@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
@@ -314,10 +315,19 @@ class ReferenceCache:
         """An empty folder in ``tmp/`` for what is fetched from elsewhere, by one process at a time; others wait.
 
         What a killed process left there is cleared first, so that it never adds up.
+
+        Raises:
+            DpoCacheError: It cannot be cleared, or another process deletes in this cache.
         """
         with fetching_lock(self.path / "tmp"):
             folder = self.path / "tmp" / "fetch"
             shutil.rmtree(folder, ignore_errors=True)
+            if os.path.lexists(folder):  # what comes from a stranger can hold a link here, and lead us out of the cache
+                raise DpoCacheError(
+                    f"{folder} cannot be cleared",
+                    expected="a folder that this user may remove, and no link",
+                    next_step=f"rm -r {as_argument(folder)}",
+                )
             for subfolder in (folder, folder / "shards", folder / "mixtures"):
                 make_folder_durably(subfolder)
             try:

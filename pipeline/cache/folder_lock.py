@@ -126,12 +126,14 @@ def _open(path: Path, *, create: int = os.O_CREAT) -> int:
     """A lock file. A lock needs no right to write, which the umask of the user who made the file may have kept from us.
 
     Without it the file goes on naming an earlier holder. NFS alone asks for it, where the lock is not to be shared.
+    A pipe in its place, as a cache from elsewhere may hold, is not waited for.
     """
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        return os.open(path, os.O_RDWR | create | os.O_NOFOLLOW, 0o666)
+        return os.open(path, os.O_RDWR | create | flags, 0o666)
     except OSError:
         with suppress(OSError):
-            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            return os.open(path, os.O_RDONLY | flags)
         raise
 
 

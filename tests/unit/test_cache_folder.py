@@ -177,6 +177,35 @@ def test_a_link_in_the_place_of_a_subfolder_is_refused(tmp_path: Path, name: str
         make_cache(cache.path)
 
 
+def test_what_is_fetched_is_not_written_through_a_link(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (cache.path / "tmp/fetch").symlink_to(outside)
+    with pytest.raises(DpoCacheError, match="tmp/fetch cannot be cleared"), cache.fetching():
+        pytest.fail("files would be fetched to where the link leads")
+    assert not list(outside.iterdir())
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(tmp_path / "cache")
+    (cache.path / "tmp/cache.lock").unlink(missing_ok=True)
+    os.mkfifo(cache.path / "tmp/cache.lock")
+    opened = os.open
+
+    def read_only(path: Path, flags: int, mode: int = 0o777) -> int:
+        """As for a user who may not write to it."""
+        if path.suffix == ".lock":
+            if flags & os.O_RDWR:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            assert flags & os.O_NONBLOCK, "opening a pipe to read waits for somebody to write"
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with cache.in_use_by("a test"):
+        pass
+
+
 def test_a_cache_is_read_without_writing_a_byte_or_taking_a_lock(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache")
     fill_cache(cache, make_rows(10), shard_rows=5)
