@@ -89,7 +89,7 @@ def output_lock(output: Path) -> Iterator[str]:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = (output / LOCK).open("a+", encoding="utf-8")
+        lock = open(output / LOCK, "a+", encoding="utf-8", opener=_open_without_links)  # noqa: SIM115
     except OSError as refused:
         raise DpoCacheError(f"--output {output} cannot be written: {refused.strerror}") from refused
     with lock:
@@ -136,6 +136,11 @@ def refuse_unshared(output: Path, holder: str) -> None:
                 next_step="give the absolute path of a folder on a file system that all machines share",
             )
         time.sleep(POLL_S)
+
+
+def _open_without_links(path: str, flags: int) -> int:
+    """A folder that others may write to, or that came from elsewhere, could hold a link to a file we would empty."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _holder(output: Path) -> str | None:

@@ -42,6 +42,16 @@ def test_a_folder_is_written_by_one_run_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    """Else whoever may write to the folder, or made it, could have any file of ours emptied."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("a key")
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(DpoCacheError, match="cannot be written"), output_lock(tmp_path / "run"):
+        pytest.fail("the folder would be locked through the link")
+    assert (tmp_path / "precious").read_text() == "a key"
+
+
 def test_a_file_system_without_locks_is_not_taken_for_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
