@@ -347,6 +347,17 @@ def test_the_command_reports_what_it_wrote_and_refuses_what_is_no_run(tmp_path: 
         assert message in refused.stderr
 
 
+def test_a_page_is_not_written_through_a_link(tmp_path: Path) -> None:
+    """A run from elsewhere, or a shared folder, can hold one under any name that is known beforehand."""
+    run = write_run(tmp_path / "run")
+    (tmp_path / "precious").write_text("a key")
+    for name in ("report.html", "report.html.partial"):
+        (run / name).symlink_to(tmp_path / "precious")
+    report([run], run / "report.html")
+    assert (tmp_path / "precious").read_text() == "a key"
+    assert not (run / "report.html").is_symlink()
+
+
 def test_pictures_without_matplotlib_are_refused_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
