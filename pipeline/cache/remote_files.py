@@ -20,6 +20,8 @@ PAUSES_S = (1.0, 4.0, 16.0)
 """How long to wait before each new attempt after a failure of the network or the server."""
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 """The extra of this package that brings what fsspec needs for a protocol."""
+MAX_LIST_BYTES = 4 << 20
+"""Of what a web server lists in a folder."""
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _SERVER_ERRORS_FROM = 500
 _TOO_MANY_REQUESTS = 429
@@ -204,9 +206,25 @@ def _options(protocol: str) -> dict[str, Any]:
         return {}
     import aiohttp
 
+    class Response(aiohttp.ClientResponse):
+        """Bounds what is read as one piece, which is the list of a folder: files are copied part by part."""
+
+        async def read(self) -> bytes:
+            parts, num_bytes = [], 0
+            async for part in self.content.iter_any():
+                parts.append(part)
+                num_bytes += len(part)
+                if num_bytes > MAX_LIST_BYTES:
+                    raise DpoCacheError(
+                        f"the list of {self.url} has no end", expected=f"at most {MAX_LIST_BYTES:,} bytes"
+                    )
+            self._body = b"".join(parts)
+            return self._body
+
     # Its own limit is five minutes for a whole file, however large.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_SILENCE_TIMEOUT_S)
-    return {"client_kwargs": {"timeout": timeout, "trust_env": True}}  # proxies, and names and passwords in ~/.netrc
+    # trust_env: proxies, and names and passwords in ~/.netrc
+    return {"client_kwargs": {"timeout": timeout, "trust_env": True, "response_class": Response}}
 
 
 def _refuse_secrets(address: str) -> None:

@@ -28,6 +28,7 @@ from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.cache.canonical_json import write_sealed_json
 from dpo_cache.pipeline.cache.mixture import Mixture
+from dpo_cache.pipeline.cache.remote_files import MAX_LIST_BYTES
 from dpo_cache.stages.addresses.local_copy import local_copy
 from dpo_cache.stages.compact import compact
 from dpo_cache.stages.gc import collect_garbage
@@ -382,6 +383,14 @@ def test_a_server_that_sends_without_end_is_left_once_a_file_is_larger_than_it_m
     bound = {"cache.json": 4, "mixtures/train.json": 64}.get(victim, 0)
     assert web.sent_bytes < (bound + 32) << 20, "what is on its way when the other side hangs up, and no more"
     assert no_mixture_can_be_used(tmp_path / "copy")
+
+
+def test_a_list_without_end_is_not_read_into_memory(web: FileServer) -> None:
+    make_shared(web.folder / "cache")
+    web.endless |= {"/cache/mixtures", "/cache/mixtures/"}
+    with pytest.raises(DpoCacheError, match=r"the list of .*/cache/mixtures has no end"):
+        cache_info(f"{web.url}/cache")
+    assert web.sent_bytes < MAX_LIST_BYTES + (32 << 20)
 
 
 def test_a_file_that_its_server_says_is_too_large_is_not_begun(hub: HubServer, tmp_path: Path) -> None:
