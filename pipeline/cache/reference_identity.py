@@ -13,7 +13,7 @@ from typing import Any
 from ...errors import DpoCacheError
 from .canonical_json import JsonObject, canonical_bytes, parse_object, read_bounded, take
 from .message_value import message_value
-from .weights_digest import files_digest, weights_digest
+from .weights_digest import MODEL_FILE, MODEL_INDEX, files_digest, weights_digest
 
 MAX_CONFIG_BYTES = 4 << 20
 
@@ -218,6 +218,12 @@ def _code_sha256(file: Path) -> str:
 
 def _config_that_counts(model_folder: Path) -> JsonObject:
     counted = _without(_read_config(model_folder), HARMLESS_CONFIG_KEYS)
+    if counted.get("transformers_weights") is not None:
+        raise DpoCacheError(
+            f"{model_folder}/config.json takes the weights from {str(counted['transformers_weights'])[:200]!r}",
+            expected=f"{MODEL_FILE} or {MODEL_INDEX}, whose digest is that of the reference",
+            next_step="remove transformers_weights from config.json, and give the file it names the usual name",
+        )
     if "auto_map" in counted:  # the model brings its own code, and that computes the log-probabilities
         counted["auto_map_code_sha256"] = {code.name: _code_sha256(code) for code in sorted(model_folder.glob("*.py"))}
     return counted

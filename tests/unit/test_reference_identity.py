@@ -158,6 +158,13 @@ def test_an_adapter_counts_by_its_bytes_and_settings_and_not_by_where_it_came_fr
         identify(model, adapter=tmp_path / "d")
 
 
+def test_weights_that_a_config_takes_from_other_files_are_refused(tmp_path: Path) -> None:
+    """transformers would load those, and the digest would be that of the files with the usual names."""
+    model = write_model(tmp_path / "model", CONFIG | {"transformers_weights": "others/model.safetensors"})
+    with pytest.raises(DpoCacheError, match=r"takes the weights from 'others/model\.safetensors'"):
+        identify(model)
+
+
 def test_code_that_a_model_brings_along_counts(tmp_path: Path) -> None:
     config = CONFIG | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
     model = write_model(tmp_path / "model", config)
