@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .pipeline.data.named_path import named_path
 from .pipeline.data.printable_text import printable
 from .stages.addresses.location import is_address
 
@@ -24,7 +25,7 @@ class _Folder(click.Path):
                 parameter,
                 context,
             )
-        path = Path(value).expanduser()  # YAML, and `--cache=~/x`, leave the tilde
+        path = named_path(value)  # YAML, and `--cache=~/x`, leave the tilde
         try:
             str(path.absolute()).encode()
         except UnicodeEncodeError:

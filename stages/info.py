@@ -9,6 +9,7 @@ from ..pipeline.cache.cache_folder import ReferenceCache
 from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.reference_identity import ReferenceIdentity
 from ..pipeline.cache.remote_cache import distinct_shards, num_bytes
+from ..pipeline.data.printable_text import one_line
 from .addresses.local_copy import glance
 from .addresses.location import Location, is_address
 from .building.row_counts import dropped_in_words, source_in_words, truncated_in_words, truncated_rows
@@ -69,7 +70,7 @@ class CacheReport:
             lines += _mixture_lines(mixture)
         if not self.mixtures:
             lines.append("mixtures   none: no build has finished")
-        return "\n".join(lines)
+        return "\n".join(map(one_line, lines))
 
 
 def cache_info(location: Location) -> CacheReport:

@@ -15,7 +15,7 @@ from ..pipeline.cache.mixture import Mixture
 from ..pipeline.cache.pair_lookup import KEY_LETTERS, PairLookup
 from ..pipeline.cache.pair_stream import PairStream
 from ..pipeline.cache.scored_pair import ScoredPair
-from ..pipeline.data.printable_text import printable
+from ..pipeline.data.printable_text import one_line
 from .addresses.local_copy import glance, local_copy
 from .addresses.location import Location
 from .reporting.shown_pair import Decode, ShownPair, decoder_of, named_decoder, shown_pair
@@ -41,7 +41,7 @@ class ShowReport:
 
     def text(self) -> str:
         """For a terminal; coloured text was scored."""
-        return "\n\n".join([*([printable(self.note)] if self.note else []), *(pair.text() for pair in self.pairs)])
+        return "\n\n".join([*([one_line(self.note)] if self.note else []), *(pair.text() for pair in self.pairs)])
 
 
 def show(

@@ -136,6 +136,14 @@ def _tokenization(pointer: JsonObject, path: Path) -> JsonObject:
     for name in ("settings", "chat_template", "tool_chat_template", "libraries"):
         if not isinstance(tokenization.get(name), dict | None):
             raise DpoCacheError(f"{path}: {name!r} of 'tokenization' must be an object")
+    for holder, name in (
+        ("settings", "tokenizer"),
+        ("settings", "tokenizer_revision"),
+        ("chat_template", "name"),
+        ("chat_template", "text"),
+    ):
+        if not isinstance((tokenization.get(holder) or {}).get(name), str | None):
+            raise DpoCacheError(f"{path}: {name!r} of {holder!r} must be a text")
     return tokenization
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from ...errors import DpoCacheError
+from .named_path import named_path
 
 PINNED_TEMPLATES = ("tulu", "tulu-bos", "olmo-thinker")
 """Templates whose text is part of this package, so that a recipe's tokens do not move with a tokenizer's files."""
@@ -97,7 +97,7 @@ def _chosen_template(own: dict[str, str], choice: str) -> ChatTemplate:
         return _dated(text, name=choice)
     if choice in own:
         return _dated(own[choice], name=f"tokenizer:{choice}")
-    path = Path(choice).expanduser()
+    path = named_path(choice)
     if path.is_file():
         return _dated(path.read_text(encoding="utf-8"), name=path.name)
     raise DpoCacheError(

@@ -23,6 +23,7 @@ from datasets.data_files import FILES_TO_IGNORE
 
 from ...errors import DpoCacheError, first_line
 from .dataset_spec import DatasetSpec
+from .named_path import named_path
 
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 READ_ROWS = 1000
@@ -108,7 +109,7 @@ def open_dataset(spec: DatasetSpec) -> DatasetSource:
     Raises:
         DpoCacheError: It does not exist, cannot be read, has no such split, or has no rows.
     """
-    path = Path(spec.path).expanduser()
+    path = named_path(spec.path)
     if path.exists():
         return _open_local(spec, path)
     if any(suffix in _FILE_TYPES for suffix in path.suffixes):
@@ -236,7 +237,7 @@ def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
         f"--dataset {spec} cannot be read: {first_line(cause)}",
         expected=f"a file ({', '.join(_FILE_TYPES)}, also .gz, .zst), a folder of those, or a Hub dataset",
         next_step=None
-        if Path(spec.path).expanduser().exists()
+        if named_path(spec.path).exists()
         else "check the spelling and the network; for a gated dataset run `hf auth login` first",
     )
 

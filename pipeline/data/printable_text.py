@@ -16,5 +16,10 @@ def printable(text: str) -> str:
     return "".join(letter if _is_text(letter) else "�" for letter in text)
 
 
+def one_line(text: str) -> str:
+    """The same within a line, which a stranger's text must not end to go on in words that seem ours."""
+    return printable(text).replace("\n", " ")
+
+
 def _is_text(letter: str) -> bool:
     return letter.isprintable() or letter in _HARMLESS or unicodedata.category(letter) == "Zs"

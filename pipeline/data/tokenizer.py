@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def load_tokenizer(name: str, revision: str | None, *, trust_remote_code: bool) 
     Raises:
         DpoCacheError: It cannot be loaded, or not without running its code.
     """
-    if not Path(name).exists() and name.startswith(("/", "./", "../", "~")):  # the Hub would call it a bad id
+    if not os.path.exists(name) and name.startswith(("/", "./", "../", "~")):  # the Hub would call it a bad id
         raise DpoCacheError(
             f"there is no folder {name}",
             expected="a folder with tokenizer.json, or a Hub id",
@@ -53,7 +54,7 @@ def load_tokenizer(name: str, revision: str | None, *, trust_remote_code: bool) 
 
 def _folder_here(name: str, revision: str) -> str | None:
     """Where the files of a tokenizer on the Hub lie on this machine already: then nobody asks the Hub for others."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return None
     try:
         # Only these are asked for: with a README or weights that nobody needed the snapshot would count as incomplete.

@@ -55,7 +55,7 @@ class ModelTokenizer:
             self._copy_files(folder)
         if self.chat_template is not None:
             shutil.rmtree(folder / NAMED_TEMPLATES, ignore_errors=True)  # one template rendered every pair
-            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", errors="replace")
 
     def _copy_files(self, folder: Path) -> None:
         for name in FILES:

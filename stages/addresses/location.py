@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ...pipeline.data.named_path import named_path
+
 Location = Path | str
 """A folder, or the address of one as text: ``hf://datasets/ORG/NAME``, ``s3://BUCKET/PATH``, ``https://…``."""
 
@@ -18,7 +20,7 @@ def is_address(location: Location) -> bool:
 
 def location_of(text: str) -> Location:
     """What a person meant: an address as it was written, anything else as a path."""
-    return text if is_address(text) else Path(text).expanduser()
+    return text if is_address(text) else named_path(text)
 
 
 def hub_address(repo_id: str, revision: str | None) -> str:

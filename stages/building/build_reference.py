@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from ...pipeline.cache.canonical_json import JsonObject
 from ...pipeline.cache.reference_identity import ReferenceIdentity, code_that_runs, identify_reference
+from ...pipeline.data.named_path import named_path
 from ...pipeline.data.tokenization_settings import TokenizationSettings
 from ...pipeline.data.tokenizer_files import TOKENIZER_FILES
 from ...pipeline.scoring.attention_choice import resolve_attention
@@ -88,4 +88,4 @@ def resolve_reference(config: BuildConfig) -> BuildReference:
 
 def _lasting_name(model: ModelFolder) -> str:
     """What finds it again from another working folder."""
-    return model.name if model.commit else str(Path(model.name).expanduser().absolute())
+    return model.name if model.commit else str(named_path(model.name).absolute())

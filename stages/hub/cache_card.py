@@ -10,6 +10,7 @@ from huggingface_hub import RepoCard
 
 from ...pipeline.cache.cache_folder import ReferenceCache
 from ...pipeline.cache.mixture import Mixture
+from ...pipeline.data.printable_text import one_line
 from ..addresses.location import hub_address
 from .public_name import public_name
 from .recorded_reference import RecordedReference
@@ -69,64 +70,63 @@ def _written(repo_id: str, cache: ReferenceCache, mixtures: Sequence[Mixture], b
     address, first = hub_address(repo_id, branch), mixtures[0]
     pulled = f"{repo_id} my-cache" + (f" --revision {branch}" if branch else "")
     loaded = f'"{repo_id}", "pairs", split="train"' + (f', revision="{branch}"' if branch else "")
-    return "\n".join(
-        [
-            f"Preference pairs with the log-probabilities that **{reference}**{commit} gives both responses, scored "
-            "once with dpo-cache: DPO trains from them without loading a reference model.",
-            "",
-            "## Reference",
-            "",
-            "| | |",
-            "|---|---|",
-            f"| model | {reference}{commit} |",
-            f"| identity | `{cache.reference_id}` |",
-            f"| weights, SHA-256 | `{identity.weights_sha256}` |",
-            *([f"| adapter, SHA-256 | `{identity.adapter_sha256}` |"] if identity.adapter_sha256 else []),
-            f"| weights in | {identity.weight_dtype} |",
-            *([f"| weights quantized to | {identity.quantization} |"] if identity.quantization else []),
-            f"| scored in | {identity.compute_dtype}, {identity.attention} attention |",
-            "",
-            "## Mixtures",
-            "",
-            "| name | pairs | distinct | tokens | longest | mask | not used | digest |",
-            "|---|---|---|---|---|---|---|---|",
-            *map(_mixture_line, mixtures),
-            "",
-            "Made from:",
-            "",
-            *(line for mixture in mixtures for line in _source_lines(mixture)),
-            "",
-            "## Train from it",
-            "",
-            "```bash",
-            f"dpo-train --cache {address} --mixture {first.name} --output runs/first",
-            "",
-            f"dpo-cache pull {pulled}    # or copy it first; every digest is checked",
-            "dpo-train --cache my-cache --output runs/first",
-            "```",
-            "",
-            "## Read it without dpo-cache",
-            "",
-            "`shards/` holds a scored pair a row (token ids, summed log-probabilities in nats, numbers of scored "
-            "tokens), `mixtures/` the training sets in order.",
-            "",
-            "```python",
-            "from datasets import load_dataset",
-            "",
-            f"pairs = load_dataset({loaded})",
-            "```",
-            "",
-            f"The training pairs of `{first.name}` in their order, in DuckDB:",
-            "",
-            "```sql",
-            "SELECT m.*, s.* EXCLUDE (example_key)",
-            f"FROM read_parquet('{address}/mixtures/{first.table.path.name}') m",
-            f"JOIN (SELECT DISTINCT ON (example_key) * FROM read_parquet('{address}/shards/*.parquet', filename=true)",
-            "      ORDER BY example_key, filename) s USING (example_key)",
-            "ORDER BY m.repeat, m.prompt_hash, m.example_key",
-            "```",
-        ]
-    )
+    lines = [
+        f"Preference pairs with the log-probabilities that **{reference}**{commit} gives both responses, scored "
+        "once with dpo-cache: DPO trains from them without loading a reference model.",
+        "",
+        "## Reference",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| model | {reference}{commit} |",
+        f"| identity | `{cache.reference_id}` |",
+        f"| weights, SHA-256 | `{identity.weights_sha256}` |",
+        *([f"| adapter, SHA-256 | `{identity.adapter_sha256}` |"] if identity.adapter_sha256 else []),
+        f"| weights in | {identity.weight_dtype} |",
+        *([f"| weights quantized to | {identity.quantization} |"] if identity.quantization else []),
+        f"| scored in | {identity.compute_dtype}, {identity.attention} attention |",
+        "",
+        "## Mixtures",
+        "",
+        "| name | pairs | distinct | tokens | longest | mask | not used | digest |",
+        "|---|---|---|---|---|---|---|---|",
+        *map(_mixture_line, mixtures),
+        "",
+        "Made from:",
+        "",
+        *(line for mixture in mixtures for line in _source_lines(mixture)),
+        "",
+        "## Train from it",
+        "",
+        "```bash",
+        f"dpo-train --cache {address} --mixture {first.name} --output runs/first",
+        "",
+        f"dpo-cache pull {pulled}    # or copy it first; every digest is checked",
+        "dpo-train --cache my-cache --output runs/first",
+        "```",
+        "",
+        "## Read it without dpo-cache",
+        "",
+        "`shards/` holds a scored pair a row (token ids, summed log-probabilities in nats, numbers of scored "
+        "tokens), `mixtures/` the training sets in order.",
+        "",
+        "```python",
+        "from datasets import load_dataset",
+        "",
+        f"pairs = load_dataset({loaded})",
+        "```",
+        "",
+        f"The training pairs of `{first.name}` in their order, in DuckDB:",
+        "",
+        "```sql",
+        "SELECT m.*, s.* EXCLUDE (example_key)",
+        f"FROM read_parquet('{address}/mixtures/{first.table.path.name}') m",
+        f"JOIN (SELECT DISTINCT ON (example_key) * FROM read_parquet('{address}/shards/*.parquet', filename=true)",
+        "      ORDER BY example_key, filename) s USING (example_key)",
+        "ORDER BY m.repeat, m.prompt_hash, m.example_key",
+        "```",
+    ]
+    return "\n".join(map(one_line, lines))  # most of them quote a cache that anybody may have made
 
 
 def _mixture_line(mixture: Mixture) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ...errors import DpoCacheError, first_line
+from ...pipeline.data.named_path import named_path
 from ...pipeline.data.tokenizer_files import TOKENIZER_FILES
 
 MODEL_FILES = ("*.safetensors", *TOKENIZER_FILES)
@@ -51,17 +53,17 @@ def find_model_folder(path_or_id: str, revision: str | None, *, files: Sequence[
     Raises:
         DpoCacheError: No such folder, and no such model on the Hub or in its local copy; or the download broke off.
     """
-    folder = Path(path_or_id).expanduser()
-    if path_or_id and folder.is_dir():
+    folder = named_path(path_or_id)
+    if path_or_id and os.path.isdir(folder):  # a name may be longer than the system takes
         if revision is not None:
             raise DpoCacheError(
                 f"the revision {revision} has no meaning for the folder {folder}",
                 expected="a Hub id with a revision, or a folder without one",
             )
         return ModelFolder(folder=folder.resolve(), name=path_or_id, commit=None)
-    if not path_or_id or folder.exists() or path_or_id.startswith(("/", "./", "../", "~")):
+    if not path_or_id or os.path.exists(folder) or path_or_id.startswith(("/", "./", "../", "~")):
         raise DpoCacheError(
-            f"{folder} is a file" if folder.is_file() else f"there is no folder {path_or_id!r}",
+            f"{folder} is a file" if os.path.isfile(folder) else f"there is no folder {path_or_id!r}",
             expected="a folder with config.json and safetensors weights, or a Hub id",
         )
     try:
@@ -70,7 +72,7 @@ def find_model_folder(path_or_id: str, revision: str | None, *, files: Sequence[
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as missing:
         raise DpoCacheError(
-            f"there is no folder {path_or_id}, and the Hub did not give a model of that name: {first_line(missing)}",
+            f"there is no folder {path_or_id!r}, and the Hub did not give a model of that name: {first_line(missing)}",
             expected="a folder with config.json and safetensors weights, or a Hub id",
             next_step="check the spelling and the network; for a gated model run `hf auth login` first",
         ) from missing

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...errors import DpoCacheError
 from ...pipeline.cache.canonical_json import JsonObject
+from ...pipeline.data.printable_text import one_line
 from .model_folder import ModelFolder, find_model_folder
 
 
@@ -47,7 +48,7 @@ class RecordedReference:
     @property
     def name(self) -> str:
         """What people may call the model."""
-        return self.model or "unnamed model"
+        return one_line(self.model or "unnamed model")
 
     def find_model(self) -> ModelFolder:
         """The model's files, downloaded from the Hub where need be.

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from ...errors import DpoCacheError, as_argument
+from ...pipeline.data.named_path import named_path
 from ..addresses.location import Location, location_of
 from ..building.build_config import BuildConfig
 from ..setting import command_line_of, values_from_file
@@ -81,7 +82,7 @@ def read_grid(path: Path) -> SweepGrid:
             that is out of bounds, or two points that are the same run.
     """
     file = _read_yaml(path)
-    cache, output = location_of(_text(file, "cache", path)), Path(_text(file, "output", path)).expanduser()
+    cache, output = location_of(_text(file, "cache", path)), named_path(_text(file, "output", path))
     fixed = _options(TrainConfig, file.get("train") or {}, where=f"{path}: train")
     return SweepGrid(
         cache=cache,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...pipeline.data.printable_text import one_line
 from ...pipeline.finite_json import finite_json
 from ..hub.public_name import public_name
 from ..hub.recorded_reference import RecordedReference
@@ -76,4 +77,4 @@ def _origin(run: PreparedRun) -> dict[str, str]:
 
 
 def _table(rows: Mapping[str, str]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return ["| | |", "|---|---|", *(f"| {name} | {one_line(value)} |" for name, value in rows.items())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...pipeline.data.printable_text import one_line
 from ...pipeline.training.model_export import export_adapter, export_model
 from ...pipeline.training.model_tokenizer import ModelTokenizer, tokenizer_of_pairs
 from ...pipeline.training.policy_engine import PolicyEngine
@@ -31,7 +32,7 @@ class ModelWriter:
                 run.pairs.mixture.tokenization, base, trust_remote_code=run.config.trust_remote_code
             )
             if self._tokenizer.warning is not None:
-                say(f"warning: {self._tokenizer.warning}")
+                say(f"warning: {one_line(self._tokenizer.warning)}")
 
     def write(self, folder: Path, line: Mapping[str, float], evaluation: Mapping[str, float] | None) -> None:
         """Save the policy, or its adapter, with a card.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from ...errors import DpoCacheError, as_argument
+from ...pipeline.data.named_path import named_path
 from ...pipeline.training.checkpoint_folder import (
     Checkpoint,
     TrainerState,
@@ -170,7 +170,7 @@ class RunCheckpoints:
 
     def _choose(self, resume: str) -> Checkpoint | None:
         is_named = resume != "latest"
-        checkpoint = open_checkpoint(Path(resume).expanduser()) if is_named else newest_checkpoint(self._folder)
+        checkpoint = open_checkpoint(named_path(resume)) if is_named else newest_checkpoint(self._folder)
         if checkpoint is not None:
             self._refuse_other_evaluation(checkpoint)
             check_same_run(

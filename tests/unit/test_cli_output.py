@@ -105,6 +105,12 @@ def test_a_path_that_is_not_utf_8_is_refused_before_anything_is_made(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_home_of_a_user_that_there_is_not_is_a_folder_that_is_not_found() -> None:
+    result = CliRunner().invoke(dpo_cache, ["info", "~no-such-user/cache"])
+    assert result.exit_code == 1
+    assert "there is no cache in ~no-such-user/cache" in result.stderr
+
+
 def test_what_names_no_repository_is_not_asked_for(tmp_path: Path) -> None:
     result = CliRunner().invoke(dpo_cache, ["pull", "tulu3-cache", str(tmp_path / "cache")])
     assert result.exit_code == 1

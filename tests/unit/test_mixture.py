@@ -182,6 +182,8 @@ POINTER_LIES: list[tuple[str, Any, str]] = [
     ("dropped", {"too-long": "3"}, "'too-long' is not what it must be"),
     ("tokenization", [], "'tokenization' is not what it must be"),
     ("tokenization", {"settings": 5}, "'settings' of 'tokenization' must be an object"),
+    ("tokenization", {"settings": {"tokenizer": 7}}, "'tokenizer' of 'settings' must be a text"),
+    ("tokenization", {"chat_template": {"text": ["a"]}}, "'text' of 'chat_template' must be a text"),
     ("tokenization", {"chat_template": "tulu"}, "'chat_template' of 'tokenization' must be an object"),
 ]
 

@@ -57,7 +57,7 @@ def test_a_download_that_breaks_off_is_told_from_a_model_that_is_not_there(
     hub: HubServer, fault: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
-        DpoCacheError, match="there is no folder owner/other, and the Hub did not give a model of that name"
+        DpoCacheError, match="there is no folder 'owner/other', and the Hub did not give a model of that name"
     ):
         find_model_folder("owner/other", None)
 

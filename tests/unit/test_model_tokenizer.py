@@ -55,6 +55,14 @@ def test_the_template_of_the_pairs_goes_with_the_model(base: Path, tmp_path: Pat
     assert "<|user|>" in written.apply_chat_template(MESSAGES, tokenize=False)
 
 
+def test_a_template_that_no_file_can_hold_does_not_keep_the_model_from_being_written(
+    base: Path, tmp_path: Path
+) -> None:
+    """JSON can spell half a pair of UTF-16, and a cache may come from anyone."""
+    tokenization = _tokenization(base) | {"chat_template": {"name": "evil", "text": "half a pair \ud800"}}
+    assert _written(tokenization, base, tmp_path / "model").chat_template == "half a pair ?"
+
+
 def test_named_templates_stay_beside_the_default_and_go_where_one_template_rendered_every_pair(tmp_path: Path) -> None:
     several = {"default": CHATML, "tool_use": CHATML + "tools"}
     base = Path(write_byte_tokenizer(tmp_path / "base", chat_template=several))
