@@ -177,11 +177,11 @@ def _write(
 
 
 def _follow_umask(folder: Path) -> None:
-    """Give files the permissions that a plain ``open`` would have; safetensors makes its own private."""
+    """Give all within a folder the permissions of ``open`` and ``mkdir``; safetensors makes its files private."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def _restore_config(written: Path, base: Path, dtype: torch.dtype) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,12 @@ from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache import durable_file
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings
-from dpo_cache.pipeline.training.model_export import _put_in_place, _restore_config, export_model
+from dpo_cache.pipeline.training.model_export import (
+    _follow_umask,
+    _put_in_place,
+    _restore_config,
+    export_model,
+)
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -95,6 +102,21 @@ def test_what_was_changed_for_training_only_is_as_in_the_base_again_in_parts_of_
     _restore_config(tmp_path / "written.json", tmp_path / "base.json", torch.bfloat16)
     written = json.loads((tmp_path / "written.json").read_text(encoding="utf-8"))
     assert written == {**before, "dtype": "bfloat16"}
+
+
+def test_a_folder_within_a_model_can_be_entered_by_whoever_may_read_its_files(tmp_path: Path) -> None:
+    """Named chat templates lie in one; no user but root could save a model with them."""
+    named = tmp_path / "additional_chat_templates"
+    named.mkdir(mode=0o700)
+    files = [tmp_path / "model.safetensors", named / "tool_use.jinja"]
+    for file in files:
+        file.touch(mode=0o600)
+    umask = os.umask(0o027)
+    try:
+        _follow_umask(tmp_path)
+    finally:
+        os.umask(umask)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (named, *files)] == [0o750, 0o640, 0o640]
 
 
 def test_a_model_is_on_the_disk_before_it_takes_the_place_of_another(
