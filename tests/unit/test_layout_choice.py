@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dpo_cache.errors import DpoCacheError
+from dpo_cache.pipeline.data.token_pair import TokenPair
 from dpo_cache.pipeline.scoring import attention_masks, layout_choice, pair_scorer
 from dpo_cache.pipeline.scoring.completion_head import LogitTransform
 from dpo_cache.pipeline.scoring.layout_choice import choose_layout, tree_obstacle
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
-from dpo_cache.pipeline.scoring.scoring_batch import Layout, ScoringBatch
+from dpo_cache.pipeline.scoring.scoring_batch import Layout, PairLogps, ScoringBatch, reduce_token_logps
 from tiny_model_factory import tiny_model
 
 
@@ -129,3 +131,19 @@ def test_a_model_without_a_finite_value_is_refused() -> None:
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(DpoCacheError, match="no token a finite log-probability"):
         choose_layout(PairScorer(model), device="cpu")
+
+
+def test_tokens_that_the_model_has_no_value_for_do_not_make_the_others_look_closer() -> None:
+    """The layout is wrong by 1 nat a token; alone, the model has a value for the shorter sequence only."""
+
+    def scorer(batch: ScoringBatch, *, through_full_logits: bool = False) -> PairLogps:
+        is_alone = batch.num_pairs == 1
+        value = 0.0 if not is_alone else 1.0 if batch.longest_sequence == 5 else float("nan")
+        return reduce_token_logps(torch.full((batch.num_scored,), value), batch)
+
+    ids = np.arange(9, dtype=np.int32)
+    short, long = (
+        TokenPair(prompt_ids=ids[:3], chosen_ids=ids[:length], rejected_ids=ids[-length:]) for length in (2, 9)
+    )
+    test = layout_choice._SelfTest(scorer=scorer, probe=[short, long], real=(), device="cpu", plain_row_multiple=1)
+    assert test.mean_difference(Layout.PADDED) == 1.0
