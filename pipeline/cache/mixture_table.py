@@ -19,7 +19,7 @@ from .digest_named_file import write_digest_named
 from .example_key import KEY_BYTES, KEY_VERSION, Keys
 from .format_version import FORMAT_VERSION
 from .mixture_rows import MixtureRows
-from .parquet_file import KEY_COLUMN, ParquetReader, file_sha256, keys_of, numbers_of, parquet_bytes, reading
+from .parquet_file import KEY_COLUMN, ParquetReader, file_sha256, parquet_bytes
 
 BLOCK_ROWS = 1024
 """Training pairs of one block: a row group of the table, the grain of shuffled reading."""
@@ -73,9 +73,7 @@ class MixtureTable:
         Raises:
             DpoCacheError: The table is missing, damaged or not what the pointer says.
         """
-        with reading(self.path):
-            column = self._open().read_column(name)
-            return keys_of(column) if name == KEY_COLUMN else numbers_of(column)
+        return self._open().whole_column(name)
 
     def block(self, number: int) -> MixtureBlock:
         """Rows ``number * block_rows`` and following, without the rest of the table in memory.
@@ -83,26 +81,21 @@ class MixtureTable:
         Raises:
             DpoCacheError: As :meth:`column`.
         """
-        names = (KEY_COLUMN, "shard", "row", "prompt_length", "chosen_length", "rejected_length")
-        with reading(self.path):
-            table = self._open().read([number], names)
-            numbers = {name: numbers_of(table.column(name).chunk(0)) for name in names[1:]}
-            return MixtureBlock(
-                keys=keys_of(table.column(KEY_COLUMN).chunk(0)),
-                shards=numbers["shard"],
-                rows=numbers["row"],
-                lengths=numbers["prompt_length"].astype(np.int64)
-                + numbers["chosen_length"]
-                + numbers["rejected_length"],
-            )
+        lengths = ("prompt_length", "chosen_length", "rejected_length")
+        columns = self._open().arrays([number], (KEY_COLUMN, "shard", "row", *lengths))
+        return MixtureBlock(
+            keys=columns[KEY_COLUMN],
+            shards=columns["shard"],
+            rows=columns["row"],
+            lengths=np.sum([columns[name] for name in lengths], axis=0, dtype=np.int64),
+        )
 
     def training_set_digest(self) -> str:
         """:func:`training_set_digest` of its keys, a block in memory at a time."""
         digest = _begun_digest(self.num_rows)
-        with reading(self.path):
-            parquet = self._open()
-            for group in range(len(parquet.group_starts)):
-                digest.update(keys_of(parquet.read([group], [KEY_COLUMN]).column(0).chunk(0)).data)
+        parquet = self._open()
+        for group in range(len(parquet.group_starts)):
+            digest.update(parquet.arrays([group], [KEY_COLUMN])[KEY_COLUMN].data)
         return digest.hexdigest()
 
     def verify(self) -> None:

@@ -72,12 +72,11 @@ class ParquetReader:
         self.path = path
         with reading(path):
             self._stream = _open_regular(path)
-        try:
-            with reading(path):
+            try:
                 self._open(schema)
-        except BaseException:
-            self._stream.close()
-            raise
+            except BaseException:
+                self._stream.close()
+                raise
 
     def _open(self, schema: pa.Schema) -> None:
         self.num_bytes = os.fstat(self._stream.fileno()).st_size
@@ -110,11 +109,18 @@ class ParquetReader:
                         self._checked[group, column] = True
             return self._file.read_row_groups(list(row_groups), columns=list(names), use_threads=False)
 
-    def read_column(self, name: str) -> pa.Array:
-        """One column without nulls, whole, as one array."""
+    def arrays(self, row_groups: Sequence[int], names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        """Numeric columns of some row groups, which may have no nulls, and the key column as ``S32``, by name."""
         with reading(self.path):
-            column = self.read(range(len(self.group_rows)), [name]).column(0)
-            return one_array(column)
+            table = self.read(row_groups, names)
+            columns = {name: one_array(table.column(name)) for name in names}
+            return {
+                name: keys_of(column) if name == KEY_COLUMN else numbers_of(column) for name, column in columns.items()
+            }
+
+    def whole_column(self, name: str) -> npt.NDArray[Any]:
+        """One column of all rows, as :meth:`arrays` gives it, shape (num_rows,)."""
+        return self.arrays(range(len(self.group_rows)), [name])[name]
 
     def close(self) -> None:
         self._file.close()

@@ -16,7 +16,7 @@ from ...errors import DpoCacheError, as_argument
 from .canonical_json import JsonObject, parse_object
 from .example_key import KEY_BYTES, KEY_VERSION, Keys, example_key
 from .format_version import FORMAT_VERSION, other_version, require_format_version
-from .parquet_file import KEY_COLUMN, ParquetReader, file_sha256, keys_of, numbers_of, reading
+from .parquet_file import KEY_COLUMN, ParquetReader, file_sha256, reading
 from .row_group import RowGroup
 from .scored_pair import ScoredPair
 
@@ -104,13 +104,11 @@ class ShardReader:
 
     def keys(self) -> Keys:
         """The keys of all rows, shape (num_rows,)."""
-        with reading(self.path):
-            return keys_of(self._parquet.read_column(KEY_COLUMN))
+        return self._parquet.whole_column(KEY_COLUMN)
 
     def numbers(self, column: str) -> npt.NDArray[Any]:
         """One numeric column of all rows, shape (num_rows,)."""
-        with reading(self.path):
-            return numbers_of(self._parquet.read_column(column))
+        return self._parquet.whole_column(column)
 
     def row_group_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Which row group holds each row."""
