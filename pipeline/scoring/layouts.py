@@ -10,7 +10,6 @@ Shapes: as in ``scoring_batch.py``: S sides, R rows, T tokens a row, N scored to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ import torch
 
 from ..data.token_pair import TokenIds, TokenPair
 from .bin_packing import even_bins
-from .prompt_group import PromptGroup, group_by_prompt
+from .prompt_group import PromptGroup, Tree, group_by_prompt
 from .scoring_batch import Layout, ScoringBatch
 from .shape_rounding import ROW_MULTIPLE, rounded_up
 
@@ -37,7 +36,7 @@ def padded_batch(pairs: Sequence[TokenPair], *, multiple: int = ROW_MULTIPLE) ->
     """One right-padded row for every distinct sequence, the longest rounded up to ``multiple``."""
     groups = group_by_prompt(pairs)
     trees = [
-        _Tree(prompt_ids=group.prompt_ids, responses=(response,)) for group in groups for response in group.responses
+        Tree(prompt_ids=group.prompt_ids, responses=(response,)) for group in groups for response in group.responses
     ]
     first_tree = np.cumsum([0] + [len(group.responses) for group in groups])
     side_of = _sides(groups, lambda group, response: (int(first_tree[group]) + response, 0))
@@ -85,33 +84,9 @@ def scoring_batch(pairs: Sequence[TokenPair], layout: Layout) -> ScoringBatch:
 
 def empty_batch(layout: Layout) -> ScoringBatch:
     """No pairs and one token: what a rank without work runs, so that its collectives meet the others'."""
-    tree = _Tree(prompt_ids=np.zeros(1, dtype=np.int32), responses=())
+    tree = Tree(prompt_ids=np.zeros(1, dtype=np.int32), responses=())
     multiple = FLEX_BLOCK_TOKENS if layout is Layout.PACKED else ROW_MULTIPLE
     return _lay_out(layout, [], [tree], [], rows=[[0]], multiple=multiple)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Tree:
-    """A prompt and the responses that branch off its last token."""
-
-    prompt_ids: TokenIds
-    responses: tuple[TokenIds, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + sum(map(len, self.responses))
-
-    @property
-    def num_attended(self) -> int:
-        """Couples (query, key) that the tree mask lets through."""
-        prompt = len(self.prompt_ids)
-        return _causal_couples(prompt) + sum(
-            len(response) * prompt + _causal_couples(len(response)) for response in self.responses
-        )
-
-
-def _causal_couples(tokens: int) -> int:
-    return tokens * (tokens + 1) // 2
 
 
 def _lay_out_groups(
@@ -122,9 +97,8 @@ def _lay_out_groups(
     rows: list[list[int]],
     multiple: int,
 ) -> ScoringBatch:
-    trees = [_Tree(prompt_ids=group.prompt_ids, responses=group.responses) for group in groups]
     side_of = _sides(groups, lambda group, response: (group, response))
-    return _lay_out(layout, pairs, trees, side_of, rows=rows, multiple=multiple)
+    return _lay_out(layout, pairs, groups, side_of, rows=rows, multiple=multiple)
 
 
 def _sides(groups: Sequence[PromptGroup], place: Callable[[int, int], tuple[int, int]]) -> list[tuple[int, int]]:
@@ -141,7 +115,7 @@ def _sides(groups: Sequence[PromptGroup], place: Callable[[int, int], tuple[int,
 def _lay_out(
     layout: Layout,
     pairs: Sequence[TokenPair],
-    trees: Sequence[_Tree],
+    trees: Sequence[Tree],
     side_of: Sequence[tuple[int, int]],
     *,
     rows: list[list[int]],
@@ -192,7 +166,7 @@ def _lay_out(
         num_pairs=len(pairs),
         num_tokens=sum(tree.num_tokens for tree in trees),
         num_attended=sum(tree.num_attended for tree in trees),
-        longest_sequence=max(len(tree.prompt_ids) + max(map(len, tree.responses), default=0) for tree in trees),
+        longest_sequence=max(tree.longest_sequence for tree in trees),
     )
 
 
@@ -226,7 +200,7 @@ class _Canvas:
     def start_row(self, row: int) -> None:
         self._row, self._column, self._segment = row, 0, 0
 
-    def write(self, tree: _Tree) -> tuple[int, list[int]]:
+    def write(self, tree: Tree) -> tuple[int, list[int]]:
         """Write one tree; the slots of its first prompt token and of each response's first token."""
         trunk = self._segment
         prompt_slot = self._write_segment(tree.prompt_ids, first_position=0, trunk=trunk)

@@ -1,4 +1,4 @@
-"""Pairs that share a prompt, with each distinct response named once."""
+"""Trees: a prompt and responses that branch off its end; and the pairs that share a prompt as one."""
 
 from __future__ import annotations
 
@@ -9,32 +9,48 @@ from ..data.token_pair import TokenIds, TokenPair
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PromptGroup:
-    """One prompt and the distinct responses of the pairs that share it.
-
-    Attributes:
-        prompt_ids: The shared prompt.
-        responses: Distinct responses, in order of first appearance.
-        pairs: Indices of the group's pairs in the sequence that was grouped.
-        chosen: For each of ``pairs``, its chosen response as an index into ``responses``.
-        rejected: The same for its rejected response.
-    """
+class Tree:
+    """A prompt and the responses that branch off its last token; none at all are allowed."""
 
     prompt_ids: TokenIds
     responses: tuple[TokenIds, ...]
-    pairs: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt once and of each distinct response."""
+        """Tokens of the prompt once and of each response."""
         return len(self.prompt_ids) + sum(map(len, self.responses))
 
     @property
     def longest_sequence(self) -> int:
         """Tokens of the prompt and the longest response."""
-        return len(self.prompt_ids) + max(map(len, self.responses))
+        return len(self.prompt_ids) + max(map(len, self.responses), default=0)
+
+    @property
+    def num_attended(self) -> int:
+        """Couples (query, key) that the tree mask lets through."""
+        prompt = len(self.prompt_ids)
+        return _causal_couples(prompt) + sum(
+            len(response) * prompt + _causal_couples(len(response)) for response in self.responses
+        )
+
+
+def _causal_couples(tokens: int) -> int:
+    return tokens * (tokens + 1) // 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PromptGroup(Tree):
+    """The pairs that share a prompt, as the tree of their distinct responses, in order of first appearance.
+
+    Attributes:
+        pairs: Indices of the group's pairs in the sequence that was grouped.
+        chosen: For each of ``pairs``, its chosen response as an index into ``responses``.
+        rejected: The same for its rejected response.
+    """
+
+    pairs: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
 
 
 def group_by_prompt(pairs: Sequence[TokenPair]) -> list[PromptGroup]:
