@@ -93,7 +93,6 @@ class RowReader:
         self._shards = shards
         self._row_groups: RecentlyUsed[tuple[int, int], RowGroup] = RecentlyUsed(cached_bytes)
         self._open_shards: OrderedDict[int, ShardReader] = OrderedDict()
-        self._open_row_groups = 0
         self._max_open = _max_open_shards()
         self._verified: set[int] = set()
 
@@ -127,18 +126,18 @@ class RowReader:
         if shard is None:
             shard = self._cache.shards.open(self._verified_path(number))
             self._open_shards[number] = shard
-            self._open_row_groups += len(shard.group_starts)
             self._close_oldest()
         self._open_shards.move_to_end(number)
         return shard
 
     def _close_oldest(self) -> None:
         while len(self._open_shards) > 1 and (
-            len(self._open_shards) > self._max_open or self._open_row_groups > MAX_OPEN_ROW_GROUPS
+            len(self._open_shards) > self._max_open or self._open_row_groups() > MAX_OPEN_ROW_GROUPS
         ):
-            _, oldest = self._open_shards.popitem(last=False)
-            self._open_row_groups -= len(oldest.group_starts)
-            oldest.close()
+            self._open_shards.popitem(last=False)[1].close()
+
+    def _open_row_groups(self) -> int:
+        return sum(len(shard.group_starts) for shard in self._open_shards.values())
 
     def _verified_path(self, number: int) -> Path:
         assert 0 <= number < len(self._shards)
