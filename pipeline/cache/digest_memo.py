@@ -52,7 +52,6 @@ class DigestMemo:
         files = self._read()  # again: another build may have added its own meanwhile
         for path, (status, tensors) in digests.items():
             if time.time_ns() - max(status.st_ctime_ns, status.st_mtime_ns) > SETTLED_NS:
-                files.pop(str(path), None)
                 files[str(path)] = {"state": file_state(status), "tensors": tensors, "at": time.time_ns()}
         newest = sorted(files.items(), key=lambda item: int(item[1].get("at", 0)))[-MAX_FILES:]
         try:

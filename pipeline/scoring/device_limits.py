@@ -21,7 +21,7 @@ PEAK_TFLOPS = {
     "L40S": 362,
     "A6000": 155,
 }
-"""Dense bf16 peaks from the makers' data sheets; longer names first where one contains another."""
+"""Dense bf16 peaks from the makers' data sheets; of names that contain one another, the longest counts."""
 
 
 def peak_flops_per_second(device: torch.device) -> float | None:

@@ -19,7 +19,7 @@ class Layout(StrEnum):
     """How the sequences of a batch lie in its rows."""
 
     PREFIX_SHARED = "prefix-shared"
-    """A prompt once, then its distinct responses; short groups share a row that is as long as the longest group."""
+    """A prompt once, then its distinct responses; groups share rows that are alike in length."""
     PACKED = "packed"
     """All groups in one long row, for kernels that skip the empty blocks of the mask."""
     PADDED = "padded"

@@ -121,7 +121,7 @@ def _pair_objective(objective: Objective, terms: PairTerms) -> Tensor:
 def _reward(objective: Objective, score_B: Tensor, average_B: Tensor) -> Tensor | None:
     if not objective.uses_reference:
         return None
-    return objective.lead.beta * (average_B if objective.averages else score_B).detach()
+    return objective.lead.beta * (average_B if objective.averages else score_B)
 
 
 def _margin_per_token(objective: Objective, policy: PairLogps, terms: PairTerms) -> Tensor:

@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..cache.weights_digest import MODEL_INDEX
 from ..scoring.model_loading import find_causal_lm
 from .class_tensors import check_class_tensors
 from .host_memory import low_mmap_threshold, return_freed_memory
 from .lora_adapter import gathered, lora_change, merged_parameters, name_without_adapter
 from .tensor_headers import TensorHeader, header_of
 
-INDEX_FILE = "model.safetensors.index.json"
 _LAYER = re.compile(r".*?\.\d+(?=\.)")
 """Start of a weight's name, up to the number of its layer."""
 
@@ -122,7 +122,7 @@ def write_weights(
                 wait()
     if folder is not None and plan.index is not None:
         text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
-        (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+        (folder / MODEL_INDEX).write_text(text, encoding="utf-8")
     return plan.headers
 
 
