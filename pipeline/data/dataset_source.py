@@ -252,10 +252,12 @@ def _choose_split(spec: DatasetSpec, builder: Any) -> str:
         return spec.split
     if "train" in splits or len(splits) == 1:
         return "train" if "train" in splits else splits[0]
+    # `train_prefs` or `train_sft` rather than `test_prefs`: a command that is copied must not train on test data.
+    likely = next((name for name in splits if name.startswith("train")), splits[0] if splits else "NAME")
     raise DpoCacheError(
         f"--dataset {spec} has no split `train`",
         expected=f"one of {', '.join(splits)}",
-        next_step=f"--dataset {spec},split={splits[0] if splits else 'NAME'}",
+        next_step=f"--dataset {spec},split={likely}",
     )
 
 
@@ -284,7 +286,7 @@ def _unread_files(folder: Path, builder: Any) -> list[str]:
         str(file)
         for file in others
         if _file_type(file) is not None
-        and file.name not in FILES_TO_IGNORE
+        and file.name not in (*FILES_TO_IGNORE, "state.json")  # the last is written by `save_to_disk`
         and not any(part.startswith((".", "__")) for part in file.parts)
     ]
 

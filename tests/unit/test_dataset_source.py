@@ -158,6 +158,18 @@ def test_a_folder_without_a_train_split_wants_a_name(tmp_path: Path) -> None:
     with pytest.raises(DpoCacheError, match="has no split `train`") as error:
         opened(tmp_path / "folder")
     assert error.value.next_step == f"--dataset {tmp_path}/folder,split=validation"
+    for name in ("test_prefs", "train_prefs"):  # as UltraFeedback has them
+        write(tmp_path / "named" / "data" / f"{name}-00000-of-00001.jsonl")
+    with pytest.raises(DpoCacheError, match="has no split `train`") as error:
+        opened(tmp_path / "named")
+    assert error.value.next_step == f"--dataset {tmp_path}/named,split=train_prefs"
+
+
+def test_a_dataset_saved_to_disk_is_read_whole(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    source = opened(tmp_path / "saved")
+    assert all_rows(source) == ROWS
+    assert source.unread_files == []
 
 
 @pytest.mark.parametrize("in_folder", [False, True])
