@@ -72,14 +72,17 @@ def detect_format(column_names: Sequence[str], first_rows: Iterable[Row]) -> Pre
     if _mostly(_is_messages, answers):
         # A `prompt` column beside whole conversations (UltraFeedback) only repeats their first message.
         answers_alone = _mostly(lambda answer: _is_messages(answer) and answer[0]["role"] == "assistant", answers)
-        explicit = has_prompt and answers_alone
-        return PreferenceFormat.EXPLICIT_MESSAGES if explicit else PreferenceFormat.IMPLICIT_MESSAGES
-    if _mostly(_is_text, answers):
+        if answers_alone and has_prompt:
+            return PreferenceFormat.EXPLICIT_MESSAGES
+        # Turns that both answers begin with are not the whole prompt if a column of another name holds the question.
+        if not answers_alone or not _prompts_elsewhere(column_names):
+            return PreferenceFormat.IMPLICIT_MESSAGES
+    elif _mostly(_is_text, answers):
         if _mostly(_is_messages_as_json, answers):
             raise DpoCacheError(
                 "`chosen` and `rejected` hold messages written as JSON text",
                 expected="lists of messages, or plain text",
-                next_step="read the columns with json.loads and save the dataset again",
+                next_step="read the columns with json.loads and save the lists of messages",
             )
         if _mostly(_is_transcript, answers):
             return PreferenceFormat.TRANSCRIPT
@@ -129,12 +132,14 @@ def _is_messages(value: Any) -> bool:
 
 
 def _is_messages_as_json(value: Any) -> bool:
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return False
     try:
-        return _is_messages(json.loads(value))
+        parsed = json.loads(value)
     except (ValueError, RecursionError):
         return False
+    # Datasets of tool calls have {"messages": […], "tools": […]} there; any other object is an answer in JSON.
+    return _is_messages(parsed.get("messages") if isinstance(parsed, dict) else parsed)
 
 
 def _is_transcript(value: Any) -> bool:
@@ -165,7 +170,9 @@ def _why_none_fits(column_names: Sequence[str], first_rows: Sequence[Row]) -> tu
         name: Counter(_kind(row.get(name)) for row in first_rows) for name in TELLING_COLUMNS if name in column_names
     }
     of_responses = kinds["chosen"].keys() | kinds["rejected"].keys()
-    if "prompt" not in kinds and of_responses == {TEXT}:
+    if "prompt" not in kinds and of_responses in ({TEXT}, {MESSAGES}):
+        if set(column_names) == {"chosen", "rejected"}:
+            return these_columns, "add a column `prompt`"
         elsewhere = _prompts_elsewhere(column_names)
         unless = f", or drop {' and '.join(elsewhere)} if the responses begin with the prompt" if elsewhere else ""
         return these_columns, f"rename the column that holds the prompt to `prompt`{unless}"

@@ -127,14 +127,37 @@ def test_words_that_responses_share_are_no_prompt_beside_a_column_that_may_hold_
     assert detect_format(list(example), [example]) is PLAIN_TEXT
 
 
-def test_messages_written_as_json_text_are_not_taken_for_plain_text() -> None:
-    chosen, rejected = (
-        json.dumps([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]) for answer in "ab"
+def test_turns_that_responses_share_are_no_prompt_beside_a_column_that_may_hold_it() -> None:
+    called, result = assistant("Let me look."), {"role": "tool", "content": "7"}
+    example = row([called, result, assistant("Seven")], [called, result, assistant("Eight")])
+    assert detect_format(list(example), [example]) is IMPLICIT
+    with pytest.raises(DpoCacheError) as error:
+        detect_format([*example, "conversations"], [example])
+    assert error.value.next_step == (
+        "rename the column that holds the prompt to `prompt`, or drop conversations if the responses begin with the "
+        "prompt, then run the same command again"
     )
+
+
+def test_a_column_that_is_not_there_cannot_be_renamed() -> None:
+    example = row("Avast!", "Good day.")
+    with pytest.raises(DpoCacheError) as error:
+        detect_format(list(example), [example])
+    assert error.value.next_step == "add a column `prompt`, then run the same command again"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_messages_written_as_json_text_are_not_taken_for_plain_text(wrapped: bool) -> None:
+    conversations = ([{"role": "user", "content": "Hi"}, assistant(answer)] for answer in "ab")
+    chosen, rejected = (json.dumps({"messages": turns, "tools": []} if wrapped else turns) for turns in conversations)
     with pytest.raises(DpoCacheError, match="hold messages written as JSON text"):
         detect_format(["chosen", "rejected"], [row(chosen, rejected)])
-    numbers = row("[1, 2, 3]", "[1, 2, 4", prompt="Count.")
-    assert detect_format(list(numbers), [numbers]) is PreferenceFormat.EXPLICIT_TEXT
+
+
+@pytest.mark.parametrize("answers", [("[1, 2, 3]", "[1, 2, 4"), ('{"name": "a"}', '{"messages": "b"}')])
+def test_answers_in_json_are_text(answers: tuple[str, str]) -> None:
+    example = row(*answers, prompt="Write JSON.")
+    assert detect_format(list(example), [example]) is PreferenceFormat.EXPLICIT_TEXT
 
 
 def test_columns_that_a_format_does_not_read_are_named() -> None:
