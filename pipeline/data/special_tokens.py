@@ -28,7 +28,9 @@ class SpecialTokens:
     def around_text(
         self, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds
     ) -> tuple[TokenIds, TokenIds, TokenIds]:
-        """Plain text with what the tokenizer itself begins it with, and an eos behind each answer.
+        """Plain text with what the tokenizer itself begins it with, and an eos at the end of each answer.
+
+        An answer that has its eos already, as in data made for other trainers, gets no second one.
 
         Raises:
             DpoCacheError: The tokenizer has no eos.
@@ -39,11 +41,11 @@ class SpecialTokens:
                 next_step="set eos_token in its tokenizer_config.json, or use a dataset of messages",
             )
         end = np.asarray([self.eos], dtype=np.int32)
-        return (
-            np.concatenate([self._before_text, prompt]),
-            np.concatenate([chosen, end]),
-            np.concatenate([rejected, end]),
+        chosen, rejected = (
+            answer if np.array_equal(answer[-1:], end) else np.concatenate([answer, end])
+            for answer in (chosen, rejected)
         )
+        return np.concatenate([self._before_text, prompt]), chosen, rejected
 
     def begins_twice(self, ids: TokenIds) -> bool:
         """Whether the first two tokens are bos."""

@@ -579,7 +579,16 @@ def test_a_template_that_doubles_a_special_token_is_an_error(make: MakeTokenizer
 def test_an_eos_in_the_answers_own_text_makes_the_row_unusable(make: MakeTokenizer) -> None:
     tokenizer = make()
     assert reason(tokenizer, chat("Hi", "Yes", "No</s>")) == "double-eos"
-    assert reason(tokenizer, text("Hi", " Yes</s>", " No")) == "double-eos"
+    assert reason(tokenizer, text("Hi", " Yes</s></s>", " No")) == "double-eos"
+
+
+def test_plain_text_that_ends_with_an_eos_gets_no_second_one(make: MakeTokenizer) -> None:
+    tokenizer = make()
+    for chosen, rejected in ((" Yes", " No"), (" Yes</s>", " No</s>"), (" Yes</s>", " No")):
+        pair = tokenizer.tokenize(text("Hi", chosen, rejected))
+        assert pair.chosen_ids.tolist() == [*ids(" Yes"), EOS]
+        assert pair.rejected_ids.tolist() == [*ids(" No"), EOS]
+        assert pair.scored_mask is None
 
 
 def test_an_eos_inside_an_answer_is_no_doubled_one(make: MakeTokenizer) -> None:
