@@ -118,7 +118,8 @@ def install_completion_head(head: nn.Module, config: Any, *, chunk_tokens: int |
         raise DpoCacheError(
             f"the model's vocabulary head is a {type(head).__module__}.{type(head).__qualname__}",
             expected="a torch.nn.Linear",
-            next_step="leave the vocabulary head out of adapters and quantization",
+            next_step="leave the vocabulary head out of adapters and quantization; an adapter that is trained already "
+            "can be merged into its base (peft's merge_and_unload)",
         )
     head.__class__ = CompletionHead
     assert isinstance(head, CompletionHead)

@@ -250,6 +250,15 @@ def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
         adapted: nn.Module = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     except (OSError, ValueError) as error:
         raise DpoCacheError(f"the adapter {adapter} cannot be loaded: {first_line(error)}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise DpoCacheError(
+            f"the adapter {adapter} does not fit the weights of its base: {str(error).splitlines()[1].strip()}",
+            expected="the model that the adapter was trained on",
+            next_step="if tokens were added for the adapter, resize the model's embeddings as was done then, merge the "
+            "adapter (peft's merge_and_unload), and build with the merged model",
+        ) from error
     if getattr(adapted.active_peft_config, "alora_invocation_tokens", None):
         # peft looks for those tokens outside the modules that we call: without that the adapter has no effect.
         raise DpoCacheError(

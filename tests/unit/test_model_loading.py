@@ -20,7 +20,7 @@ from dpo_cache.pipeline.scoring.model_loading import (
 )
 from dpo_cache.pipeline.scoring.pair_scorer import PairScorer
 from safetensors.torch import load_file, save_file
-from tiny_model_factory import tiny_model, token_pairs
+from tiny_model_factory import VOCABULARY, tiny_model, token_pairs
 from transformers import AutoConfig, AutoModelForCausalLM
 
 CPU = torch.device("cpu")
@@ -178,6 +178,18 @@ def test_a_lora_reference_scores_like_its_merged_weights(tmp_path: Path) -> None
     assert abs(logps - PairScorer(load(base))(batch).chosen_logps_B).max() > 0.1
     merged = PairScorer(adapted.merge_and_unload().eval())(batch).chosen_logps_B
     torch.testing.assert_close(logps, merged, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_for_other_shapes_is_refused_with_its_first_mismatch(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    wider = saved(tmp_path / "wider", vocab_size=VOCABULARY + 3)  # as after tokens were added
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    peft.get_peft_model(load(wider), settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        DpoCacheError, match=r"does not fit the weights of its base: size mismatch for .*embed"
+    ) as error:
+        load(saved(tmp_path / "base"), adapter=tmp_path / "adapter")
+    assert "merge_and_unload" in str(error.value)
 
 
 def test_an_adapter_that_waits_for_its_invocation_is_refused(tmp_path: Path) -> None:
