@@ -74,7 +74,9 @@ def check_headers(folder: Path, expected: Mapping[str, TensorHeader]) -> None:
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype:
-    """The dtype most of a checkpoint's numbers are in, which the trained model is written in too.
+    """The dtype that the trained model is written in: that of most of a checkpoint's numbers, but for F64.
+
+    The optimizer keeps float32 weights, so that a model written in float64 would only be larger.
 
     Raises:
         DpoCacheError: There is no safetensors file, or most of the numbers are quantized weights (FP8, integers).
@@ -92,4 +94,4 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
             expected="a checkpoint in BF16, F16 or F32",
             next_step="build a cache with the model that it was made from, or convert it to one of those first",
         )
-    return trainable[name]
+    return torch.float32 if name == "F64" else trainable[name]

@@ -26,9 +26,11 @@ def test_a_file_that_lacks_a_tensor_or_has_another_shape_or_dtype_is_refused(tmp
     assert "model.norm.weight: TensorHeader(dtype='F16'" in str(caught.value)
 
 
-def test_the_dtype_of_a_checkpoint_is_that_of_most_of_its_numbers(tmp_path: Path) -> None:
+def test_a_model_is_written_in_the_dtype_of_most_numbers_of_its_base_up_to_float32(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(9, dtype=torch.bfloat16), "b": torch.zeros(8)}, tmp_path / "x.safetensors")
     assert checkpoint_dtype(tmp_path) == torch.bfloat16
+    save_file({"a": torch.zeros(9, dtype=torch.float64)}, tmp_path / "x.safetensors")
+    assert checkpoint_dtype(tmp_path) == torch.float32, "the optimizer has no weights more precise than that"
     (tmp_path / "empty").mkdir()
     with pytest.raises(DpoCacheError, match="holds no safetensors file"):
         checkpoint_dtype(tmp_path / "empty")
