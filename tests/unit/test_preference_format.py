@@ -40,6 +40,16 @@ def test_each_format_is_recognised(example: dict[str, Any], expected: Preference
     assert detect_format(list(example), [example]) is expected
 
 
+def test_a_system_message_of_the_prompt_alone_is_not_left_out_without_a_word() -> None:
+    system = {"role": "system", "content": "Be kind"}
+    with_system = {**CONVERSATIONS, "prompt": [system, user("Hi")]}
+    with pytest.raises(DpoCacheError, match="begins with a system message that `chosen` and `rejected` leave out"):
+        detect_format(list(with_system), [with_system])
+    repeated = {**with_system, **{side: [system, *CONVERSATIONS[side]] for side in ("chosen", "rejected")}}
+    for fine in (repeated, {**CONVERSATIONS, "prompt": [user("Hi")]}):
+        assert detect_format(list(fine), [fine]) is IMPLICIT
+
+
 def test_one_odd_row_does_not_decide_the_format() -> None:
     odd, empty = row("Human: no", "Assistant: transcript"), row("", None)
     plain = row("Hi: yes", "Hi: no")
