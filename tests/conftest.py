@@ -14,8 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What DeepSpeed compiles at a first start stays compiled for the other tests, whose user cache is their own.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions"))
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -30,7 +28,9 @@ def _user_cache_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A process group of this process alone."""
     import torch.distributed as dist
+    from dpo_cache.stages.processes.process_group import prepare_deepspeed
 
+    prepare_deepspeed()
     rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
     yield

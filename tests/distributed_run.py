@@ -85,7 +85,9 @@ def free_port() -> int:
 def _rank(file: str, function: str, args: tuple[Any, ...], result: Path) -> None:
     """One rank: import the test file, call the function, leave its result."""
     import torch.distributed as dist
+    from dpo_cache.stages.processes.process_group import prepare_deepspeed
 
+    prepare_deepspeed()
     dist.init_process_group("gloo")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None
