@@ -31,7 +31,7 @@ def test_imported_values_of_answers_of_one_token_may_round_further(monkeypatch: 
     monkeypatch.setattr(import_proof, "_score", lambda *_, **__: ours)
     pair: Any = SimpleNamespace(chosen_tokens=1, rejected_tokens=20)
     config: Any = SimpleNamespace(values="sums", trust_remote_code=False)
-    reference: Any = SimpleNamespace(dtype="bfloat16")
+    reference: Any = SimpleNamespace(identity=SimpleNamespace(compute_dtype="bfloat16"))
 
     def prove(chosen: float, rejected: float) -> import_proof.SampleSpread:
         return import_proof.prove_values(Path("x"), [pair], ours + np.array([chosen, rejected]), config, reference)
