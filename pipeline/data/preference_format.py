@@ -139,7 +139,8 @@ def _is_messages(value: Any) -> bool:
 
 
 def _leaves_system_out(row: Row) -> bool:
-    prompt, conversation = row.get("prompt"), row["chosen"]
+    prompt: Any = row.get("prompt")
+    conversation: Any = row["chosen"]
     if not _is_messages(prompt) or not _is_messages(conversation):
         return False
     return bool(prompt[0]["role"] == "system" != conversation[0]["role"])
