@@ -45,11 +45,14 @@ def test_a_cache_holds_what_the_quantized_model_says_and_says_so(quantized_cache
     assert identity["quantization"] == "nf4"
     assert "nf4" in CliRunner().invoke(cli.dpo_cache, ["info", str(quantized_cache)]).stdout
     model = plainly_quantized(reference)
-    rows = shard_rows(quantized_cache).to_pylist()
-    for row in rows[:8]:
+    from_full_weights = []
+    for row in shard_rows(quantized_cache).to_pylist()[:8]:
         cached = (row["ref_chosen_logps"], row["ref_rejected_logps"])
         assert sums(model, row) == pytest.approx(cached, rel=1e-5)
-        assert plain_logps(reference, row["prompt_ids"], row["chosen_ids"]) != pytest.approx(cached[0], rel=1e-3)
+        full = plain_logps(reference, row["prompt_ids"], row["chosen_ids"])
+        from_full_weights.append(abs(full / cached[0] - 1))
+    # Of one answer, the errors of its tokens may cancel out.
+    assert max(from_full_weights) > 1e-3
     again = CliRunner().invoke(cli.dpo_cache, ["verify", str(quantized_cache), "--rescore", "8", "--json"])
     assert again.exit_code == 0, again.output
     assert max(spread["max_per_token"] for spread in json.loads(again.stdout)["rescored"]["spreads"]) < 1e-5
