@@ -1,6 +1,7 @@
 """Processes that begin with the imports already made, which take seconds and are not what a test is about.
 
-One process imports what most tests need and is forked for each that is asked for. Nothing but modules is shared.
+One process imports what most tests need and is forked for each that is asked for, and for each child that a command
+among these starts. Nothing but modules is shared.
 """
 
 from __future__ import annotations
@@ -8,14 +9,25 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.forkserver
 import os
-from collections.abc import Callable, Mapping
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-IMPORTED = ["deepspeed.runtime.zero.stage3", "dpo_cache.stages.build", "training_factory"]
+from dpo_cache.__main__ import main
+from dpo_cache.stages.processes import child_processes
+
+IMPORTED = [
+    "deepspeed.runtime.zero.stage3",
+    "dpo_cache.stages.build",
+    "dpo_cache.stages.scoring.score",
+    "dpo_cache.stages.train",
+    "training_factory",
+]
 ON_A_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 """Read while DeepSpeed and torch are imported."""
 
@@ -36,12 +48,68 @@ def start_forked(
     return process
 
 
+class ForkedChild:
+    """What :mod:`child_processes` uses of a ``subprocess.Popen``."""
+
+    def __init__(self, process: ForkServerProcess) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            assert self.pid is not None
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self) -> None:
+        self._process.join()
+
+
+def _start_child(
+    command: Sequence[str], environment: Mapping[str, str], fault_file: Path, *, log: Path | None = None
+) -> child_processes.Child:
+    """In place of ``child_processes._start``.
+
+    The child's parent is the process that forks them all, so the kernel cannot end the two together; tests that kill
+    a command start it from nothing.
+    """
+    python = child_processes.python_command()
+    assert list(command[: len(python)]) == python
+    output = log or Path(f"/proc/{os.getpid()}/fd/{sys.stderr.fileno()}")
+    process = start_forked(
+        _in_new_session,
+        list(command[len(python) :]),
+        environment={**os.environ, **environment, child_processes.FAULT_FILE: str(fault_file)},
+        stdout=output,
+        stderr=output,
+    )
+    return child_processes.Child(process=ForkedChild(process), fault_file=fault_file)  # type: ignore[arg-type]
+
+
+def _in_new_session(arguments: list[str]) -> None:
+    os.setsid()
+    main(arguments)
+
+
 @cache
 def _prepared() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    with mock.patch.dict(os.environ, ON_A_CPU):
-        multiprocessing.forkserver.ensure_running()
+    server: Any = multiprocessing.forkserver._forkserver
+    if server._forkserver_address is None:
+        context.set_forkserver_preload(IMPORTED)
+        with mock.patch.dict(os.environ, ON_A_CPU):
+            server.ensure_running()
+    else:  # in a forked process, which would otherwise start a server of its own
+        server.ensure_running = lambda: None
     return context
 
 
@@ -53,4 +121,5 @@ def _call(
             os.dup2(file.fileno(), number)
     os.environ.clear()
     os.environ.update(environment)
-    function(*args)
+    with mock.patch.object(child_processes, "_start", _start_child):
+        function(*args)
