@@ -52,6 +52,7 @@ class ForkedChild:
     """What :mod:`child_processes` uses of a ``subprocess.Popen``."""
 
     def __init__(self, process: ForkServerProcess) -> None:
+        assert process.pid is not None
         self._process = process
         self.pid = process.pid
 
@@ -64,7 +65,6 @@ class ForkedChild:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            assert self.pid is not None
             os.kill(self.pid, number)
 
     def kill(self) -> None:

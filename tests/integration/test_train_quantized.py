@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -51,8 +52,8 @@ def test_a_cache_holds_what_the_quantized_model_says_and_says_so(quantized_cache
         assert sums(model, row) == pytest.approx(cached, rel=1e-5)
         full = plain_logps(reference, row["prompt_ids"], row["chosen_ids"])
         from_full_weights.append(abs(full / cached[0] - 1))
-    # Of one answer, the errors of its tokens may cancel out.
-    assert max(from_full_weights) > 1e-3
+    # One answer may hardly move: the errors of its tokens cancel out.
+    assert fmean(from_full_weights) > 1e-3
     again = CliRunner().invoke(cli.dpo_cache, ["verify", str(quantized_cache), "--rescore", "8", "--json"])
     assert again.exit_code == 0, again.output
     assert max(spread["max_per_token"] for spread in json.loads(again.stdout)["rescored"]["spreads"]) < 1e-5
