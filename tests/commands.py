@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from dpo_cache.__main__ import main
-from forked_process import start_forked
+from forked_process import ON_A_CPU, start_forked
 
 TIMEOUT_S = 300
 
@@ -36,16 +36,18 @@ def ended(command: list[str], *, environment: dict[str, str] | None = None) -> s
     """Run a command to its end, whatever that is.
 
     Args:
-        command: From :func:`dpo_cache` or :func:`dpo_train`.
-        environment: Variables to set beside those of this process. Without any, and on a machine without a GPU, the
-            process begins with its imports made.
+        command: From :func:`dpo_cache` or :func:`dpo_train`, which begins with its imports made; or any other.
+        environment: Variables to set beside those of this process. A library may read them while it is imported, so
+            that the process begins with nothing then, as it does on a machine with a GPU.
     """
-    if environment or torch.cuda.is_available():
-        variables = {**os.environ, **(environment or {})}
+    environment = environment or {}
+    variables = {**os.environ, **environment}
+    is_forked = command[:3] == dpo_cache() and environment.items() <= ON_A_CPU.items()
+    if not is_forked or torch.cuda.is_available():
         return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=variables)
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
-        process = start_forked(main, command[3:], environment=os.environ, stdout=stdout, stderr=stderr)
+        process = start_forked(main, command[3:], environment=variables, stdout=stdout, stderr=stderr)
         process.join(TIMEOUT_S)
         process.kill()  # where it has not ended
         process.join()

@@ -119,6 +119,9 @@ def _call(
     for number, path in ((1, stdout), (2, stderr)):
         with path.open("ab") as file:
             os.dup2(file.fileno(), number)
+    # New ones: whether what they write to can be sought in was found out for the server's.
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
     with mock.patch.object(child_processes, "_start", _start_child):

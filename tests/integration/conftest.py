@@ -5,11 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import dpo_cache, run
+from program_stand_ins import stand_ins
 from tiny_model import SHARED_DATA, message_pairs, tiny_tokenizer, write_rows, write_tiny_model
 
 NUM_PAIRS = 40
@@ -41,6 +45,16 @@ def cache(shared_cache: Path, tmp_path: Path) -> Path:
     copied = tmp_path / "cache"
     shutil.copytree(shared_cache, copied)
     return copied
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with our programs for scripts and launchers; without a GPU, such as begin with their imports made."""
+    if torch.cuda.is_available():
+        yield Path(sys.executable).parent
+        return
+    with stand_ins(tmp_path_factory.mktemp("programs")) as folder:
+        yield folder
 
 
 def real_rows(name: str) -> list[dict[str, Any]]:

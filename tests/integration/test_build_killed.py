@@ -22,9 +22,7 @@ def processes_using(folder: Path) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if any(str(folder) in word for word in p.info["cmdline"] or ())]
 
 
-def test_a_build_killed_at_seven_moments_ends_with_the_rows_of_one_never_killed(
-    reference: Path, tmp_path: Path
-) -> None:
+def test_a_build_killed_at_five_moments_ends_with_the_rows_of_one_never_killed(reference: Path, tmp_path: Path) -> None:
     dataset = write_rows(tmp_path / "pairs.jsonl", message_pairs(NUM_PAIRS))
     options = ("build", "--model", reference, "--dataset", dataset, "--num-workers", 2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -32,7 +30,7 @@ def test_a_build_killed_at_seven_moments_ends_with_the_rows_of_one_never_killed(
 
     command = dpo_cache(*options, "--cache", killed)
     deaths = 0
-    for moment in range(7):
+    for moment in range(5):
         # By turns: while it starts and tokenises, as soon as one more shard is there, and a little after that.
         wanted = shards(killed) + (0, 1, 1)[moment % 3]
         delay_s = (2.0 + moment / 2, 0.0, 0.05)[moment % 3]
@@ -48,7 +46,7 @@ def test_a_build_killed_at_seven_moments_ends_with_the_rows_of_one_never_killed(
         assert not survivors, "a scoring process outlived its parent"
         if shards(killed):
             logps_by_key(killed)  # every shard is whole, and no pair was scored twice
-    assert deaths >= 5
+    assert deaths >= 4
 
     kept = len(logps_by_key(killed)) if shards(killed) else 0
     report = run(command)

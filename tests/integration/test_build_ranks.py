@@ -51,16 +51,17 @@ def test_a_worker_killed_in_the_middle_costs_its_unit_in_hand_which_another_take
 
 
 def test_two_agents_of_torchrun_build_one_cache(
-    reference: Path, pairs_file: Path, shared_cache: Path, tmp_path: Path
+    reference: Path, pairs_file: Path, shared_cache: Path, programs: Path, tmp_path: Path
 ) -> None:
     cache, port = tmp_path / "cache", free_port()
-    build = ["-m", "dpo_cache", "build", f"--model={reference}", f"--dataset={pairs_file}", f"--cache={cache}"]
+    build = [f"{programs}/dpo-cache", "build"]
+    build += [f"--model={reference}", f"--dataset={pairs_file}", f"--cache={cache}"]
     agents = [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}"),
                 *("--nproc-per-node=1", "--rdzv-backend=static", f"--rdzv-endpoint=127.0.0.1:{port}"),
-                *(f"--master-port={port}", "--no-python", sys.executable, *build),
+                *(f"--master-port={port}", "--no-python", *build),
             ],
             stderr=subprocess.PIPE,
             text=True,
@@ -89,11 +90,12 @@ def test_a_reference_partitioned_over_two_ranks_gives_the_rows_of_a_whole_one(
 
 
 def test_a_partitioned_reference_is_scored_by_the_tasks_of_a_slurm_step(
-    reference: Path, pairs_file: Path, shared_cache: Path, tmp_path: Path
+    reference: Path, pairs_file: Path, shared_cache: Path, programs: Path, tmp_path: Path
 ) -> None:
     """srun says which rank a task is in variables of its own, which DeepSpeed does not read."""
     cache = tmp_path / "cache"
-    build = dpo_cache("build", "--model", reference, "--dataset", pairs_file, "--cache", cache, "--zero-stage", 3)
+    build = [f"{programs}/dpo-cache", "build", "--zero-stage=3"]
+    build += [f"--model={reference}", f"--dataset={pairs_file}", f"--cache={cache}"]
     step = {
         **{"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"},
         **{"SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(free_port())},
@@ -114,17 +116,23 @@ def test_a_partitioned_reference_is_scored_by_the_tasks_of_a_slurm_step(
 
 
 def test_a_larger_reference_with_an_adapter_in_bf16_gives_under_torchrun_and_zero3_the_rows_of_a_whole_one(
-    pairs_file: Path, tmp_path: Path
+    pairs_file: Path, programs: Path, tmp_path: Path
 ) -> None:
     """Its matrices have more than the 100,000 numbers up to which DeepSpeed leaves a weight whole."""
     large = write_tiny_model(tmp_path / "large", hidden_size=128, intermediate_size=1024)
     write_adapter(large, tmp_path / "adapter")
     whole, partitioned = tmp_path / "whole", tmp_path / "partitioned"
-    build = ("build", "--model", large, "--adapter", tmp_path / "adapter", "--dataset", pairs_file)
-    run(dpo_cache(*build, "--dtype", "bfloat16", "--cache", whole))
+    build = (
+        "build",
+        f"--model={large}",
+        f"--adapter={tmp_path}/adapter",
+        f"--dataset={pairs_file}",
+        "--dtype=bfloat16",
+    )
+    run(dpo_cache(*build, "--cache", whole))
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python")
     run(
-        [*launcher, *dpo_cache(*build, "--dtype", "bfloat16", "--zero-stage", 3, "--cache", partitioned)],
+        [*launcher, f"{programs}/dpo-cache", *build, "--zero-stage=3", f"--cache={partitioned}"],
         environment={"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
     assert_same_logps(logps_by_key(partitioned), logps_by_key(whole), relative=2e-3)  # some of bf16's 8 bits

@@ -92,16 +92,17 @@ def test_json_and_yaml_can_be_read(block: Block) -> None:
 @pytest.mark.parametrize(
     "page", [name for name in PAGES if any(block.page == name and block.is_run for block in BLOCKS)]
 )
-def test_a_page_can_be_typed_from_top_to_bottom(page: str, tmp_path: Path, demo_folder: Path) -> None:
+def test_a_page_can_be_typed_from_top_to_bottom(page: str, tmp_path: Path, demo_folder: Path, programs: Path) -> None:
     folder = tmp_path / "reader"
     shutil.copytree(demo_folder, folder, symlinks=True)
     blocks = [block for block in BLOCKS if block.page == page and (block.is_run or block.file)]
     steps = tmp_path / "blocks.json"
     steps.write_text(json.dumps([dataclasses.asdict(block) for block in blocks]), encoding="utf-8")
+    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "run_page.py"), str(steps)],
         cwd=folder,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"},
+        env={**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from commands import dpo_cache, dpo_train, run
+from commands import dpo_cache, run
 from distributed_run import free_port
 from tiny_model import message_pairs, write_rows
 
@@ -37,9 +37,9 @@ def messages_of_ranks(commands: list[list[str]], *, folders: Sequence[Path | Non
     return [text[text.rindex("Error: ") :] for text in said]
 
 
-def test_another_learning_rate_is_refused_by_name(shared_cache: Path, tmp_path: Path) -> None:
+def test_another_learning_rate_is_refused_by_name(shared_cache: Path, programs: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    command = dpo_train("--cache", shared_cache, "--output", output, "--global-batch-size", 8)
+    command = [f"{programs}/dpo-train", f"--cache={shared_cache}", f"--output={output}", "--global-batch-size=8"]
     messages = messages_of_ranks([[*command, "--learning-rate", rate] for rate in ("1e-6", "2e-6")])
     for message in messages:
         assert message.startswith(
@@ -48,13 +48,12 @@ def test_another_learning_rate_is_refused_by_name(shared_cache: Path, tmp_path: 
     assert not output.exists()
 
 
-def test_another_cache_is_refused(shared_cache: Path, reference: Path, tmp_path: Path) -> None:
+def test_another_cache_is_refused(shared_cache: Path, reference: Path, programs: Path, tmp_path: Path) -> None:
     pairs, other = write_rows(tmp_path / "pairs.jsonl", message_pairs(8, seed=1)), tmp_path / "other"
     run(dpo_cache("build", "--model", reference, "--dataset", pairs, "--cache", other))
     output = tmp_path / "run"
-    messages = messages_of_ranks(
-        [dpo_train("--cache", cache, "--output", output, "--global-batch-size", 8) for cache in (shared_cache, other)]
-    )
+    command = [f"{programs}/dpo-train", f"--output={output}", "--global-batch-size=8"]
+    messages = messages_of_ranks([[*command, f"--cache={cache}"] for cache in (shared_cache, other)])
     for message in messages:
         assert message.startswith(f"Error: the mixture that rank 1 reads from {other} is not that of rank 0\n")
     assert {path.name for path in output.iterdir()} == {".lock"}

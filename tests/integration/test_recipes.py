@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -320,10 +319,12 @@ for pid in "${pids[@]}"; do wait "$pid" || exit 1; done
 """
 
 
-def test_the_debug_recipe_trains_as_a_job_of_slurm(reference: Path, pairs_file: Path, tmp_path: Path) -> None:
+def test_the_debug_recipe_trains_as_a_job_of_slurm(
+    reference: Path, pairs_file: Path, programs: Path, tmp_path: Path
+) -> None:
     write_script(tmp_path / "srun", STUB_SRUN)
     job = {
-        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{tmp_path}:{programs}:{os.environ['PATH']}",
         **{"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2"},
         **{"SLURM_SUBMIT_DIR": str(ROOT), "MASTER_PORT": str(free_port())},
         **{"MODEL": str(reference), "DATASET": f"{pairs_file},amount=8"},

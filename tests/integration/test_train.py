@@ -579,9 +579,11 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("starts", LAUNCHERS.values(), ids=LAUNCHERS)
-def test_other_launchers_start_the_same_ranks(shared_cache: Path, tmp_path: Path, starts: list[list[str]]) -> None:
+def test_other_launchers_start_the_same_ranks(
+    shared_cache: Path, programs: Path, tmp_path: Path, starts: list[list[str]]
+) -> None:
     folder = Path(sys.executable).parent
-    command = [str(folder / "dpo-train"), *train(shared_cache, tmp_path / "run", "--max-steps", 2)[4:]]
+    command = [str(programs / "dpo-train"), *train(shared_cache, tmp_path / "run", "--max-steps", 2)[4:]]
     agents = [
         subprocess.Popen(
             [str(folder / program), *options, *command],
