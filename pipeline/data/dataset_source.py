@@ -23,6 +23,7 @@ from datasets.data_files import FILES_TO_IGNORE
 
 from ...errors import DpoCacheError, first_line
 from .dataset_spec import DatasetSpec
+from .json_texts import LaterTypesError, texts_as_written
 from .named_path import named_path
 
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -207,7 +208,8 @@ def _builder(spec: DatasetSpec, *arguments: Any, **keywords: Any) -> Any:
 
 def _prepare(spec: DatasetSpec, builder: Any, split: str) -> Dataset:
     try:
-        builder.download_and_prepare()
+        with texts_as_written(builder):
+            builder.download_and_prepare()
         dataset: Dataset = builder.as_dataset(split=split)
     except Exception as error:
         raise _unreadable(spec, error) from error
@@ -227,9 +229,12 @@ def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
         cause = cause.__cause__
     if isinstance(cause, StopIteration):  # what an empty file leaves of its first line
         return _empty(spec)
-    if str(cause).startswith("Couldn't cast"):  # types are read off the first ten megabytes of the first file
+    is_later_type = isinstance(cause, LaterTypesError)
+    # Types are read off the first ten megabytes of the first file.
+    if is_later_type or str(cause).startswith("Couldn't cast"):
         return DpoCacheError(
-            f"--dataset {spec} cannot be read: later rows have other columns, keys or types than the first ones",
+            f"--dataset {spec} cannot be read: later rows have other columns, keys or types than the first ones"
+            + (f", in {cause}" if is_later_type else ""),
             expected="columns, keys and types that the first rows show already",
             next_step="move a row that has all of them to the top of the first file",
         )

@@ -14,6 +14,8 @@ from ...errors import DpoCacheError
 Row = Mapping[str, Any]
 TELLING_COLUMNS = ("prompt", "chosen", "rejected")
 """The columns that tell a format."""
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""The columns that a chat template is given beside messages."""
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 """The columns in which datasets keep what a text model cannot read."""
 _PROMPTS_ELSEWHERE = (
@@ -117,7 +119,7 @@ def unused_columns(column_names: Sequence[str], preference_format: PreferenceFor
     if preference_format in (PreferenceFormat.EXPLICIT_MESSAGES, PreferenceFormat.EXPLICIT_TEXT):
         used |= {"prompt"}
     if preference_format.uses_chat_template:
-        used |= {"tools", "chat_template_kwargs"}
+        used |= set(TEMPLATE_COLUMNS)
     return [name for name in column_names if name not in used]
 
 

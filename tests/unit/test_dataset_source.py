@@ -251,6 +251,58 @@ def test_keys_that_only_later_rows_have_are_an_error_until_a_row_at_the_top_has_
     assert all_rows(opened(tmp_path / "folder")) == [thought, plain, plain, thought]
 
 
+def said(content: Any) -> dict[str, Any]:
+    return {"chosen": [{"role": "assistant", "content": content}], "rejected": []}
+
+
+TEXTS = ["plain", "42", " 007", "null", '"Yes"', '{"a": 1}', 'a/b "c"\n\u00e9']
+PARTS = [{"type": "text", "text": "Yes"}]
+
+
+@pytest.mark.parametrize("other", [7, PARTS])
+@pytest.mark.parametrize("row", [lambda value: {"chosen": value}, said])
+def test_texts_that_are_json_come_back_as_written_from_a_field_of_several_types(
+    tmp_path: Path, row: Callable[[Any], dict[str, Any]], other: Any
+) -> None:
+    rows = [row(value) for value in (*TEXTS, other, *TEXTS)]
+    assert all_rows(opened(write(tmp_path / "data.jsonl", rows))) == rows
+
+
+@pytest.mark.parametrize("name", ["jsonl", "json"])
+@pytest.mark.parametrize(
+    ("first", "later", "field"),
+    [
+        (said("yes"), [said("yes"), said(PARTS)], "chosen[].content"),
+        (said("yes"), [said("yes"), said(7)], "chosen[].content"),
+        ({"chosen": "yes"}, [{"chosen": "yes"}, {"chosen": 7}], "chosen"),
+        ({"tools": "[]"}, [{"tools": "[]"}, {"tools": []}], "tools"),
+    ],
+)
+def test_a_type_that_only_later_rows_have_is_an_error_until_a_row_at_the_top_has_it(
+    tmp_path: Path, first: dict[str, Any], later: list[dict[str, Any]], field: str, name: str
+) -> None:
+    write(tmp_path / "folder" / f"a.{name}", [first])
+    write(tmp_path / "folder" / f"b.{name}", later)
+    with pytest.raises(DpoCacheError) as error:
+        opened(tmp_path / "folder")
+    assert error.value.found.endswith(f"later rows have other columns, keys or types than the first ones, in {field}")
+    write(tmp_path / "folder" / f"a.{name}", [later[1], first])
+    assert all_rows(opened(tmp_path / "folder")) == [later[1], first, *later]
+
+
+def test_objects_in_later_rows_do_not_become_text(tmp_path: Path) -> None:
+    write(tmp_path / "folder" / "a.jsonl", [{"chosen": "yes"}])
+    write(tmp_path / "folder" / "b.jsonl", [{"chosen": {"role": "assistant", "content": "yes"}}])
+    with pytest.raises(DpoCacheError, match="than the first ones, in chosen\n"):
+        opened(tmp_path / "folder")
+
+
+def test_what_a_column_that_is_not_read_holds_in_later_rows_does_not_matter(tmp_path: Path) -> None:
+    write(tmp_path / "folder" / "a.jsonl", [{"chosen": "yes", "id": "a"}])
+    write(tmp_path / "folder" / "b.jsonl", [{"chosen": "no", "id": "b"}, {"chosen": "yes", "id": 7}])
+    assert [row["chosen"] for row in all_rows(opened(tmp_path / "folder"))] == ["yes", "no", "yes"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
