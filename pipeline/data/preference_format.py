@@ -63,8 +63,8 @@ def detect_format(column_names: Sequence[str], first_rows: Iterable[Row]) -> Pre
 
     Raises:
         DpoCacheError: ``chosen`` and ``rejected`` are not both there, or hold neither messages nor text; or text that
-            is messages in JSON, which is nothing to train on as it stands; or conversations without the system message
-            of ``prompt``.
+            is messages in JSON, which is nothing to train on as it stands; or conversations without the messages of
+            ``prompt``.
     """
     first_rows = list(first_rows)
     rows = [row for row in first_rows if row.get("chosen") and row.get("rejected")]
@@ -77,11 +77,11 @@ def detect_format(column_names: Sequence[str], first_rows: Iterable[Row]) -> Pre
         answers_alone = _mostly(lambda answer: _is_messages(answer) and answer[0]["role"] == "assistant", answers)
         if answers_alone and has_prompt:
             return PreferenceFormat.EXPLICIT_MESSAGES
-        if _mostly(_leaves_system_out, rows):
+        if _mostly(_leaves_prompt_out, rows):
             raise DpoCacheError(
-                "`prompt` begins with a system message that `chosen` and `rejected` leave out",
+                "`prompt` holds messages that `chosen` and `rejected` leave out",
                 expected="the responses alone in `chosen` and `rejected`, or whole conversations",
-                next_step="put the system message in front of both, or drop `prompt` if it is not meant to count",
+                next_step="put these messages in front of both, or drop `prompt` if they are not meant to count",
             )
         # Turns that both answers begin with are not the whole prompt if a column of another name holds the question.
         if not answers_alone or not _prompts_elsewhere(column_names):
@@ -140,12 +140,19 @@ def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
-def _leaves_system_out(row: Row) -> bool:
+def _leaves_prompt_out(row: Row) -> bool:
+    """Whether the prompt has messages that the conversation lacks: a system message, or what was said before."""
     prompt: Any = row.get("prompt")
     conversation: Any = row["chosen"]
     if not _is_messages(prompt) or not _is_messages(conversation):
         return False
-    return bool(prompt[0]["role"] == "system" != conversation[0]["role"])
+    said = [_words(message) for message in conversation]
+    return any(_words(message) not in said for message in prompt)
+
+
+def _words(message: Any) -> tuple[Any, list[str]] | None:
+    """What a message says, whatever the white space in it."""
+    return (message.get("role"), str(message.get("content")).split()) if isinstance(message, dict) else None
 
 
 def _is_messages_as_json(value: Any) -> bool:

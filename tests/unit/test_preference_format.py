@@ -40,14 +40,16 @@ def test_each_format_is_recognised(example: dict[str, Any], expected: Preference
     assert detect_format(list(example), [example]) is expected
 
 
-def test_a_system_message_of_the_prompt_alone_is_not_left_out_without_a_word() -> None:
-    system = {"role": "system", "content": "Be kind"}
-    with_system = {**CONVERSATIONS, "prompt": [system, user("Hi")]}
-    with pytest.raises(DpoCacheError, match="begins with a system message that `chosen` and `rejected` leave out"):
-        detect_format(list(with_system), [with_system])
-    repeated = {**with_system, **{side: [system, *CONVERSATIONS[side]] for side in ("chosen", "rejected")}}
-    for fine in (repeated, {**CONVERSATIONS, "prompt": [user("Hi")]}):
-        assert detect_format(list(fine), [fine]) is IMPLICIT
+@pytest.mark.parametrize("before", [{"role": "system", "content": "Be kind"}, user("I am Bob")])
+def test_messages_of_the_prompt_alone_are_not_left_out_without_a_word(before: dict[str, Any]) -> None:
+    for prompt in ([before, user("Hi")], [before]):
+        example = {**CONVERSATIONS, "prompt": prompt}
+        with pytest.raises(DpoCacheError, match="`prompt` holds messages that `chosen` and `rejected` leave out"):
+            detect_format(list(example), [example])
+        repeated = {**example, **{side: [before, *CONVERSATIONS[side]] for side in ("chosen", "rejected")}}
+        assert detect_format(list(repeated), [repeated]) is IMPLICIT
+    repeating = {**CONVERSATIONS, "prompt": [user(" Hi\n")]}
+    assert detect_format(list(repeating), [repeating]) is IMPLICIT
 
 
 def test_one_odd_row_does_not_decide_the_format() -> None:
