@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import logps_by_key
+from commands import logps_by_key, shard_rows
 from dpo_cache.pipeline.cache.cache_folder import ReferenceCache
 from dpo_cache.pipeline.data.dataset_source import open_dataset
 from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
 from dpo_cache.stages.build import build
 from dpo_cache.stages.building.build_config import BuildConfig
 from dpo_cache.stages.scoring.scoring_job import lead_scoring
-from tiny_model import message_pairs, write_rows
+from tiny_model import message_pairs, rendered_pair, write_rows
+from transformers import AutoTokenizer
 
 
 def test_datasets_splits_and_amounts_make_mixtures_that_share_the_rows_of_one_cache(
@@ -58,6 +59,31 @@ def test_datasets_splits_and_amounts_make_mixtures_that_share_the_rows_of_one_ca
     assert len(logps_by_key(cache)) == before + scored
     assert built("held-out", f"{other}") == (0, 16)
     assert ReferenceCache.open(cache).mixture_names() == ["all", "held-out", "others"]
+
+
+def test_datasets_of_several_formats_are_each_read_in_their_own_way_and_columns_that_are_not_used_are_listed(
+    reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One of messages, one of plain text; each has columns that the other lacks."""
+    chats, texts = tmp_path / "chats.jsonl", tmp_path / "texts.jsonl"
+    conversations = message_pairs(3)
+    write_rows(chats, [{**row, "score": number, "tools": None} for number, row in enumerate(conversations)])
+    write_rows(texts, [{"prompt": f"{n}:", "chosen": f" yes {n}", "rejected": " no", "tools": "x"} for n in range(3)])
+    cache = tmp_path / "cache"
+    build(BuildConfig(model=str(reference), dataset=(str(chats), str(texts)), cache=cache))
+    said = capfd.readouterr().err
+    assert f"{chats}: columns that are not used: score\n" in said
+    assert f"{texts}: columns that are not used: tools\n" in said
+
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    plain = [
+        tuple(tokenizer(text).input_ids for text in (f"{n}:", f" yes {n}<|endoftext|>", " no<|endoftext|>"))
+        for n in range(3)
+    ]
+    expected = [*(rendered_pair(reference, row) for row in conversations), *plain]
+    rows = shard_rows(cache).to_pylist()
+    found = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
+    assert sorted(found) == sorted(expected)
 
 
 def test_a_mixture_is_written_once_a_shared_file_system_shows_the_shards_of_other_machines(
