@@ -14,6 +14,7 @@ from .cli_completion import complete_mixture
 from .cli_help import GroupedOption
 from .cli_location import FOLDER, LOCATION
 from .errors import DpoCacheError
+from .stages.options_file import read_options_file
 from .stages.setting import Setting, settings_of, values_from_file
 
 MIXTURES = ("mixture", "eval_mixture")
@@ -95,12 +96,10 @@ def _read_config_file(
             "put all options into one file, or give some as flags"
         )
     (path,) = paths
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as fault:
-        raise click.BadParameter(f"{path} is not YAML: {fault}") from fault
+        values = read_options_file(path) or {}
+    except DpoCacheError as fault:
+        raise click.BadParameter(str(fault)) from fault
     if not isinstance(values, dict):
         raise click.BadParameter(f"{path} does not hold option names with values")
     try:

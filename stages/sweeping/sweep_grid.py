@@ -20,12 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...errors import DpoCacheError, as_argument
 from ...pipeline.data.named_path import named_path
 from ..addresses.location import Location, location_of
 from ..building.build_config import BuildConfig
+from ..options_file import read_options_file
 from ..setting import command_line_of, values_from_file
 from ..training.train_config import TrainConfig
 
@@ -129,10 +128,7 @@ def _number_text(value: float) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        file = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as fault:
-        raise DpoCacheError(f"{path} is not YAML: {fault}") from fault
+    file = read_options_file(path)
     if not isinstance(file, dict) or not file.keys() <= set(KEYS):
         unknown = ", ".join(sorted(map(str, set(file) - set(KEYS)))) if isinstance(file, dict) else None
         raise DpoCacheError(

@@ -158,6 +158,7 @@ def test_an_option_that_must_be_given_is_asked_for(missing: str) -> None:
         ("config: other.yaml", "unknown option config"),
         ("betta: 3", "did you mean beta?"),
         ("max_steps: 1\nmax-steps: 2", "is given twice"),
+        ("beta: 1\nseed: 2\nbeta: 3", "c.yaml: beta is given twice, in lines 1 and 3"),
         ("- a", "does not hold option names"),
         ("a: [1,", "is not YAML"),
     ],
@@ -183,6 +184,11 @@ def test_a_file_of_options_says_what_the_command_line_would(tmp_path: Path) -> N
         use_lora=True,
         lora_target_modules=("q_proj",),
     )
+
+
+def test_a_key_that_overrides_one_it_merges_is_given_once(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("<<: {cache: c, output: o, beta: 1}\nbeta: 3", "utf-8")
+    assert parsed(TrainConfig, ["--config", str(tmp_path / "c.yaml")]).beta == 3
 
 
 def test_one_dataset_in_a_file_needs_no_list(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_builds_are_of_the_sweeps_cache(tmp_path: Path) -> None:
         ("train: {beta: 5}", "has no points"),
         ("points: {beta: 5}", "points is {'beta': 5}\n  expected: a list of points"),
         ("points: [beta]", "point 1 of the list is 'beta'\n  expected: option names with values"),
+        ("grid: {beta: [5], seed: [1], beta: [2]}", "grid.yaml: beta is given twice, in lines "),
         (": :\n - [", "is not YAML"),
     ],
 )
