@@ -167,10 +167,12 @@ def verify_command(
     "explain", cls=GroupedCommand, context_settings=CONTEXT, short_help="Say which rows a build would reuse, and why."
 )
 @cache_argument
-@config_options(BuildConfig, without=NOT_EXPLAINED)
+@config_options(BuildConfig, without=NOT_EXPLAINED, whole_file=True)
 @json_option
 def explain_command(cache: Path, as_json: bool, **values: Any) -> None:
     """Say which rows a build with these options would reuse and, for the others, which settings differ.
+
+    --config takes the file of that build.
 
     \b
     Example:

@@ -23,9 +23,16 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def config_options(
-    config_class: type[Any], *, without: Collection[str] = (), from_file: bool = True
+    config_class: type[Any], *, without: Collection[str] = (), from_file: bool = True, whole_file: bool = False
 ) -> Callable[[Command], Command]:
-    """Every setting of a stage but those ``without`` as an option, and ``--config`` for a YAML file of them."""
+    """Every setting of a stage but those ``without`` as an option, and ``--config`` for a YAML file of them.
+
+    Args:
+        config_class: The settings.
+        without: Names of those that are no options of this command.
+        from_file: Whether there is ``--config``.
+        whole_file: Whether that file may have them nevertheless, because it serves another command too.
+    """
 
     def decorate(command: Command) -> Command:
         for declared in reversed(list(settings_of(config_class))):
@@ -39,7 +46,7 @@ def config_options(
             multiple=True,  # only so that a second one can be refused
             is_eager=True,
             expose_value=False,
-            callback=functools.partial(_read_config_file, config_class, frozenset(without)),
+            callback=functools.partial(_read_config_file, config_class, frozenset(without), whole_file),
             help="YAML file with these options as keys. Flags override it; --no-NAME turns a switch off again.",
         )(command)
 
@@ -83,6 +90,7 @@ def _click_type(declared: Setting) -> Any:
 def _read_config_file(
     config_class: type[Any],
     without: Collection[str],
+    whole_file: bool,
     context: click.Context,
     _parameter: click.Parameter,
     paths: tuple[Path, ...],
@@ -107,6 +115,6 @@ def _read_config_file(
     except DpoCacheError as fault:
         raise click.BadParameter(f"{path}: {fault}") from fault
     strange = sorted(given.keys() & without)
-    if strange:
+    if strange and not whole_file:
         raise click.BadParameter(f"{path}: unknown option {strange[0]}")
-    context.default_map = given
+    context.default_map = {name: value for name, value in given.items() if name not in without}

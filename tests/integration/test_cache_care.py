@@ -653,6 +653,23 @@ def test_explain_names_the_rows_that_are_reused_and_those_that_are_new(
     assert "5 rows have other tokens: rows 5–9" in text
 
 
+def test_explain_takes_the_file_of_a_build_as_it_is(
+    cache: Path, reference: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    options = {
+        "model": str(reference),
+        "dataset": str(pairs_file),
+        "cache": "elsewhere",
+        "mixture": "a",
+        "zero_stage": 3,
+    }
+    (tmp_path / "build.yaml").write_text(json.dumps({**options, "max_seq_length": 1024}), encoding="utf-8")
+    explained = report("explain", cache, "--config", tmp_path / "build.yaml")
+    assert (explained["cache"], explained["pairs_reused"]) == (str(cache), NUM_PAIRS)
+    (tmp_path / "build.yaml").write_text(json.dumps({**options, "max_seq_lenght": 1024}), encoding="utf-8")
+    assert "unknown option max_seq_lenght" in invoke("explain", cache, "--config", tmp_path / "build.yaml").stderr
+
+
 def test_explain_names_every_field_of_another_reference_with_both_values(
     cache: Path, reference: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
