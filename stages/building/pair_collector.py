@@ -31,7 +31,7 @@ from ..console.progress import Progress
 from ..console.terminal import say
 from .mixture_content import MixtureContent
 from .pair_collection import CollectedPairs, SpooledPairs
-from .row_counts import DROPPED, TRUNCATED, dropped_in_words, dropped_rows
+from .row_counts import DROPPED, TRUNCATED, dropped_in_words
 
 CHUNK_ROWS = 512
 ROWS_WORTH_A_PROCESS = 4096
@@ -63,7 +63,7 @@ def collect_pairs(
         say_unusable: Told source, row and reason of each unusable row.
 
     Raises:
-        DpoCacheError: Too many rows are unusable, by reason; or none is usable; or a row has a token that the model
+        DpoCacheError: Too many rows are unusable, by reason, or all of a dataset; or a row has a token that the model
             does not have.
     """
     tokenization = PairTokenizer(settings).description()
@@ -96,6 +96,7 @@ def _read_source(collector: _Collector, number: int, source: DatasetSource, sett
             collector.add(number, str(source.spec), chunk, repeats_of)
             done += len(chunk.source_rows)
             progress.reach(done)
+    collector.refuse_dataset_without_pairs(number, str(source.spec))
 
 
 def _described(source: DatasetSource) -> Iterator[str]:
@@ -138,12 +139,12 @@ class _Collector:
         self._dropped: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._truncated: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._say_unusable = say_unusable
-        self._num_source_rows = 0
+        self._num_rows: Counter[int] = Counter()
 
     def add(self, source: int, source_name: str, chunk: TokenizedChunk, repeats_of: dict[int, int]) -> None:
         """Take in one chunk of a source."""
         self._truncated[source] += chunk.truncated
-        self._num_source_rows += len(chunk.source_rows)
+        self._num_rows[source] += len(chunk.source_rows)
         pairs: list[TokenPair] = []
         source_rows: list[int] = []
         for row, result in zip(chunk.source_rows.tolist(), chunk.results, strict=True):
@@ -172,20 +173,25 @@ class _Collector:
             columns = columns.take(np.repeat(np.arange(len(pairs)), times))
         self._parts.append(columns)
 
+    def refuse_dataset_without_pairs(self, source: int, source_name: str) -> None:
+        """Refuse a dataset that the mixture would lack, however small its share of the rows is."""
+        dropped = dict(sorted(self._dropped[source].items()))
+        if sum(dropped.values()) == self._num_rows[source]:
+            raise DpoCacheError(
+                f"--dataset {source_name}: none of {self._num_rows[source]} rows makes a pair: "
+                f"{dropped_in_words(dropped)}",
+                next_step=_advice(dropped, are_listed=self._say_unusable is not None),
+            )
+
     def collected(self, sources: list[dict[str, Any]], tokenization: dict[str, Any]) -> CollectedPairs:
         """Everything that was taken in."""
         records = [source | self._counts_of(number) for number, source in enumerate(sources)]
-        if not self._parts:
-            raise DpoCacheError(
-                f"none of {self._num_source_rows} rows makes a pair: {dropped_in_words(dropped_rows(records))}",
-                next_step=_advice(dropped_rows(records), are_listed=self._say_unusable is not None),
-            )
         rows = MixtureRows.concatenate(self._parts)
         return CollectedPairs(
             content=MixtureContent(rows=rows, tokenization=tokenization, sources=records, is_new=True),
             waiting=SpooledPairs.concatenate(self._spooled).distinct(),
             num_distinct=len(np.unique(rows.example_keys)),
-            num_source_rows=self._num_source_rows,
+            num_source_rows=self._num_rows.total(),
         )
 
     def _counts_of(self, source: int) -> dict[str, dict[str, int]]:

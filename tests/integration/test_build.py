@@ -221,6 +221,18 @@ def test_unusable_rows_are_counted_by_reason_listed_and_refused_beyond_a_share(r
     assert info["mixtures"]["train"]["dropped"] == report["dropped"]
 
 
+def test_a_dataset_none_of_whose_rows_make_a_pair_is_refused_however_few_they_are(
+    reference: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    unread = message_pairs(2)
+    for row in unread:
+        row["chosen"][-1]["role"] = "gpt"
+    dataset = write_rows(tmp_path / "unread.jsonl", unread)
+    command = build(reference, pairs_file, tmp_path / "cache", "--dataset", dataset, "--max-unusable-share", 1)[3:]
+    message = refusal(*command, "--dry-run")
+    assert f"--dataset {dataset}: none of 2 rows makes a pair: 2 no-assistant-response" in message
+
+
 def test_cut_responses_are_counted_by_side_told_recorded_and_warned_of(reference: Path, tmp_path: Path) -> None:
     long, short = "the quick brown fox jumps over a lazy dog", "watch"
     few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
