@@ -245,6 +245,8 @@ def _refuse_many_unusable(collected: CollectedPairs, max_share: float, *, are_li
 
 _REMEDIES = {
     "too-long": "raise --max-seq-length, or cut them with --truncation truncate-response-right",
+    "prompt-too-long": "raise --max-seq-length",
+    "response-too-long": "raise --max-seq-length",
     "several-messages": "score all that the assistant says from the first difference on with --mask response-turns",
 }
 

@@ -208,6 +208,14 @@ def test_unusable_rows_are_counted_by_reason_listed_and_refused_beyond_a_share(r
     too_long = fails(build(reference, write_rows(dataset, message_pairs(4)), tmp_path / "c", "--max-seq-length", "4"))
     assert "none of 4 rows makes a pair: 4 too-long" in too_long
     assert "next: raise --max-seq-length, or cut them with --truncation" in too_long
+    for truncation, reason in (
+        ("truncate-prompt-left", "response-too-long"),
+        ("truncate-response-right", "prompt-too-long"),
+    ):
+        limits = ("--max-seq-length", "4", "--truncation", truncation)
+        uncut = refusal(*build(reference, dataset, tmp_path / "c", *limits)[3:])
+        assert f"none of 4 rows makes a pair: 4 {reason}" in uncut
+        assert "next: raise --max-seq-length" in uncut
     searched = message_pairs(4)
     for row in searched:
         row["chosen"] += [{"role": "user", "content": "Really?"}, row["chosen"][-1]]
