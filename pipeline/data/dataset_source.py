@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import zstandard
 from datasets import Dataset, load_dataset_builder
+from datasets.config import HF_DATASETS_CACHE
 from datasets.data_files import FILES_TO_IGNORE
 
 from ...errors import DpoCacheError, first_line
@@ -167,7 +169,7 @@ def _local_builder(spec: DatasetSpec, path: Path, folder: Path) -> Any:
     if not path.stat().st_size:
         raise _empty(spec)
     if file_type == "parquet" and path.suffix != ".parquet":
-        plain = _decompressed(path, folder)
+        plain = _decompressed(spec, path, folder)
     else:
         plain = folder / f"rows{path.suffix}"  # a name that is no pattern: pairs[1].jsonl would mean pairs1.jsonl
         plain.symlink_to(path.resolve())
@@ -190,12 +192,15 @@ def _refuse_pattern(spec: DatasetSpec, folder: Path) -> None:
         )
 
 
-def _decompressed(path: Path, folder: Path) -> Path:
+def _decompressed(spec: DatasetSpec, path: Path, folder: Path) -> Path:
     """Parquet is read from its end, so a compressed one has to be written out; JSON lines are read as a stream."""
     target = folder / "decompressed.parquet"
     open_compressed = gzip.open if path.suffix == ".gz" else zstandard.open
-    with open_compressed(path, "rb") as compressed, target.open("wb") as plain:
-        shutil.copyfileobj(compressed, plain)
+    try:
+        with open_compressed(path, "rb") as compressed, target.open("wb") as plain:
+            shutil.copyfileobj(compressed, plain)
+    except Exception as error:  # each of the two has kinds of its own
+        raise _unreadable(spec, error) from error
     return target
 
 
@@ -229,6 +234,9 @@ def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
         cause = cause.__cause__
     if isinstance(cause, StopIteration):  # what an empty file leaves of its first line
         return _empty(spec)
+    is_local = named_path(spec.path).exists()
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _no_room(spec, cause, is_local=is_local)
     is_later_type = isinstance(cause, LaterTypesError)
     # Types are read off the first ten megabytes of the first file.
     if is_later_type or str(cause).startswith("Couldn't cast"):
@@ -242,8 +250,17 @@ def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
         f"--dataset {spec} cannot be read: {first_line(cause)}",
         expected=f"a file ({', '.join(_FILE_TYPES)}, also .gz, .zst), a folder of those, or a Hub dataset",
         next_step=None
-        if named_path(spec.path).exists()
+        if is_local
         else "check the spelling and the network; for a gated dataset run `hf auth login` first",
+    )
+
+
+def _no_room(spec: DatasetSpec, error: OSError, *, is_local: bool) -> DpoCacheError:
+    place, variable = (tempfile.gettempdir(), "TMPDIR") if is_local else (HF_DATASETS_CACHE, "HF_DATASETS_CACHE")
+    return DpoCacheError(
+        f"--dataset {spec} cannot be read: {first_line(error)}",
+        expected=f"room in {place} for its rows, which are read through a copy",
+        next_step=f"free some there, or set {variable} to a folder on another disk",
     )
 
 

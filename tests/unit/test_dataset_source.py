@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import gzip
 import hashlib
@@ -226,6 +227,9 @@ def test_a_copy_for_another_process_reads_the_same_and_removes_nothing(tmp_path:
     [
         ("data.jsonl", b'{"chosen": ', "cannot be read"),
         ("data.parquet", b"PAR1", "cannot be read"),
+        ("data.parquet.gz", gzip.compress(parquet(ROWS))[:-20], "cannot be read: Compressed file ended before the end"),
+        ("data.parquet.gz", b"PAR1", "cannot be read: Not a gzipped file"),
+        ("data.parquet.zst", b"PAR1", "cannot be read: zstd decompress error"),
         ("data.jsonl", b"", "has no rows"),
         ("data.csv", b"chosen,rejected\n", "files ending in .csv are not read"),
         ("data.gz", b"", "files ending in .gz are not read"),
@@ -238,6 +242,21 @@ def test_what_cannot_be_read_is_an_error_of_ours(
     with pytest.raises(DpoCacheError, match=message):
         opened(tmp_path / name)
     assert not list(temporary_folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet.gz"])
+def test_a_full_disk_is_told_with_the_folder_that_needs_room(
+    tmp_path: Path, temporary_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_table", full)
+    with pytest.raises(DpoCacheError, match="No space left on device") as told:
+        opened(write(tmp_path / name))
+    assert told.value.expected == f"room in {temporary_folder} for its rows, which are read through a copy"
+    assert told.value.next_step == "free some there, or set TMPDIR to a folder on another disk"
 
 
 def test_keys_that_only_later_rows_have_are_an_error_until_a_row_at_the_top_has_them(tmp_path: Path) -> None:
