@@ -25,7 +25,7 @@ from datasets.data_files import FILES_TO_IGNORE
 
 from ...errors import DpoCacheError, first_line
 from .dataset_spec import DatasetSpec
-from .json_texts import LaterTypesError, texts_as_written
+from .json_texts import LaterTypesError, numbers_as_written, texts_as_written
 from .named_path import named_path
 
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -92,7 +92,8 @@ class DatasetSource:
         dataset = self._dataset.select_columns(names)
         for start in range(0, len(row_numbers), READ_ROWS):
             try:
-                batch = dataset[row_numbers[start : start + READ_ROWS].tolist()]
+                with numbers_as_written():
+                    batch = dataset[row_numbers[start : start + READ_ROWS].tolist()]
             except UnicodeDecodeError as error:
                 raise DpoCacheError(
                     f"--dataset {self.spec} holds text that is not UTF-8: {error}",

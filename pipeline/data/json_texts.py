@@ -2,7 +2,9 @@
 
 The library keeps a field whose values are of several types as JSON, and takes a text that is JSON for one of those
 values: ``"42"`` would come back as a number, and a response in quotes without them. Where the second type comes after
-the first ten megabytes, or in a later file, every text from there on would get quotes and escapes instead.
+the first ten megabytes, or in a later file, every text from there on would get quotes and escapes instead. Numbers in
+such fields (the arguments of tools, mostly) it rounds to ten places, and some of them it reads as a neighbour with
+sixteen digits.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 from datasets import Value
 from datasets.packaged_modules.json.json import Json as JsonFiles
 from datasets.utils import json as datasets_json
+from pandas.io import json as pandas_json
 
 from .preference_format import TELLING_COLUMNS, TEMPLATE_COLUMNS
 
@@ -54,9 +58,22 @@ def texts_as_written(builder: Any) -> Iterator[None]:
 
     datasets_json.json_encode_field, builder._cast_table = encode_any, cast_prepared
     try:
-        yield
+        with numbers_as_written():
+            yield
     finally:
         datasets_json.json_encode_field = encode
+
+
+@contextmanager
+def numbers_as_written() -> Iterator[None]:
+    """While the library reads or writes JSON, numbers keep their digits."""
+    loads, dumps = pandas_json.ujson_loads, pandas_json.ujson_dumps
+    pandas_json.ujson_loads = partial(loads, precise_float=True)
+    pandas_json.ujson_dumps = partial(dumps, double_precision=15)
+    try:
+        yield
+    finally:
+        pandas_json.ujson_loads, pandas_json.ujson_dumps = loads, dumps
 
 
 def _objects_for_text(table: pa.Table, features: Any) -> list[FieldPath]:

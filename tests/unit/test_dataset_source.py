@@ -287,6 +287,19 @@ def test_texts_that_are_json_come_back_as_written_from_a_field_of_several_types(
     assert all_rows(opened(write(tmp_path / "data.jsonl", rows))) == rows
 
 
+@pytest.mark.parametrize("chosen", [["yes", "no"], ["yes", 7]])
+@pytest.mark.parametrize("keys", ["xx", "xy"])
+def test_numbers_keep_their_digits_where_a_field_has_several_types_or_keys(
+    tmp_path: Path, chosen: list[Any], keys: str
+) -> None:
+    numbers = [[2.53, 176.5518], [3.14159265358979, 1e-12]]  # as careless parsers add a digit to, and writers round
+    rows = [
+        {"chosen": text, "tools": [{"arguments": {key: list_}}]}
+        for text, key, list_ in zip(chosen, keys, numbers, strict=True)
+    ]
+    assert all_rows(opened(write(tmp_path / "data.jsonl", rows))) == rows
+
+
 @pytest.mark.parametrize("name", ["jsonl", "json"])
 @pytest.mark.parametrize(
     ("first", "later", "field"),
