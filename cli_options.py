@@ -14,7 +14,6 @@ from .cli_completion import complete_mixture
 from .cli_help import GroupedOption
 from .cli_location import FOLDER, LOCATION
 from .errors import DpoCacheError
-from .stages.options_file import read_options_file
 from .stages.setting import Setting, settings_of, values_from_file
 
 MIXTURES = ("mixture", "eval_mixture")
@@ -104,6 +103,8 @@ def _read_config_file(
             "put all options into one file, or give some as flags"
         )
     (path,) = paths
+    from .stages.options_file import read_options_file
+
     try:
         values = read_options_file(path) or {}
     except DpoCacheError as fault:
