@@ -91,7 +91,7 @@ def _read_source(collector: _Collector, number: int, source: DatasetSource, sett
     done = 0
     with Progress(len(row_numbers), unit="row", title=f"tokenise {source.spec.path}") as progress:
         for line in _described(source):
-            progress.say(line)
+            say(line)
         for chunk in chunks:
             collector.add(number, str(source.spec), chunk, repeats_of)
             done += len(chunk.source_rows)

@@ -52,10 +52,6 @@ class Progress:
             self._bar.set_postfix(notes, refresh=False)
         self._bar.update(done - self._bar.n)
 
-    def say(self, message: str) -> None:
-        """Print a line without tearing the bar."""
-        self._bar.write(message, file=sys.stderr)
-
     def close(self) -> None:
         """Leave it standing as it is."""
         self._bar.close()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import click
+import sys
+
+from tqdm import tqdm
 
 from ...pipeline.data.printable_text import printable
 
 
 def say(message: str) -> None:
-    """Print a line to stderr: stdout is for what a command was asked for."""
-    click.echo(printable(message), err=True)  # it may quote a cache that a stranger made
+    """Print a line to stderr, above a bar that stands there: stdout is for what a command was asked for."""
+    tqdm.write(printable(message), file=sys.stderr)  # it may quote a cache that a stranger made

@@ -71,7 +71,7 @@ def run_training(config: TrainConfig, ranks: Ranks, device: torch.device, cache_
         hub_target = prepare_upload(run)
         write_config(run)
         started = start_run(run, checkpoint)
-        report = _train(run, started, began)
+        report = _train(run, started, began, held)
     return TrainedRun(report=report, hub_target=hub_target)
 
 
@@ -105,14 +105,14 @@ def run_dry(config: TrainConfig, ranks: Ranks, device: torch.device, cache_folde
         return report
 
 
-def _train(run: PreparedRun, started: StartedRun, began: float) -> TrainReport:
+def _train(run: PreparedRun, started: StartedRun, began: float, held: ExitStack) -> TrainReport:
     step_zero = prove_step_zero(run, started)
     if step_zero:
         started.loop.set_tie_margin(step_zero.tie_margin(policy_is_reference=run.origin.is_reference))
     if started.checkpoint is not None and started.checkpoint.state.unlogged:
         started.loop.restore_sums(started.checkpoint.state.unlogged)
     run.checkpoints.remove_later(started.first_step)
-    log = _open_log(run, started)
+    log = _open_log(run, started, held)
     best = BestModel(run.config.output, by=run.config.keep_best, last_step=started.first_step)
     wait_for_all()  # all ranks have read what rank 0 is about to write
     updates = TrainingUpdates(run, started, log, best)
@@ -139,17 +139,18 @@ def _train(run: PreparedRun, started: StartedRun, began: float) -> TrainReport:
     return report
 
 
-def _open_log(run: PreparedRun, started: StartedRun) -> RunLog:
+def _open_log(run: PreparedRun, started: StartedRun, held: ExitStack) -> RunLog:
     config = run.config
     progress = tracking = None
     if run.is_main:
-        progress = Progress(
+        bar = Progress(
             run.recipe.total_steps,
             unit="step",
             title="train",
             done_before=started.first_step,
             notes_hold_rate=True,
         )
+        progress = held.enter_context(bar)  # closed before a fault is told, which would stand behind it
     if config.with_tracking:
         tracking = TrackingSettings(
             project=config.wandb_project,

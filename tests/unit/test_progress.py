@@ -6,6 +6,8 @@ import sys
 import pytest
 from dpo_cache.stages.console import progress
 from dpo_cache.stages.console.progress import Progress
+from dpo_cache.stages.console.terminal import say
+from terminal_screen import TerminalText, screen
 
 
 def test_in_a_log_file_every_state_is_a_line_with_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,7 +17,7 @@ def test_in_a_log_file_every_state_is_a_line_with_rate_and_time_left(monkeypatch
     with Progress(100, unit="step", title="train", done_before=40) as bar:
         for done in range(41, 60):
             bar.reach(done, loss="0.5", GiB="1.2")
-        bar.say("saved")
+        say("saved")
     lines = log.getvalue().splitlines()
     assert "\r" not in log.getvalue()
     assert "saved" in lines
@@ -33,3 +35,14 @@ def test_where_the_notes_hold_the_rate_there_is_room_for_them(monkeypatch: pytes
         bar.reach(12, **{"tok/s": "1,500"})
     assert log.getvalue().splitlines()[-1].endswith(", tok/s=1,500]")
     assert "step/s" not in log.getvalue()
+
+
+def test_on_a_terminal_a_message_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = TerminalText()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(1000, unit="step", title="train") as bar:
+        bar.reach(12)
+        say("saved")
+        shown = screen(terminal.getvalue())
+    assert shown[0] == "saved"
+    assert shown[1].startswith("train:   1%")
