@@ -173,7 +173,8 @@ class ScoringWorker:
             self._counting.add("tokens", sum(pair.shared_prefix_tokens for pair in pairs))
             return dict(zip(places, zip(pairs, values, strict=True), strict=True))
         # Only now: the handler keeps the tensors of the failed pass alive.
-        self._budget.shrink(failed_tokens=tensors.input_ids_RT.numel(), num_pairs=len(pairs))
+        # Without padding, as batches are planned: half of it is less than these pairs take, so that they are split.
+        self._budget.shrink(failed_tokens=tensors.num_tokens, num_pairs=len(pairs))
         scored: ScoredUnit = {}
         for members in self._split(pairs):
             part = [pairs[member] for member in members]

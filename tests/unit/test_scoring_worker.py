@@ -168,6 +168,25 @@ def test_a_batch_that_does_not_fit_is_scored_in_parts_and_the_budget_stays_halve
     assert len(device.refused) < 12
 
 
+def test_a_long_pair_and_a_short_one_that_do_not_fit_together_are_scored_apart(
+    device: Device, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a row of its own they fill two long rows: half of what was computed is more than they have tokens."""
+    monkeypatch.setattr(scoring_worker, "CPU_FILL_TOKENS", None)
+    long, short = (
+        TokenPair(prompt_ids=ids[:-2], chosen_ids=ids[-2:-1], rejected_ids=ids[-1:])
+        for ids in (np.arange(length, dtype=np.int32) % 200 for length in (3000, 5))
+    )
+    plan = plan_in(tmp_path / "cache", model_folder, 2 * [long, short], tokens_per_batch=8192)
+    job = JobStore(None)
+    worker = ScoringWorker(plan, job.address, CPU)
+    device.fits = 3100
+    worker.run()
+    queue = UnitQueue(job.store, len(plan.units))
+    assert (queue.num_finished, queue.add("forwards", 0)) == (2, 4)
+    assert set(device.refused) == {2 * 3008}
+
+
 def test_a_single_pair_that_does_not_fit_is_a_fault_that_says_so(
     device: Device, model_folder: Path, tmp_path: Path
 ) -> None:
