@@ -10,8 +10,8 @@ from typing import Any
 
 from ...errors import DpoCacheError
 from ...pipeline.report.run_record import Line, logged_line, metrics_lines
-from ...pipeline.training.checkpoint_folder import changed_values
 from ...pipeline.training.run_file import read_run_json
+from ...pipeline.training.same_run import changed_values
 from ..training.recipe import Recipe, fixed_numbers
 from ..training.train_report import FILE as SUMMARY
 from ..training.train_report import TrainReport

@@ -14,8 +14,6 @@ from ...pipeline.training.checkpoint_folder import (
     Checkpoint,
     TrainerState,
     bytes_later_than,
-    changed_values,
-    check_same_run,
     newest_checkpoint,
     num_complete,
     open_checkpoint,
@@ -26,6 +24,7 @@ from ...pipeline.training.checkpoints import convert_checkpoint, load_checkpoint
 from ...pipeline.training.disk_space import PlannedFiles, check_free_space, planned_sizes
 from ...pipeline.training.host_group import wait_for_all
 from ...pipeline.training.policy_engine import PolicyEngine
+from ...pipeline.training.same_run import changed_values, check_same_run
 from ..console.terminal import say
 from ..processes.process_group import all_or_none, decided_by_first, say_once
 from ..processes.ranks import Ranks

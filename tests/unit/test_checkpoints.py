@@ -20,7 +20,6 @@ from dpo_cache.pipeline.training.checkpoint_folder import (
     Checkpoint,
     TrainerState,
     bytes_later_than,
-    check_same_run,
     newest_checkpoint,
     num_complete,
     open_checkpoint,
@@ -177,25 +176,6 @@ def test_what_a_kill_left_in_the_middle_of_a_save_goes_and_a_damaged_checkpoint_
     (tmp_path / "step_6/engine").mkdir(parents=True)
     remove_unfinished(tmp_path)
     assert sorted(tmp_path.glob("step_*")) == [whole, damaged]
-
-
-def test_another_run_is_refused_by_field() -> None:
-    checkpoint = Checkpoint(path=Path("step_3"), state=STATE)
-    check_same_run(checkpoint, run=RUN, zero_stage=3)
-    with pytest.raises(DpoCacheError, match="mixture was 'a1b2' and is 'ffff'; seed was 42 and is 7"):
-        check_same_run(checkpoint, run={**RUN, "mixture": "ffff", "seed": 7}, zero_stage=3)
-    with pytest.raises(DpoCacheError, match="zero_stage was 3 and is 2"):
-        check_same_run(checkpoint, run=RUN, zero_stage=2)
-    with pytest.raises(DpoCacheError, match="loss was None and is 'dpo'"):
-        check_same_run(checkpoint, run={**RUN, "loss": "dpo"}, zero_stage=3)
-
-
-def test_causes_take_the_place_of_the_fields_that_follow_from_them() -> None:
-    checkpoint = Checkpoint(path=Path("step_3"), state=STATE)
-    causes = {"total_steps": ["--max-steps was 2 and is 3"], "warmup_steps": ["--max-steps was 2 and is 3"]}
-    longer = {**RUN, "total_steps": 3, "warmup_steps": 1, "seed": 7}
-    with pytest.raises(DpoCacheError, match="run: seed was 42 and is 7; --max-steps was 2 and is 3\n"):
-        check_same_run(checkpoint, run=longer, zero_stage=3, causes=lambda field: causes.get(field, []))
 
 
 PLANNED = PlannedFiles(checkpoint_bytes=100, model_bytes=40, checkpoints_to_save=8, keep_last=3)
