@@ -7,6 +7,7 @@ full pipe is all the back-pressure there is.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -166,18 +168,19 @@ class _Workers:
         self._processes: list[SpawnProcess] = []
         self._connections: list[Connection] = []
         try:
-            for first in range(num_workers):
-                receiving, sending = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=_run_worker,
-                    args=(work, first, num_workers, sending),
-                    name=f"tokenizer-{first}",
-                    daemon=True,
-                )
-                process.start()
-                sending.close()  # the worker's end lives in the worker alone, so its death ends the pipe
-                self._processes.append(process)
-                self._connections.append(receiving)
+            with _deaf_to_interrupts():
+                for first in range(num_workers):
+                    receiving, sending = context.Pipe(duplex=False)
+                    process = context.Process(
+                        target=_run_worker,
+                        args=(work, first, num_workers, sending),
+                        name=f"tokenizer-{first}",
+                        daemon=True,
+                    )
+                    process.start()
+                    sending.close()  # the worker's end lives in the worker alone, so its death ends the pipe
+                    self._processes.append(process)
+                    self._connections.append(receiving)
         except BaseException:
             self.close()
             raise
@@ -212,8 +215,20 @@ class _Workers:
         self.close()
 
 
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches the whole group, and the parent decides: a process started while this is held never hears of it,
+    not even in its imports. The parent does, afterwards.
+    """
+    resource_tracker.ensure_running()  # started with the first process, it would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _run_worker(work: _Work, first: int, step: int, connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     try:
         for chunk in work.chunks(first=first, step=step):

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,22 @@ def test_a_worker_that_is_killed_is_an_error_with_its_exit_code(tmp_path: Path, 
     with pytest.raises(DpoCacheError, match="a tokenizing process ended with exit code -9"):
         list(chunks)
     assert num_children() == 0
+
+
+def test_workers_leave_ctrl_c_to_their_parent_from_their_first_moment(
+    tmp_path: Path, settings: TokenizationSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_and_interrupt(process: SpawnProcess) -> None:
+        start(process)
+        time.sleep(0.5)  # into its imports, where Python would turn the signal into a traceback
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+
+    start = SpawnProcess.start
+    monkeypatch.setattr(SpawnProcess, "start", start_and_interrupt)
+    source = open_rows(tmp_path, transcripts(8))
+    chunks = list(tokenize_rows(source, settings, num_processes=2, chunk_rows=4))
+    assert sum(len(chunk.results) for chunk in chunks) == 8
 
 
 PARENT = """
