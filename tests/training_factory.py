@@ -19,6 +19,8 @@ from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspe
 from dpo_cache.pipeline.training.expert_blocks import gather_expert_blocks_whole
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from dpo_cache.pipeline.training.micro_batch import collate
+from dpo_cache.pipeline.training.model_export import export_model
+from dpo_cache.pipeline.training.model_tokenizer import ModelTokenizer
 from dpo_cache.pipeline.training.objective import Objective, resolve_objective
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from torch import Tensor, nn
@@ -143,6 +145,19 @@ def make_engine(
         objective=objective or resolve_objective("dpo_norm"),
         weight_decay=weight_decay,
         bad_batch_path=folder / "bad_batch.json",
+    )
+
+
+def export_plainly(engine: PolicyEngine, folder: Path, *, base: Path) -> None:
+    """Save a model that was trained from this checkpoint, with the checkpoint's own tokenizer."""
+    export_model(
+        engine,
+        folder,
+        base_folder=base,
+        base_adapter=None,
+        tokenizer=ModelTokenizer(base_folder=base),
+        trust_remote_code=False,
+        card="",
     )
 
 

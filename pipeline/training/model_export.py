@@ -37,10 +37,10 @@ def export_model(
     folder: Path,
     *,
     base_folder: Path,
-    base_adapter: Path | None = None,
-    tokenizer: ModelTokenizer | None = None,
-    trust_remote_code: bool = False,
-    card: str = "",
+    base_adapter: Path | None,
+    tokenizer: ModelTokenizer,
+    trust_remote_code: bool,
+    card: str,
 ) -> None:
     """Write the policy, an adapter on it added to its weights; collective, and only rank 0 writes.
 
@@ -53,7 +53,7 @@ def export_model(
         folder: The model's folder. One already there is replaced once the new one is whole.
         base_folder: The checkpoint that training started from. Weights are written in its dtype.
         base_adapter: The adapter that was added to that checkpoint before training; None where there was none.
-        tokenizer: Written beside the weights; None for the checkpoint's.
+        tokenizer: Written beside the weights.
         trust_remote_code: Run Python code that comes with the model.
         card: Text of a README.md.
 
@@ -61,7 +61,6 @@ def export_model(
         DpoCacheError: It could not be written, or a header is not what it should be.
     """
     model = engine.scorer.model
-    tokenizer = tokenizer or ModelTokenizer(base_folder=base_folder)
     dtype = checkpoint_dtype(base_folder)
     is_rounded = torch.finfo(dtype).eps < torch.finfo(engine.scorer.dtype).eps  # so is a float16 one in bfloat16
     has_adapter = find_causal_lm(model) is not model
@@ -105,7 +104,7 @@ def export_adapter(
     base: str,
     revision: str | None,
     tokenizer: ModelTokenizer,
-    card: str = "",
+    card: str,
 ) -> None:
     """Write the adapter alone, with the tokenizer; collective, and only rank 0 writes.
 
@@ -145,8 +144,7 @@ def _write_on_main(
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             write(temporary)
-            if card:
-                (temporary / "README.md").write_text(card, encoding="utf-8")
+            (temporary / "README.md").write_text(card, encoding="utf-8")
             _follow_umask(temporary)
             _put_in_place(temporary, folder)
         except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk

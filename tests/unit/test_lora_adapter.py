@@ -17,7 +17,7 @@ from dpo_cache.pipeline.training.checkpoint_folder import TrainerState, open_che
 from dpo_cache.pipeline.training.checkpoints import convert_checkpoint, load_checkpoint, save_checkpoint
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from dpo_cache.pipeline.training.micro_batch import collate
-from dpo_cache.pipeline.training.model_export import export_adapter, export_model
+from dpo_cache.pipeline.training.model_export import export_adapter
 from dpo_cache.pipeline.training.model_tokenizer import ModelTokenizer
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from dpo_cache.pipeline.training.tensor_headers import read_headers
@@ -29,6 +29,7 @@ from training_factory import (
     LORA,
     RATE,
     assert_no_frozen_weight_in,
+    export_plainly,
     make_engine,
     plain_training,
     policy_logits,
@@ -70,9 +71,14 @@ def train_adapters(folder: str, cases: list[tuple[int, bool]]) -> list[Any]:
         load_checkpoint(resumed, checkpoint)
         again = _train(resumed, 3, 5)
         export_adapter(
-            straight, output / "adapter", base=str(base), revision=None, tokenizer=ModelTokenizer(base_folder=base)
+            straight,
+            output / "adapter",
+            base=str(base),
+            revision=None,
+            tokenizer=ModelTokenizer(base_folder=base),
+            card="",
         )
-        export_model(straight, output / "merged", base_folder=base)
+        export_plainly(straight, output / "merged", base=base)
         results.append(
             {
                 "at_start": at_start,
@@ -123,7 +129,7 @@ def test_an_adapter_trains_as_in_plain_pytorch_resumes_exactly_and_is_saved_whol
 
 def _check_saved(output: Path, base: Path, reference: Any, expected: torch.Tensor) -> None:
     files = {path.name for path in (output / "adapter").iterdir()}
-    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert json.loads((output / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     assert {stat.S_IMODE(file.stat().st_mode) & 0o044 for file in (output / "adapter").iterdir()} == {0o044}
     assert read_headers(output / "merged") == read_headers(base)

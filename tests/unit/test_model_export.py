@@ -19,12 +19,11 @@ from dpo_cache.pipeline.training.model_export import (
     _follow_umask,
     _put_in_place,
     _restore_config,
-    export_model,
 )
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from training_factory import make_engine, policy_logits, random_pairs, tiny_policy, train_steps
+from training_factory import export_plainly, make_engine, policy_logits, random_pairs, tiny_policy, train_steps
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 BATCHES = [random_pairs(4, seed=step) for step in range(2)]
@@ -57,7 +56,7 @@ def train_and_export(folder: str) -> list[Any]:
             (output / "model").mkdir(parents=True)
             (output / "model" / "stale").touch()
         torch.distributed.barrier()
-        export_model(engine, output / "model", base_folder=base)
+        export_plainly(engine, output / "model", base=base)
         answers.append(policy_logits(engine, IDS))
     return answers
 
@@ -144,7 +143,7 @@ def export_of_rounded_training(folder: str) -> list[Any]:
         engine = make_engine(Path(folder), zero_stage=stage, num_ranks=2, dtype="bfloat16", lora=lora, load_from=base)
         train_steps(engine, BATCHES, learning_rate=1e-6, micro_steps=1)
         output = Path(folder) / f"{stage}_{lora is not None}"
-        export_model(engine, output, base_folder=base)
+        export_plainly(engine, output, base=base)
         if engine.rank == 0:
             trained, before = (load_file(path / "model.safetensors") for path in (output, base))
             start = {name: weight if lora else weight.bfloat16().float() for name, weight in before.items()}
@@ -168,7 +167,7 @@ def test_a_checkpoint_more_precise_than_the_computation_keeps_its_precision(tmp_
 def export_in_float16(folder: str) -> list[Any]:
     engine = make_engine(Path(folder), zero_stage=1, num_ranks=1, dtype="bfloat16", load_from=Path(folder) / "base")
     train_steps(engine, BATCHES, learning_rate=1e-4, micro_steps=1)
-    export_model(engine, Path(folder) / "model", base_folder=Path(folder) / "base")
+    export_plainly(engine, Path(folder) / "model", base=Path(folder) / "base")
     return []
 
 
@@ -184,7 +183,7 @@ def export_to_a_full_disk(folder: str) -> list[Any]:
     engine = make_engine(Path(folder), zero_stage=0, num_ranks=1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))  # room for the config, not for weights
     try:
-        export_model(engine, Path(folder) / "model", base_folder=Path(folder) / "base")
+        export_plainly(engine, Path(folder) / "model", base=Path(folder) / "base")
     except DpoCacheError as fault:
         return [str(fault)]
     return []

@@ -13,7 +13,7 @@ from distributed_run import run_ranks
 from dpo_cache.pipeline.training.checkpoint_folder import TrainerState, open_checkpoint
 from dpo_cache.pipeline.training.checkpoints import load_checkpoint, save_checkpoint
 from dpo_cache.pipeline.training.micro_batch import collate
-from dpo_cache.pipeline.training.model_export import export_adapter, export_model
+from dpo_cache.pipeline.training.model_export import export_adapter
 from dpo_cache.pipeline.training.model_tokenizer import ModelTokenizer
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from dpo_cache.pipeline.training.tensor_headers import read_headers
@@ -27,6 +27,7 @@ from training_factory import (
     LORA,
     RATE,
     assert_no_frozen_weight_in,
+    export_plainly,
     make_engine,
     plain_training,
     policy_logits,
@@ -76,9 +77,14 @@ def train_quantized(folder: str, cases: list[tuple[int, bool]]) -> list[Any]:
         load_checkpoint(resumed, checkpoint)
         again = train(resumed, 3, 5)
         export_adapter(
-            straight, output / "adapter", base=str(base), revision=None, tokenizer=ModelTokenizer(base_folder=base)
+            straight,
+            output / "adapter",
+            base=str(base),
+            revision=None,
+            tokenizer=ModelTokenizer(base_folder=base),
+            card="",
         )
-        export_model(straight, output / "merged", base_folder=base)
+        export_plainly(straight, output / "merged", base=base)
         results.append({"figures": figures, "again": again, "logits": policy_logits(straight, IDS)})
     return results
 

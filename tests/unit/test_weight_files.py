@@ -12,12 +12,11 @@ from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.training import model_export
 from dpo_cache.pipeline.training.host_memory import fix_mmap_threshold
-from dpo_cache.pipeline.training.model_export import export_model
 from dpo_cache.pipeline.training.tensor_headers import TensorHeader, read_headers
 from dpo_cache.pipeline.training.weight_files import plan_files, saved_weights, write_weights
 from peak_memory import PeakMemory
 from safetensors.torch import load_file
-from training_factory import make_engine, tiny_policy, write_llama
+from training_factory import export_plainly, make_engine, tiny_policy, write_llama
 from transformers import AutoModelForCausalLM, HrmTextConfig, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3Config
 
 MIB = 2**20
@@ -100,7 +99,7 @@ def growth_in_saving(folder: str) -> list[float]:
         base = Path(folder) / name
         engine = make_engine(Path(folder), zero_stage=3, num_ranks=2, load_from=base)
         with PeakMemory() as memory:
-            export_model(engine, Path(folder) / f"saved_{name}", base_folder=base)
+            export_plainly(engine, Path(folder) / f"saved_{name}", base=base)
         growth.append(memory.growth)
     largest = max(file.stat().st_size for file in (Path(folder) / "saved_large").glob("*.safetensors"))
     return [growth[-1], largest / MIB]
