@@ -22,24 +22,23 @@ def main() -> None:
     job = json.loads(sys.stdin.readline())
     answers, sys.stdout = sys.stdout, sys.stderr  # TRL prints
     torch.set_num_threads(job["threads"])
-    trainer = make_trainer(job["model"], job["dtype"])
     pairs = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True)) for ids in job["pairs"]]
-    reference_pass(trainer, pairs[:2], 2)
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        seconds, values = reference_pass(trainer, pairs, int(line))
-        print(json.dumps({"seconds": seconds, "values": values}), file=answers, flush=True)
+    with tempfile.TemporaryDirectory() as output:
+        trainer = make_trainer(job["model"], job["dtype"], output)
+        reference_pass(trainer, pairs[:2], 2)
+        print("ready", file=answers, flush=True)
+        for line in sys.stdin:
+            seconds, values = reference_pass(trainer, pairs, int(line))
+            print(json.dumps({"seconds": seconds, "values": values}), file=answers, flush=True)
 
 
-def make_trainer(model_folder: str, dtype: str) -> DPOTrainer:
+def make_trainer(model_folder: str, dtype: str, output: str) -> DPOTrainer:
     """A trainer whose own dataset is a stand-in: the pairs go to its collator and its reference pass directly."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     return DPOTrainer(
         model,
-        args=DPOConfig(
-            output_dir=tempfile.mkdtemp(), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False
-        ),
+        args=DPOConfig(output_dir=output, report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False),
         train_dataset=Dataset.from_list([row]),
         processing_class=AutoTokenizer.from_pretrained(model_folder),
     )

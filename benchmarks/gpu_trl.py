@@ -32,13 +32,14 @@ def main() -> None:
     job = json.loads(sys.stdin.readline())
     answer, sys.stdout = sys.stdout, sys.stderr  # TRL prints
     dpo_trainer.hash_module = lambda _: "not needed"  # it names a cache of values, by reading all weights
-    trainer = make_trainer(job)
-    rounds = scoring_rounds(trainer, job) if job["what"] == "score" else training_rounds(trainer)
+    with tempfile.TemporaryDirectory() as output:
+        trainer = make_trainer(job, output)
+        rounds = scoring_rounds(trainer, job) if job["what"] == "score" else training_rounds(trainer)
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     print(json.dumps({"version": version("trl"), "seconds": rounds, "memory_bytes": memory}), file=answer, flush=True)
 
 
-def make_trainer(job: dict[str, Any]) -> DPOTrainer:
+def make_trainer(job: dict[str, Any], output: str) -> DPOTrainer:
     """A trainer whose own dataset is a stand-in: the pairs take its place, tokenised as the other side has them."""
     config = LlamaConfig(**job["shape"], max_position_embeddings=8192, rope_theta=500_000.0)
     config._attn_implementation = "sdpa"
@@ -49,7 +50,7 @@ def make_trainer(job: dict[str, Any]) -> DPOTrainer:
     trainer = DPOTrainer(
         model,
         args=DPOConfig(
-            output_dir=tempfile.mkdtemp(),
+            output_dir=output,
             report_to=[],
             use_cpu=not torch.cuda.is_available(),
             gradient_checkpointing=False,

@@ -27,22 +27,23 @@ def main() -> None:
     job = json.loads(sys.stdin.readline())
     answer, sys.stdout = sys.stdout, sys.stderr  # TRL prints
     torch.set_num_threads(job["threads"])
-    trainer = make_trainer(job)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     steps = StepRecords()
-    trainer.add_callback(steps)
-    trainer.train()
+    with tempfile.TemporaryDirectory() as output:
+        trainer = make_trainer(job, output)
+        loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        trainer.add_callback(steps)
+        trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"steps": steps.records, "loaded_kib": loaded, "peak_kib": peak}), file=answer, flush=True)
 
 
-def make_trainer(job: dict[str, Any]) -> DPOTrainer:
+def make_trainer(job: dict[str, Any], output: str) -> DPOTrainer:
     """A trainer with precomputed references whose order of pairs is the one given."""
     folder = job["model"]
     trainer = DPOTrainer(
         AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, job["dtype"]), attn_implementation="sdpa"),
         args=DPOConfig(
-            output_dir=tempfile.mkdtemp(),
+            output_dir=output,
             report_to=[],
             use_cpu=True,
             bf16=False,
