@@ -85,8 +85,9 @@ def _stopped_as_by_ctrl_c() -> Iterator[None]:
 
 
 def _interrupt(signum: int, _frame: FrameType | None) -> None:
-    if signum == signal.SIGHUP:  # kernel and shell each send one: the second must not disturb what the first began
-        signal.signal(signum, signal.SIG_IGN)
+    # It may come twice, and the second must not disturb what the first began: kernel and shell each send a SIGHUP, and
+    # `timeout` sends a SIGTERM to the process and one to its group.
+    signal.signal(signum, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

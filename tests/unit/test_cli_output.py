@@ -128,22 +128,26 @@ def test_a_request_to_stop_ends_a_command_as_ctrl_c_does(
     assert signal.getsignal(signum) is before
 
 
-def test_a_lost_terminal_does_not_disturb_the_clearing_up_by_telling_it_twice_and_nohup_holds(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_request_that_comes_twice_does_not_disturb_the_clearing_up(
+    signum: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cleared = []
 
-    def lose_terminal() -> None:
+    def be_stopped() -> None:
         try:
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signum)
         finally:
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signum)
             cleared.append(True)
 
     with pytest.raises(SystemExit), command_run():
-        lose_terminal()
+        be_stopped()
     assert cleared
     assert capsys.readouterr().err == "Stopped.\n"
+
+
+def test_a_lost_terminal_stops_nothing_under_nohup() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with command_run():
