@@ -94,7 +94,7 @@ def write_durably(path: Path, content: Bytes | Iterable[Bytes], *, temporary_fol
             raise
         operations.sync_folder(path.parent)
     except OSError as error:
-        raise _refused("write", path, error) from error
+        raise refused("write", path, error) from error
 
 
 def unfinished_writes(temporary_folder: Path) -> list[Path]:
@@ -113,7 +113,7 @@ def adopt_durably(temporary: Path, path: Path) -> None:
         operations.rename(temporary, path)
         operations.sync_folder(path.parent)
     except OSError as error:
-        raise _refused("write", path, error) from error
+        raise refused("write", path, error) from error
 
 
 def remove_durably(path: Path) -> None:
@@ -126,7 +126,7 @@ def remove_durably(path: Path) -> None:
         operations.remove(path)
         operations.sync_folder(path.parent)
     except OSError as error:
-        raise _refused("remove", path, error) from error
+        raise refused("remove", path, error) from error
 
 
 def make_folder_durably(path: Path) -> None:
@@ -154,7 +154,7 @@ def make_folder_durably(path: Path) -> None:
                 if not existed:
                     raise
     except OSError as error:
-        raise _refused("make the folder", path, error) from error
+        raise refused("make the folder", path, error) from error
 
 
 def settle_folder(path: Path) -> None:
@@ -166,7 +166,7 @@ def settle_folder(path: Path) -> None:
     try:
         operations.sync_folder(path)
     except OSError as error:
-        raise _refused("sync", path, error) from error
+        raise refused("sync", path, error) from error
 
 
 def settle_tree(path: Path) -> list[Path]:
@@ -186,7 +186,7 @@ def settle_tree(path: Path) -> list[Path]:
             else:
                 _sync_file(entry)
     except OSError as error:
-        raise _refused("sync", path, error) from error
+        raise refused("sync", path, error) from error
     return [entry for entry in entries if entry.is_file()]
 
 
@@ -198,7 +198,8 @@ def _sync_file(path: Path) -> None:
         operations.close(file)
 
 
-def _refused(what: str, path: Path, error: OSError) -> DpoCacheError:
+def refused(what: str, path: Path, error: OSError) -> DpoCacheError:
+    """That the disk did not let us do something with a file."""
     return DpoCacheError(
         f"cannot {what} {path}: {error.strerror or error}",
         next_step="check free space and permissions (df -h, ls -ld); what was finished before stays valid",

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..data.token_pair import TokenPair
+from .durable_file import refused
 
 SPOOL_SCHEMA = pa.schema(
     [
@@ -32,10 +33,14 @@ class PairSpoolWriter:
 
     Args:
         path: The file to write; it is readable once the writer is closed.
+
+    Raises:
+        DpoCacheError: The disk is full, at a later call.
     """
 
     def __init__(self, path: Path) -> None:
         self.num_pairs = 0
+        self._path = path
         self._waiting: list[TokenPair] = []
         self._writer = pa.ipc.new_file(str(path), SPOOL_SCHEMA)
 
@@ -50,7 +55,10 @@ class PairSpoolWriter:
         columns = [
             pa.array([getattr(pair, field.name) for pair in self._waiting], type=field.type) for field in SPOOL_SCHEMA
         ]
-        self._writer.write_batch(pa.record_batch(columns, schema=SPOOL_SCHEMA))
+        try:
+            self._writer.write_batch(pa.record_batch(columns, schema=SPOOL_SCHEMA))
+        except OSError as error:
+            raise refused("write", self._path, error) from error
         self._waiting = []
 
     def __enter__(self) -> PairSpoolWriter:
@@ -61,7 +69,11 @@ class PairSpoolWriter:
     ) -> None:
         if self._waiting and fault is None:
             self._flush()
-        self._writer.close()
+        try:
+            self._writer.close()
+        except OSError as error:
+            if fault is None:  # after a fault in writing it says the same once more
+                raise refused("write", self._path, error) from error
 
 
 class PairSpool:
