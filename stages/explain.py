@@ -18,7 +18,7 @@ from .building.build_cache import damaged_shards
 from .building.build_config import BuildConfig
 from .building.build_datasets import collect_datasets, open_datasets
 from .building.build_reference import resolve_reference
-from .building.pair_collection import CollectedPairs
+from .building.left_out import recorded_keys
 from .building.row_counts import dropped_in_words
 from .building.tokenization_difference import differing_settings
 from .console.library_output import quiet_libraries
@@ -34,13 +34,15 @@ class SourceReuse:
 
     Attributes:
         dataset: The SPEC as given.
-        reused: Rows whose tokens the cache has scored.
-        others: Ranges of the other rows' numbers, first and last.
+        reused: Rows whose pairs the cache has with all that is asked for.
+        known: Rows whose tokens the cache has scored.
+        others: Ranges of the numbers of rows with other tokens, first and last.
         num_others: How many those are.
     """
 
     dataset: str
     reused: int
+    known: int
     others: list[tuple[int, int]]
     num_others: int
 
@@ -57,6 +59,8 @@ class ExplainReport:
         tokens: For each mixture of the cache whose tokens were made with other settings, the settings that differ.
         sources: The datasets' rows.
         dropped: Rows that make no pair, by reason.
+        left_out: Distinct pairs that an earlier build left out because of their values, by reason.
+        has_mixtures: Whether a mixture says how the cache's tokens were made.
         without_token_logps: Pairs that the cache has without the log-probabilities per token that are asked for.
     """
 
@@ -67,12 +71,14 @@ class ExplainReport:
     tokens: dict[str, list[Difference]]
     sources: list[SourceReuse]
     dropped: dict[str, int]
-    without_token_logps: int = 0
+    left_out: dict[str, int]
+    has_mixtures: bool
+    without_token_logps: int
 
     @property
     def reused_pairs(self) -> int:
         """Those a build would take: none with another reference, however many are known."""
-        return 0 if self.reference else self.known_pairs
+        return 0 if self.reference else self.known_pairs - self.without_token_logps
 
     def to_json(self) -> dict[str, Any]:
         """One object for ``--json``."""
@@ -82,13 +88,14 @@ class ExplainReport:
             "pairs_reused": self.reused_pairs,
             "pairs_with_known_tokens": self.known_pairs,
             "pairs_without_token_logps": self.without_token_logps,
+            "pairs_left_out": self.left_out,
             "reference_differs_in": _json_of(self.reference),
             "tokens_differ_in": {name: _json_of(fields) for name, fields in self.tokens.items()},
             "sources": [
                 {
                     "dataset": source.dataset,
                     "rows_reused": 0 if self.reference else source.reused,
-                    "rows_with_known_tokens": source.reused,
+                    "rows_with_known_tokens": source.known,
                     "rows_unknown": source.others,
                 }
                 for source in self.sources
@@ -101,7 +108,7 @@ class ExplainReport:
         lines = [f"reused     {self.reused_pairs:,} of {self.distinct_pairs:,} distinct pairs"]
         for source in self.sources:
             lines.append(f"           {source.dataset}")
-            lines.append(f"             {source.reused:,} rows have tokens that are in the cache")
+            lines.append(f"             {source.known:,} rows have tokens that are in the cache")
             if source.others:
                 lines.append(
                     f"             {source.num_others:,} rows have other tokens: rows {_ranges_in_words(source.others)}"
@@ -123,8 +130,14 @@ class ExplainReport:
             yield from _in_lines(fields)
         if self.without_token_logps:
             yield f"values     {self.without_token_logps:,} pairs are in the cache without log-probabilities per token"
-        if not self.tokens and self.known_pairs + self.without_token_logps < self.distinct_pairs:
+        if self.left_out:
+            yield f"values     an earlier build left pairs out: {dropped_in_words(self.left_out)}"
+        if self.known_pairs + sum(self.left_out.values()) == self.distinct_pairs or self.tokens:
+            return
+        if self.has_mixtures:
             yield "tokens     made with the cache's settings: the other pairs are new to it"
+        else:
+            yield "tokens     how the cache's were made is not known: no build has finished"
 
 
 def explain(config: BuildConfig) -> ExplainReport:
@@ -140,15 +153,17 @@ def explain(config: BuildConfig) -> ExplainReport:
     cache = ReferenceCache.open(config.cache)
     reference = resolve_reference(config)
     damaged = damaged_shards(cache)
-    known = cache.shards.key_index(without=damaged, with_token_logps=config.token_logps)
+    known = cache.shards.key_index(without=damaged)
+    reusable = cache.shards.key_index(without=damaged, with_token_logps=True) if config.token_logps else known
     with tempfile.TemporaryDirectory(prefix="dpo-cache-") as scratch:
         collected = collect_datasets(config, reference, open_datasets(config), known=known, scratch=Path(scratch))
     content = collected.content
-    is_known = known.find(content.rows.example_keys) >= 0
-    tokens = {
-        name: _token_differences(cache.read_mixture(name).tokenization, content.tokenization)
-        for name in cache.mixture_names()
-    }
+    mixtures = [cache.read_mixture(name) for name in cache.mixture_names()]
+    left_out = recorded_keys(source for mixture in mixtures for source in mixture.sources)
+    keys = content.rows.example_keys
+    is_known, is_reusable = (index.find(keys) >= 0 for index in (known, reusable))
+    is_new = ~is_known & ~np.isin(keys, np.concatenate([keys[:0], *left_out.values()]))
+    tokens = {mixture.name: _token_differences(mixture.tokenization, content.tokenization) for mixture in mixtures}
     return ExplainReport(
         cache=config.cache,
         distinct_pairs=collected.num_distinct,
@@ -157,15 +172,24 @@ def explain(config: BuildConfig) -> ExplainReport:
         # Where one mixture was made in the same way, the settings are none of the reasons.
         tokens={name: fields for name, fields in tokens.items() if fields} if all(tokens.values()) else {},
         sources=[
-            _source_reuse(dataset, number, content.rows, is_known) for number, dataset in enumerate(config.dataset)
+            SourceReuse(
+                dataset=dataset,
+                reused=len(_rows_of(number, content.rows, is_reusable)),
+                known=len(_rows_of(number, content.rows, is_known)),
+                others=_ranges(unknown := _rows_of(number, content.rows, is_new)),
+                num_others=len(unknown),
+            )
+            for number, dataset in enumerate(config.dataset)
         ],
         dropped=content.dropped,
-        without_token_logps=_num_without_token_logps(cache, collected, damaged) if config.token_logps else 0,
+        left_out={
+            reason: count
+            for reason, refused in left_out.items()
+            if (count := int(np.isin(collected.waiting.keys, refused).sum()))
+        },
+        has_mixtures=bool(mixtures),
+        without_token_logps=len(np.unique(keys[is_known & ~is_reusable])),
     )
-
-
-def _num_without_token_logps(cache: ReferenceCache, collected: CollectedPairs, damaged: list[Path]) -> int:
-    return int((cache.shards.key_index(without=damaged).find(collected.waiting.keys) >= 0).sum())
 
 
 def _token_differences(cached: dict[str, Any], ours: dict[str, Any]) -> list[Difference]:
@@ -184,15 +208,9 @@ def _token_differences(cached: dict[str, Any], ours: dict[str, Any]) -> list[Dif
     ]
 
 
-def _source_reuse(dataset: str, number: int, rows: MixtureRows, is_known: npt.NDArray[np.bool_]) -> SourceReuse:
-    is_ours = rows.sources == number
-    unknown = np.unique(rows.source_rows[is_ours & ~is_known])
-    return SourceReuse(
-        dataset=dataset,
-        reused=len(np.unique(rows.source_rows[is_ours & is_known])),
-        others=_ranges(unknown),
-        num_others=len(unknown),
-    )
+def _rows_of(source: int, rows: MixtureRows, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Numbers of the chosen rows of a dataset, ascending."""
+    return np.unique(rows.source_rows[(rows.sources == source) & chosen])
 
 
 def _ranges(numbers: npt.NDArray[np.int64]) -> list[tuple[int, int]]:

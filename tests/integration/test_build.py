@@ -365,8 +365,12 @@ def test_leaving_pairs_out_again_loads_no_model_and_changes_nothing(
         assert (again["pairs_scored"], again["reference_forwards"]) == (0, 0)
         assert (again["training_pairs"], again["dropped"]) == (first["training_pairs"], first["dropped"])
         assert {path: path.read_bytes() for path in cache.rglob("*.*") if path.parent.name != "tmp"} == before
+    left_out = NUM_PAIRS - first["training_pairs"]
     message = fails(build(nan_model, pairs_file, cache))
-    assert f"add --drop-nonfinite to leave out {NUM_PAIRS - first['training_pairs']} as before" in message
+    assert f"add --drop-nonfinite to leave out {left_out} as before" in message
+    explained = run(dpo_cache("explain", cache, "--model", nan_model, "--dataset", pairs_file))
+    assert explained["pairs_left_out"] == {"no-finite-logps": left_out}
+    assert explained["sources"][0]["rows_unknown"] == []
 
     rows = message_pairs(NUM_PAIRS)
     more_rows = write_rows(tmp_path / "more.jsonl", [*message_pairs(6, seed=4), *rows])

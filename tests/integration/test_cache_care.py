@@ -651,6 +651,11 @@ def test_explain_names_the_rows_that_are_reused_and_those_that_are_new(
     text = invoke("explain", cache, "--model", reference, "--dataset", more).stdout
     assert "reused     40 of 45 distinct pairs" in text
     assert "5 rows have other tokens: rows 5–9" in text
+    assert "made with the cache's settings" in text
+    pointer(cache).unlink()  # as after a build that was killed: nothing says how its tokens were made
+    text = invoke("explain", cache, "--model", reference, "--dataset", more).stdout
+    assert "made with the cache's settings" not in text
+    assert "no build has finished" in text
 
 
 def test_explain_takes_the_file_of_a_build_as_it_is(

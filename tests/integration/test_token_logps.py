@@ -27,6 +27,8 @@ def detailed(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path, refer
     planned = report(*command, "--dry-run")
     explained = report("explain", cache, *command[1:5], "--token-logps")
     assert (explained["pairs_reused"], explained["pairs_without_token_logps"]) == (0, NUM_PAIRS)
+    (source,) = explained["sources"]  # the tokens are in the cache; only the values per token are not
+    assert (source["rows_reused"], source["rows_with_known_tokens"], source["rows_unknown"]) == (0, NUM_PAIRS, [])
     built = run(dpo_cache(*command))
     for counted in (planned, built):
         assert (counted["pairs_scored"], counted["pairs_reused"]) == (NUM_PAIRS, 0)
