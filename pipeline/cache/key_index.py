@@ -22,7 +22,7 @@ class KeyIndex:
         shard_numbers: Position in ``shards`` of the shard that holds each key, shape (K,).
         rows: Row number in that shard, shape (K,).
         shards: The indexed shards, in the order in which they count: those with log-probabilities per token first,
-            then by ascending digest.
+            those with unknown values last, and by ascending digest.
         has_token_logps: Whether each of ``shards`` has log-probabilities per token, shape (shards,).
         num_duplicates: Rows that other shards hold too; the first counts.
     """
@@ -42,15 +42,22 @@ class KeyIndex:
         return places_among(self.keys, keys)
 
 
-def build_key_index(shards: Sequence[tuple[ShardRef, Keys]], *, with_token_logps: Collection[str] = ()) -> KeyIndex:
+def build_key_index(
+    shards: Sequence[tuple[ShardRef, Keys]],
+    *,
+    with_token_logps: Collection[str] = (),
+    with_unknown_values: Collection[str] = (),
+) -> KeyIndex:
     """Index shards by key.
 
     Args:
-        shards: Each with the keys of its rows in order. A key in several resolves to one with log-probabilities per
-            token if there is one, and among equals to the lowest digest.
+        shards: Each with the keys of its rows in order. A key in several resolves to the one that says most, and among
+            equals to the lowest digest.
         with_token_logps: Digests of the shards that have log-probabilities per token.
+        with_unknown_values: Digests of the shards that have rows without sums over the common part.
     """
-    shards = sorted(shards, key=lambda entry: (entry[0].sha256 not in with_token_logps, entry[0].sha256))
+    order_of = {digest: -1 for digest in with_token_logps} | {digest: 1 for digest in with_unknown_values}
+    shards = sorted(shards, key=lambda entry: (order_of.get(entry[0].sha256, 0), entry[0].sha256))
     lengths = [len(keys) for _, keys in shards]
     keys = np.concatenate([keys for _, keys in shards]) if shards else np.empty(0, dtype=f"S{KEY_BYTES}")
     numbers = np.repeat(np.arange(len(shards), dtype=np.int32), lengths)

@@ -18,7 +18,7 @@ from .example_key import KEY_BYTES, KEY_VERSION, Keys, example_key
 from .format_version import FORMAT_VERSION, other_version, require_format_version
 from .parquet_file import KEY_COLUMN, ParquetReader, file_sha256, reading
 from .row_group import RowGroup
-from .scored_pair import ScoredPair
+from .scored_pair import COMMON_COLUMNS, ScoredPair
 
 SHARD_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
 TOKEN_LOGPS_KEY = "dpo_cache.token_logps"
@@ -91,6 +91,11 @@ class ShardReader:
     def has_token_logps(self) -> bool:
         """Whether all rows have log-probabilities per token; else none has."""
         return self._parquet.metadata.get(TOKEN_LOGPS_KEY) == "true"
+
+    @property
+    def has_unknown_values(self) -> bool:
+        """Whether some row's sums over the common part are not known, as of imported rows."""
+        return any(bool(np.isnan(self.numbers(name)).any()) for name in COMMON_COLUMNS)
 
     @property
     def num_ids(self) -> int:

@@ -80,7 +80,7 @@ class ShardFolder:
     # ---- where each key stands ----
 
     def key_index(self, *, without: Collection[Path] = (), with_token_logps: bool = False) -> KeyIndex:
-        """Where each key stands. Of the shards only footers and keys are read.
+        """Where each key stands. Of the shards only footers, keys and sums over the common part are read.
 
         Args:
             without: Shards that :meth:`unusable` named. One that has been written anew since, as scoring its rows
@@ -99,15 +99,17 @@ class ShardFolder:
         Raises:
             DpoCacheError: As :meth:`key_index`.
         """
-        indexed, detailed = [], set()
+        indexed, detailed, incomplete = [], set(), set()
         for path in paths:
             with self.open(path) as shard:
                 if shard.has_token_logps:
                     detailed.add(path.stem)
                 elif with_token_logps:
                     continue
+                elif shard.has_unknown_values:
+                    incomplete.add(path.stem)
                 indexed.append((shard.ref, shard.keys()))
-        return build_key_index(indexed, with_token_logps=detailed)
+        return build_key_index(indexed, with_token_logps=detailed, with_unknown_values=incomplete)
 
     # ---- new shards ----
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cache_factory import fill_cache, make_cache, make_rows
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.cache.mixture_check import check_mixture
+from dpo_cache.stages.compact import compact
 
 
 def test_damaged_foreign_and_stray_files_are_named_and_can_be_left_out(tmp_path: Path) -> None:
@@ -43,6 +46,21 @@ def test_a_damaged_shard_that_is_scored_again_is_whole_again(tmp_path: Path) -> 
         cache.shards.write(make_rows(20)[start : start + 10])
     assert len(cache.shards.key_index(without=unusable)) == 20
     check_mixture(cache, cache.read_mixture("train"))
+
+
+def test_a_row_whose_sums_are_all_known_counts_before_an_imported_one_whatever_their_digests(tmp_path: Path) -> None:
+    """Merging a scored cache with an imported one must not make values unknown, nor compacting drop the known ones."""
+    for seed in range(6):  # either of the two digests may be the lower one
+        cache = make_cache(tmp_path / str(seed))
+        scored = make_rows(3, seed=seed)
+        cache.shards.write([replace(row, ref_chosen_common_logps=np.nan) for row in scored])
+        known = cache.shards.write(scored)
+        index = cache.shards.key_index()
+        assert {index.shards[number] for number in index.shard_numbers} == {known}
+        compact(cache.path)
+        (only,) = cache.shards.paths()
+        with cache.shards.open(only) as shard:
+            assert not shard.has_unknown_values
 
 
 def test_only_whole_shards_of_this_reference_are_imported(tmp_path: Path) -> None:
