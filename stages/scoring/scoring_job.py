@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,22 +77,21 @@ def lead_scoring(
                 **({"ranks": f"{job.num_living()}/{ranks.num_ranks}"} if ranks else {}),
             )
 
-        faults = run_children(
-            [_score_command(plan_path, job.address, rank_of_node) for rank_of_node in ranks_of_node],
-            [_environment(ranks, rank_of_node, num_workers) for rank_of_node in ranks_of_node],
-            survivors_go_on=not plan.zero_stage,  # none can gather weights without the others
-            while_waiting=show,
-            on_end=lambda pid: queue.declare_dead(process_name(pid)),
-        )
+        try:
+            faults = run_children(
+                [_score_command(plan_path, job.address, rank_of_node) for rank_of_node in ranks_of_node],
+                [_environment(ranks, rank_of_node, num_workers) for rank_of_node in ranks_of_node],
+                survivors_go_on=not plan.zero_stage,  # none can gather weights without the others
+                while_waiting=show,
+                on_end=lambda pid: queue.declare_dead(process_name(pid)),
+            )
+        except DpoCacheError as fault:  # the first one ended them all
+            raise _unfinished(queue, [str(fault)]) from fault
         job.wait_for_others(while_waiting=show)
     faults += queue.faults()
     faults += [f"rank {rank} was lost" for rank in job.lost_ranks()]
     if queue.num_finished < queue.num_units:
-        raise DpoCacheError(
-            "\n".join(faults or ["the scoring processes ended early"])
-            + f"\n  {queue.num_finished} of {queue.num_units} units are finished and stay",
-            next_step=f"mend that, then {RUN_AGAIN}" if faults else RUN_AGAIN,
-        )
+        raise _unfinished(queue, faults)
     return ScoringOutcome(
         forwards=queue.add("forwards", 0),
         tokens=queue.add("tokens", 0),
@@ -101,6 +101,15 @@ def lead_scoring(
         shards=tuple(queue.finished_shards()),
         unusable=tuple(queue.unusable_pairs()),
         faults=tuple(faults),
+    )
+
+
+def _unfinished(queue: UnitQueue, faults: Sequence[str]) -> DpoCacheError:
+    """What a build ends with whose scoring processes have left units."""
+    return DpoCacheError(
+        "\n".join(faults or ["the scoring processes ended early"])
+        + f"\n  {queue.num_finished} of {queue.num_units} units are finished and stay",
+        next_step=f"mend that, then {RUN_AGAIN}" if faults else RUN_AGAIN,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dpo_cache.errors import DpoCacheError
 from dpo_cache.stages.building.build_plan import Unit
 from dpo_cache.stages.console import progress
 from dpo_cache.stages.processes.job_store import JobStore
@@ -37,6 +38,25 @@ def test_no_process_starts_where_nothing_is_to_be_scored(tmp_path: Path, monkeyp
     outcome = lead_scoring(job, NOTHING, tmp_path / "plan", num_workers=1, total_tokens=0)
     assert started == []
     assert outcome.forwards == 0
+
+
+def test_a_process_that_ends_all_that_share_the_weights_leaves_word_of_what_is_finished_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = JobStore(None)
+    plan = replace(NOTHING, units=[Unit(start=0, stop=1), Unit(start=1, stop=2)])
+
+    def lose_one(*_: Any, survivors_go_on: bool, **__: Any) -> list[str]:
+        assert not survivors_go_on
+        queue = UnitQueue(job.store, 2)
+        queue.finish(next(queue.units("worker")))
+        raise DpoCacheError("a process of this job ended with SIGKILL")
+
+    monkeypatch.setattr(scoring_job, "run_children", lose_one)
+    with pytest.raises(DpoCacheError) as ended:
+        lead_scoring(job, plan, tmp_path / "plan", num_workers=2, total_tokens=2)
+    assert ended.value.found == "a process of this job ended with SIGKILL\n  1 of 2 units are finished and stay"
+    assert "run the same command again" in str(ended.value.next_step)
 
 
 def test_progress_is_told_in_pairs_and_tokens_with_rate_and_time_left(
