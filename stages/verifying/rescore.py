@@ -101,7 +101,13 @@ def _load_reference(cache: ReferenceCache, settings: RescoreSettings, device: to
             next_step=f"dpo-cache verify {as_argument(cache.path)} --rescore {settings.pairs} --model WHERE_IT_IS_NOW",
         ) from error
     if recorded.adapter:
-        model = replace(model, adapter=recorded.find_adapter())
+        try:
+            model = replace(model, adapter=recorded.find_adapter())
+        except DpoCacheError as error:
+            raise DpoCacheError(
+                f"the reference's adapter is not where it was when the cache was made: {error.found}",
+                next_step="put it back there, or a link to it in its place",
+            ) from error
     ours = cache.identity
     if ours.remote_code_sha256 and not settings.trust_remote_code:
         raise DpoCacheError(

@@ -361,6 +361,12 @@ def test_a_reference_that_moved_is_named_and_another_is_refused(cache: Path, ref
     other = write_tiny_model(tmp_path / "other", seed=1)
     assert "(weights_sha256: cached" in refusal("verify", cache, "--rescore", 5, "--model", other)
     assert report("verify", cache, "--rescore", 5, "--model", reference)["rescored"]["pairs"] == 5
+    described["recorded"]["adapter"] = str(tmp_path / "gone-too")
+    write_sealed_json(cache / "cache.json", described, temporary_folder=cache / "tmp")
+    message = refusal("verify", cache, "--rescore", 5, "--model", reference)
+    assert "adapter is not where it was" in message
+    assert "gone-too" in message
+    assert "put it back" in message
 
 
 def test_values_that_code_of_the_models_own_computed_are_scored_again_only_by_that_code(
