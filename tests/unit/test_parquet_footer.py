@@ -162,6 +162,15 @@ def test_a_lying_footer_is_refused(tmp_path: Path, lie: str) -> None:
         read_all(path)
 
 
+def test_a_footer_that_takes_most_of_a_large_file_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(our_bytes(recorded="x" * (1 << 19)))
+    check(path)
+    path.write_bytes(our_bytes(recorded="x" * (1 << 21)))
+    with pytest.raises(ValueError, match="claims more bytes than it may have"):
+        check(path)
+
+
 def page_of_ids(content: bytes) -> tuple[int, dict[int, Any], int]:
     """Where the first page of ``ids`` begins, its header, and where its payload begins."""
     length = int.from_bytes(content[-8:-4], "little")
