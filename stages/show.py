@@ -77,7 +77,7 @@ def show(
 
 def _show(path: Path, *, count: int, mixture_name: str | None, key: str | None, tokenizer: str | None) -> ShowReport:
     cache = ReferenceCache.open(path)
-    mixture = _find_mixture(cache, mixture_name)
+    mixture = _find_mixture(cache, mixture_name, any_will_do=key is not None)
     if key is not None:
         rows = [_find_row(cache, key)]
     elif mixture is not None:
@@ -101,11 +101,14 @@ def _decoder(cache: ReferenceCache, mixture: Mixture | None, tokenizer: str | No
     return decode, f"{why_ids}; --tokenizer names where it is now" if why_ids else None
 
 
-def _find_mixture(cache: ReferenceCache, name: str | None) -> Mixture | None:
+def _find_mixture(cache: ReferenceCache, name: str | None, *, any_will_do: bool) -> Mixture | None:
+    """The mixture to show, or, for a pair that a key names, one that says how tokens were made."""
     names = cache.mixture_names()
     if name is None and not names:
         return None
-    return cache.read_mixture(name or ("train" if "train" in names or len(names) > 1 else names[0]))
+    if name is None and "train" not in names and (any_will_do or len(names) == 1):
+        name = names[0]
+    return cache.read_mixture(name or "train")
 
 
 def _find_row(cache: ReferenceCache, key: str) -> ScoredPair:

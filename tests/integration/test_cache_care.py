@@ -762,6 +762,20 @@ def test_show_colours_scored_tokens_on_a_terminal_and_follows_the_mixture(cache:
     assert f"\n{shown[0]['prompt']}\n" in coloured
 
 
+def test_a_key_is_shown_whatever_the_mixtures_are_called(cache: Path) -> None:
+    """As of the pairs that bad_batch.json names, whose run may have trained on any mixture."""
+    opened = ReferenceCache.open(cache)
+    mixture = opened.read_mixture("train")
+    described = {"tokenization": mixture.tokenization, "sources": mixture.sources, "dropped": mixture.dropped}
+    for name in ("helpful", "held-out"):
+        opened.write_mixture(name, mixture.rows(), key_index=opened.shards.key_index(), **described)
+    opened.retire_mixture("train")
+    key = rows_of(cache)[7].key.hex()
+    (pair,) = report("show", cache, "--key", key)["pairs"]
+    assert pair["key"] == key
+    assert "one of: held-out, helpful" in refusal("show", cache)
+
+
 def test_show_prints_ids_where_the_tokenizer_is_gone_and_refuses_keys_that_are_none(
     cache: Path, tmp_path: Path
 ) -> None:
