@@ -32,6 +32,7 @@ from dpo_cache.pipeline.cache.example_key import prompt_hash_prefix
 from dpo_cache.pipeline.cache.scored_pair import ScoredPair
 from dpo_cache.pipeline.cache.shard_file import verify_shard
 from dpo_cache.stages.compact import compact
+from recorded_operations import RecordedOperations
 from tiny_model import message_pairs, rendered_pair, tiny_tokenizer, write_rows, write_tiny_model
 
 from .conftest import NUM_PAIRS
@@ -488,6 +489,29 @@ def test_compact_joins_the_shards_of_many_small_builds_and_changes_no_row(cache:
     assert sizes == {True: NUM_PAIRS // 4, False: NUM_PAIRS - NUM_PAIRS // 4}
     assert report("verify", cache)["mixtures"] == {"train": NUM_PAIRS}
     assert report("compact", cache)["rewritten_mixtures"] == []
+
+
+def test_compacting_may_end_at_any_operation_without_a_mixture_that_names_what_is_gone(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ReferenceCache.open(cache).shards.write(rows_of(cache)[5:25])
+    calls = 0
+    for fail_at in range(1000):
+        interrupted = tmp_path / "interrupted"
+        shutil.copytree(cache, interrupted)
+        operations = RecordedOperations(fail_at)
+        monkeypatch.setattr(durable_file, "operations", operations)
+        ended = invoke("compact", interrupted).exit_code
+        monkeypatch.setattr(durable_file, "operations", durable_file.FileOperations())
+        if not ended:
+            break
+        calls += 1
+        assert report("verify", interrupted)["mixtures"] == {"train": NUM_PAIRS}
+        report("compact", interrupted)
+        found = report("verify", interrupted)
+        assert (found["shards"], found["pairs"], found["duplicates"]) == (1, NUM_PAIRS, 0)
+        shutil.rmtree(interrupted)
+    assert calls > 20
 
 
 def test_a_shard_all_of_whose_rows_stand_elsewhere_goes_and_the_other_stays(cache: Path) -> None:
