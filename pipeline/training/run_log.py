@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from ...errors import DpoCacheError
 from ..cache.durable_file import write_durably
 from ..finite_json import finite_json
 from .tensorboard_files import TensorBoardFiles
@@ -56,9 +57,19 @@ class MetricsFile:
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, line: Line) -> None:
-        """Append one line; a number that is not finite is written as null."""
-        self._file.write(finite_json(line) + "\n")
-        self._file.flush()
+        """Append one line; a number that is not finite is written as null.
+
+        Raises:
+            DpoCacheError: The operating system refused.
+        """
+        try:
+            self._file.write(finite_json(line) + "\n")
+            self._file.flush()
+        except OSError as error:  # which does not name the file
+            raise DpoCacheError(
+                f"{self.path} cannot be written: {error.strerror}",
+                next_step="free some space (df -h), then run the same command with --resume",
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

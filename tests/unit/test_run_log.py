@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.training.run_log import MetricsFile, RunLog, Tracking, TrackingSettings
 
 SETTINGS = TrackingSettings(project="p", config={"beta": 5.0}, name="run")
@@ -31,6 +34,21 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.write({"training_step": 1, "train_loss": 0.5})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"training_step": 1, "train_loss": 0.5}\n'
+
+
+def test_a_full_disk_is_told_with_the_file_and_what_to_do(tmp_path: Path) -> None:
+    """The system's own error, "No space left on device", names neither."""
+    file: Any = MetricsFile(tmp_path / "metrics.jsonl")
+    file.close()
+
+    def refuse() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file._file = SimpleNamespace(write=len, flush=refuse)
+    with pytest.raises(DpoCacheError) as caught:
+        file.write({"training_step": 1, "train_loss": 0.5})
+    assert caught.value.found == f"{tmp_path}/metrics.jsonl cannot be written: No space left on device"
+    assert str(caught.value.next_step).endswith("the same command with --resume")
 
 
 def test_resuming_cuts_the_lines_past_the_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
