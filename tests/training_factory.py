@@ -148,14 +148,14 @@ def make_engine(
     )
 
 
-def export_plainly(engine: PolicyEngine, folder: Path, *, base: Path) -> None:
-    """Save a model that was trained from this checkpoint, with the checkpoint's own tokenizer."""
+def export_plainly(engine: PolicyEngine, folder: Path, *, base: Path, tokenizer: ModelTokenizer | None = None) -> None:
+    """Save a model that was trained from this checkpoint, with the checkpoint's own tokenizer or another one."""
     export_model(
         engine,
         folder,
         base_folder=base,
         base_adapter=None,
-        tokenizer=ModelTokenizer(base_folder=base),
+        tokenizer=tokenizer or ModelTokenizer(base_folder=base),
         trust_remote_code=False,
         card="",
     )

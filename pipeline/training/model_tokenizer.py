@@ -48,9 +48,18 @@ class ModelTokenizer:
     warning: str | None = None
 
     def write(self, folder: Path) -> None:
-        """Put its files into a model's folder."""
+        """Put its files into a model's folder.
+
+        Raises:
+            OSError: One could not be written.
+        """
         if self.other is not None:
-            self.other.save_pretrained(folder)
+            try:
+                self.other.save_pretrained(folder)
+            except Exception as error:
+                if type(error) is not Exception:
+                    raise
+                raise OSError(str(error)) from error  # tokenizers has no other class for a full disk
         else:
             self._copy_files(folder)
         if self.chat_template is not None:

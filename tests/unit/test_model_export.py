@@ -20,6 +20,7 @@ from dpo_cache.pipeline.training.model_export import (
     _put_in_place,
     _restore_config,
 )
+from dpo_cache.pipeline.training.model_tokenizer import ModelTokenizer
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -181,17 +182,26 @@ def test_a_float16_checkpoint_is_more_precise_than_bfloat16_too(tmp_path: Path) 
 
 def export_to_a_full_disk(folder: str) -> list[Any]:
     engine = make_engine(Path(folder), zero_stage=0, num_ranks=1)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))  # room for the config, not for weights
-    try:
-        export_plainly(engine, Path(folder) / "model", base=Path(folder) / "base")
-    except DpoCacheError as fault:
-        return [str(fault)]
-    return []
+    base = Path(folder) / "base"
+    words = {f"w{number}": number for number in range(10_000)}
+    large = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    faults = []
+    # Room for the config, not for weights; then for weights, not for a tokenizer, whose library has errors of its own.
+    for room, tokenizer in (8_000, None), (80_000, ModelTokenizer(base_folder=base, other=large)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        try:
+            export_plainly(engine, Path(folder) / "model", base=base, tokenizer=tokenizer)
+        except DpoCacheError as fault:
+            faults.append(str(fault))
+    return faults
 
 
 def test_a_disk_without_room_is_named_and_no_half_of_a_model_stays(tmp_path: Path) -> None:
     _write_base(tmp_path / "base", tied=False)
-    ((fault,),) = run_ranks(export_to_a_full_disk, str(tmp_path), num_ranks=1)
-    assert f"the model could not be written to {tmp_path / 'model'}" in fault
-    assert "free some space" in fault
+    (faults,) = run_ranks(export_to_a_full_disk, str(tmp_path), num_ranks=1)
+    assert len(faults) == 2
+    for fault in faults:
+        assert f"the model could not be written to {tmp_path / 'model'}" in fault
+        assert "File too large" in fault
+        assert "free some space" in fault
     assert not list(tmp_path.glob("model*"))
