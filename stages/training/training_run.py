@@ -121,7 +121,6 @@ def _train(run: PreparedRun, started: StartedRun, began: float, held: ExitStack)
         last_line = updates.carry_out(stop_requested)
     eval_after = updates.evaluate_after()
     updates.save_model(last_line, eval_after)
-    log.close()  # last: without a network a tracker may wait for hours, and nothing is to wait for it
     report = TrainReport(
         output=str(run.config.output),
         steps=updates.updates_done,
@@ -136,6 +135,7 @@ def _train(run: PreparedRun, started: StartedRun, began: float, held: ExitStack)
     )
     if run.is_main:
         report.write()
+    log.close()  # last: without a network a tracker may wait for hours, and no file of the run is to wait for it
     return report
 
 

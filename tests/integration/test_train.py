@@ -500,14 +500,17 @@ class Run:
         pass
 
     def finish(self):
-        (self._folder / "saved-before").write_text(str((self._folder / "model/config.json").exists()))
+        saved = [(self._folder / name).exists() for name in ("model/config.json", "summary.json")]
+        (self._folder / "saved-before").write_text(str(all(saved)))
 
 def init(*, dir, **_):
     return Run(dir)
 """
 
 
-def test_the_model_is_saved_before_a_tracker_may_wait_for_its_network(shared_cache: Path, tmp_path: Path) -> None:
+def test_model_and_results_are_saved_before_a_tracker_may_wait_for_its_network(
+    shared_cache: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     environment = with_tracker(tmp_path / "modules", WAITING_TRACKER)
     run(train(shared_cache, output, "--max-steps", 1, "--with-tracking"), environment=environment)
