@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..setting import settings_of
-from .run_config import recorded_settings, settings_to_record
+from .run_config import recorded_fingerprint, recorded_settings, settings_to_record
 from .train_config import TrainConfig
 
 SETTINGS = {setting.name: setting for setting in settings_of(TrainConfig)}
@@ -47,6 +47,10 @@ def changed_options(output: Path, config: TrainConfig, field: str) -> list[str]:
         for name in OPTIONS_BEHIND.get(field, (field,))
         if name in SETTINGS and name in before and before[name] != now[name]
     ]
+    if not changed and field == "global_batch_size" and (pairs := recorded_fingerprint(output).get(field)):
+        return [
+            f"the batch is given per GPU, and the number of GPUs has changed (--global-batch-size {pairs} keeps it)"
+        ]
     return changed or ([CONTENTS[field]] if field in CONTENTS else [])
 
 

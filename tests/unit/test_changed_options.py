@@ -17,7 +17,8 @@ CACHE = Path("cache")
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
     settings = settings_to_record(TrainConfig(cache=CACHE, output=Path("run")))
-    write_run_json(tmp_path / "config.json", {"settings": settings})
+    fingerprint = {"global_batch_size": 8}
+    write_run_json(tmp_path / "config.json", {"settings": settings, "resume_fingerprint": fingerprint})
     return tmp_path
 
 
@@ -36,6 +37,16 @@ def test_without_a_changed_option_the_contents_have_changed(recorded: Path) -> N
     same = TrainConfig(cache=CACHE, output=Path("run"))
     assert changed_options(recorded, same, "mixture") == ["the mixture has other pairs by now"]
     assert changed_options(recorded / "none", same, "learning_rate") == []
+
+
+def test_another_number_of_gpus_changes_the_pairs_per_update_without_an_option(recorded: Path) -> None:
+    """Two GPUs with four pairs each: to be told to give the old values, which are given, would help nobody."""
+    same = TrainConfig(cache=CACHE, output=Path("run"))
+    (told,) = changed_options(recorded, same, "global_batch_size")
+    assert told.endswith("the number of GPUs has changed (--global-batch-size 8 keeps it)")
+    other = TrainConfig(cache=CACHE, output=Path("run"), global_batch_size=4)
+    assert changed_options(recorded, other, "global_batch_size") == ["--global-batch-size was left out and is 4"]
+    assert changed_options(recorded / "none", same, "global_batch_size") == []
 
 
 def test_every_number_that_is_fixed_in_a_run_has_an_option() -> None:
