@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +83,25 @@ def test_a_checkpoint_is_on_the_disk_before_it_is_marked_and_told_of_after(
         assert before[before.index(f"open {name}") + 1] == "sync"
     assert {"sync_folder engine", "sync_folder step_3"} <= set(before)
     assert after == [f"rename to step_3/{MARKER}", "sync_folder step_3", "sync_folder checkpoints"]
+
+
+def save_with_a_slow_rank(folder: str) -> list[str]:
+    rank = dist.get_rank()
+
+    def save(path: str, tag: str, **_: Any) -> None:
+        time.sleep(0.5 * rank)
+        (Path(path) / tag).mkdir(exist_ok=True)
+        (Path(path) / tag / f"weights_{rank}.pt").touch()
+
+    engine: Any = SimpleNamespace(rank=rank, zero_stage=0, deepspeed=SimpleNamespace(save_checkpoint=save))
+    path = save_checkpoint(engine, Path(folder), STATE, keep_last=None)
+    return sorted(json.loads((path / MARKER).read_text())["files"])
+
+
+def test_a_checkpoint_is_marked_once_the_slowest_rank_has_written_its_part(tmp_path: Path) -> None:
+    """Else one that lacks a rank's optimizer state counts as complete, and is found out when it is loaded."""
+    files = ["engine/weights_0.pt", "engine/weights_1.pt", "trainer_state.json"]
+    assert run_ranks(save_with_a_slow_rank, str(tmp_path), num_ranks=2) == [files, files]
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
