@@ -99,7 +99,8 @@ def convert_checkpoint(checkpoint: Checkpoint, destination: Path) -> None:
 
     Args:
         checkpoint: The checkpoint; left as it is.
-        destination: An absent folder; takes about as much space as the checkpoint and can go once it is loaded.
+        destination: An absent folder; takes about as much space as the checkpoint, meanwhile twice that, and can go
+            once it is loaded.
 
     Raises:
         DpoCacheError: DeepSpeed could not convert it; nothing of it stays.
@@ -124,7 +125,8 @@ def convert_checkpoint(checkpoint: Checkpoint, destination: Path) -> None:
             raise DpoCacheError(
                 f"{checkpoint.path} was saved by {checkpoint.state.num_ranks} ranks and could not be converted: "
                 f"{error}",
-                next_step=f"resume with {checkpoint.state.num_ranks} ranks",
+                next_step="if the disk is full (df -h), free about twice the checkpoint's size; else resume with "
+                f"{checkpoint.state.num_ranks} ranks",
             ) from error
 
 
