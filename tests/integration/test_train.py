@@ -183,15 +183,19 @@ def test_a_sum_with_a_loss_that_sorts_the_global_batch_does_not_depend_on_the_ra
     shared_cache: Path, tmp_path: Path
 ) -> None:
     outputs = [tmp_path / "one", tmp_path / "two"]
-    options = ("--loss", "aot=1.0,aot_unpaired=0.5,dpo:0.2=0.5", "--nll-coef", 0.01, "--ld-alpha", 0.5)
+    losses = ("--loss", "aot=1.0,aot_unpaired=0.5,dpo:0.2=0.5", "--nll-coef", 0.01, "--ld-alpha", 0.5)
+    options = (*losses, "--max-steps", 4, "--eval-mixture", "train")
+    held_out = []
     for ranks, output in enumerate(outputs, start=1):
-        report = run(train(shared_cache, output, *options, "--max-steps", 4, "--num-gpus", ranks))
+        report = run(train(shared_cache, output, *options, "--num-gpus", ranks))
+        held_out.append([report["eval_after"][f"eval/{field}"] for field in ("loss", "rewards/margin", "logps/chosen")])
         likelihood = -metrics(output)[0]["logps/chosen_per_token"]
         assert report["step0"]["loss"] == pytest.approx(2 * math.log(2) + 0.01 * likelihood, abs=1e-5)
         assert report["step0"]["expected_loss"] is None
     for ours, others in zip(*map(metrics, outputs), strict=True):
         for field in LEARNING:
             assert ours[field] == pytest.approx(others[field], rel=1e-4, abs=1e-5), (ours["training_step"], field)
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4, abs=1e-5)
 
 
 def content_of(folder: Path) -> dict[Path, bytes]:
@@ -304,6 +308,7 @@ def test_a_run_killed_between_its_best_evaluation_and_the_best_model_keeps_it_on
     assert run(train(shared_cache, killed, *options, "--resume"))["best"] == report["best"]
     best = [(folder / "best/model.safetensors").read_bytes() for folder in (whole, killed)]
     assert best[0] == best[1]
+    assert best[0] != (whole / "model/model.safetensors").read_bytes()  # it is the model of that update
     assert without_speed(killed) == without_speed(whole)
 
 
