@@ -790,7 +790,11 @@ def test_a_key_is_shown_whatever_the_mixtures_are_called(cache: Path) -> None:
     """As of the pairs that bad_batch.json names, whose run may have trained on any mixture."""
     opened = ReferenceCache.open(cache)
     mixture = opened.read_mixture("train")
-    described = {"tokenization": mixture.tokenization, "sources": mixture.sources, "dropped": mixture.dropped}
+    described: dict[str, Any] = {
+        "tokenization": mixture.tokenization,
+        "sources": mixture.sources,
+        "dropped": mixture.dropped,
+    }
     for name in ("helpful", "held-out"):
         opened.write_mixture(name, mixture.rows(), key_index=opened.shards.key_index(), **described)
     opened.retire_mixture("train")

@@ -188,7 +188,9 @@ def test_a_file_of_options_says_what_the_command_line_would(tmp_path: Path) -> N
 
 def test_a_key_that_overrides_one_it_merges_is_given_once(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("<<: {cache: c, output: o, beta: 1}\nbeta: 3", "utf-8")
-    assert parsed(TrainConfig, ["--config", str(tmp_path / "c.yaml")]).beta == 3
+    config = parsed(TrainConfig, ["--config", str(tmp_path / "c.yaml")])
+    assert isinstance(config, TrainConfig)
+    assert config.beta == 3
 
 
 def test_one_dataset_in_a_file_needs_no_list(tmp_path: Path) -> None:
