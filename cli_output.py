@@ -17,6 +17,7 @@ import click
 from .errors import DpoCacheError, first_line
 from .pipeline.data.printable_text import printable
 from .pipeline.finite_json import finite_json
+from .stages.console.logged_warnings import say_logged_warnings
 from .stages.console.unfailing_stderr import make_stderr_unfailing
 from .stages.processes.child_processes import leave_fault
 from .stages.processes.ranks import ranks_from_environment
@@ -48,6 +49,7 @@ def command_run(*, to_go_on: str | None = None) -> Iterator[None]:
         to_go_on: How to continue once it was stopped; None for a command that starts over.
     """
     make_stderr_unfailing()
+    say_logged_warnings()
     try:
         with contextlib.redirect_stdout(sys.stderr), _stopped_as_by_ctrl_c():
             yield

@@ -191,12 +191,12 @@ def _step(path: Path) -> int:
 def _why_incomplete(path: Path) -> str | None:
     """What a checkpoint lacks, or None."""
     try:
-        sizes = json.loads((path / MARKER).read_bytes())["files"]
+        sizes = json.loads((path / MARKER).read_bytes())["files"].items()
     except FileNotFoundError:
         return f"it has no {MARKER}, so saving it was cut short"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MARKER} cannot be read ({error})"
-    for name, size in sizes.items():
+    for name, size in sizes:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"

@@ -114,6 +114,8 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     [
         (lambda path: (path / MARKER).unlink(), "it has no COMPLETE, so saving it was cut short"),
         (lambda path: (path / MARKER).write_text('{"fil'), "its COMPLETE cannot be read"),
+        (lambda path: (path / MARKER).write_text("[]"), "its COMPLETE cannot be read"),
+        (lambda path: (path / MARKER).write_text('{"files": []}'), "its COMPLETE cannot be read"),
         (lambda path: (path / "engine/weights.pt").unlink(), "engine/weights.pt is missing"),
         (lambda path: (path / "engine/weights.pt").write_bytes(b"w" * 99), "has 99 bytes instead of 100"),
     ],

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
+from collections.abc import Callable
 
 import pytest
 from dpo_cache.stages.console import progress
+from dpo_cache.stages.console.logged_warnings import say_logged_warnings
 from dpo_cache.stages.console.progress import Progress
 from dpo_cache.stages.console.terminal import say
 from terminal_screen import TerminalText, screen
@@ -37,12 +40,17 @@ def test_where_the_notes_hold_the_rate_there_is_room_for_them(monkeypatch: pytes
     assert "step/s" not in log.getvalue()
 
 
-def test_on_a_terminal_a_message_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tell", [say, logging.getLogger("dpo_cache.pipeline.training.run_log").warning])
+def test_on_a_terminal_a_message_stands_above_the_bar(
+    monkeypatch: pytest.MonkeyPatch, tell: Callable[[str], None]
+) -> None:
+    say_logged_warnings()
+    say_logged_warnings()  # a command within a process that has run another
     terminal = TerminalText()
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress(1000, unit="step", title="train") as bar:
         bar.reach(12)
-        say("saved")
+        tell("saved")
         shown = screen(terminal.getvalue())
     assert shown[0] == "saved"
     assert shown[1].startswith("train:   1%")
