@@ -16,27 +16,27 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import zstandard
 from datasets import Dataset, load_dataset_builder
 from datasets.config import HF_DATASETS_CACHE
 from datasets.data_files import FILES_TO_IGNORE
+from datasets.packaged_modules.json.json import Json as JsonFiles
+from datasets.packaged_modules.text.text import Text as TextFiles
 
 from ...errors import DpoCacheError, first_line
 from .dataset_spec import DatasetSpec
-from .json_texts import LaterTypesError, numbers_as_written, texts_as_written
 from .named_path import named_path
+from .source_rows import LINE, JsonRows, NoJsonRowsError, SourceRows, TableRows, one_object_a_line
 
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-READ_ROWS = 1000
 
 
 class DatasetSource:
     """An open dataset: its rows by number, and which of them were asked for.
 
     Local files are read through a temporary folder of Arrow files that goes with this object; memory does not grow
-    with the dataset. A copy sent to another process reads the same files and removes nothing.
+    with the dataset, except for JSON files that are one array. A copy sent to another process reads the same files and
+    removes nothing.
 
     Attributes:
         spec: What was asked for.
@@ -46,19 +46,19 @@ class DatasetSource:
     """
 
     def __init__(
-        self, spec: DatasetSpec, dataset: Dataset, provenance: dict[str, Any], *, unread_files: Sequence[str] = ()
+        self, spec: DatasetSpec, rows: SourceRows, provenance: dict[str, Any], *, unread_files: Sequence[str] = ()
     ) -> None:
         self.spec = spec
         self.unread_files = unread_files
-        self.num_rows: int = dataset.num_rows
+        self.num_rows = rows.num_rows
         self.picked_rows = spec.pick_rows(self.num_rows)
-        self._dataset = dataset
+        self._rows = rows
         self._provenance = provenance
 
     @property
     def column_names(self) -> list[str]:
         """The dataset's columns."""
-        return list(self._dataset.column_names)
+        return list(self._rows.column_names)
 
     @property
     def distinct_rows(self) -> npt.NDArray[np.int64]:
@@ -68,15 +68,12 @@ class DatasetSource:
 
     def rows_with(self, column: str) -> int:
         """How many rows hold something in a column: no null and no empty list. Nothing is decoded."""
-        values = self._dataset.data.column(column)
-        if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-            return int(pc.sum(pc.greater(pc.list_value_length(values), 0)).as_py() or 0)
-        return len(values) - int(values.null_count)
+        return self._rows.rows_with(column)
 
     def rows(
         self, row_numbers: npt.NDArray[np.int64], *, columns: Sequence[str] | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Rows by number, in the order given, read a thousand at a time.
+        """Rows by number, in the order given.
 
         Args:
             row_numbers: Row numbers, shape (rows wanted,).
@@ -86,21 +83,10 @@ class DatasetSource:
             DpoCacheError: A text is not UTF-8.
         """
         names = [name for name in self.column_names if columns is None or name in columns]
-        if not names:  # the library cannot index a table without columns
-            yield from ({} for _ in row_numbers)
-            return
-        dataset = self._dataset.select_columns(names)
-        for start in range(0, len(row_numbers), READ_ROWS):
-            try:
-                with numbers_as_written():
-                    batch = dataset[row_numbers[start : start + READ_ROWS].tolist()]
-            except UnicodeDecodeError as error:
-                raise DpoCacheError(
-                    f"--dataset {self.spec} holds text that is not UTF-8: {error}",
-                    next_step="find its encoding and convert it: iconv -f latin1 -t utf8 FILE > NEW_FILE",
-                ) from error
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
+        try:
+            yield from self._rows.read(row_numbers, names)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(self.spec, error) from error
 
     def provenance(self) -> dict[str, Any]:
         """What a mixture records of this source: spec, commit or digests of its files, counts of rows."""
@@ -114,29 +100,11 @@ def open_dataset(spec: DatasetSpec) -> DatasetSource:
         DpoCacheError: It does not exist, cannot be read, has no such split, or has no rows.
     """
     path = named_path(spec.path)
-    if path.exists():
-        return _open_local(spec, path)
-    if any(suffix in _FILE_TYPES for suffix in path.suffixes):
+    if not path.exists() and any(suffix in _FILE_TYPES for suffix in path.suffixes):
         raise DpoCacheError(f"--dataset {spec}: no such file")
-    return _open_hub(spec)
-
-
-def _open_local(spec: DatasetSpec, path: Path) -> DatasetSource:
-    if spec.revision is not None:
-        raise DpoCacheError(f"--dataset {spec}: a local dataset has no revision", next_step="leave revision= out")
-    # `datasets` keys its cache by path and age of a file: a folder of our own is never stale.
     folder = Path(tempfile.mkdtemp(prefix="dpo-cache-dataset-"))
     try:
-        builder = _local_builder(spec, path, folder)
-        split = _choose_split(spec, builder)
-        files = _split_files(builder, split) if path.is_dir() else [path]
-        before = [_age(file) for file in files]
-        dataset = _prepare(spec, builder, split)
-        records = [_file_record(file, relative_to=path) for file in files]
-        if before != [_age(file) for file in files]:
-            raise DpoCacheError(f"--dataset {spec}: its files changed while they were read")
-        unread = _unread_files(path.resolve(), builder) if path.is_dir() else []
-        source = DatasetSource(spec, dataset, {**_spec_record(spec, split), "files": records}, unread_files=unread)
+        source = _open_local(spec, path, folder) if path.exists() else _open_hub(spec, folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -144,12 +112,28 @@ def _open_local(spec: DatasetSpec, path: Path) -> DatasetSource:
     return source
 
 
-def _open_hub(spec: DatasetSpec) -> DatasetSource:
+def _open_local(spec: DatasetSpec, path: Path, folder: Path) -> DatasetSource:
+    if spec.revision is not None:
+        raise DpoCacheError(f"--dataset {spec}: a local dataset has no revision", next_step="leave revision= out")
+    builder = _local_builder(spec, path, folder)
+    split = _choose_split(spec, builder)
+    files = _split_files(builder, split) if path.is_dir() else [path]
+    before = [_age(file) for file in files]
+    # `datasets` keys its cache by path and age of a file: a folder of our own is never stale.
+    rows = _read(spec, builder, split, folder, cache=folder)
+    records = [_file_record(file, relative_to=path) for file in files]
+    if before != [_age(file) for file in files]:
+        raise DpoCacheError(f"--dataset {spec}: its files changed while they were read")
+    unread = _unread_files(path.resolve(), builder) if path.is_dir() else []
+    return DatasetSource(spec, rows, {**_spec_record(spec, split), "files": records}, unread_files=unread)
+
+
+def _open_hub(spec: DatasetSpec, folder: Path) -> DatasetSource:
     builder = _builder(spec, spec.path, name=spec.config, revision=spec.revision)
     split = _choose_split(spec, builder)
-    dataset = _prepare(spec, builder, split)
+    rows = _read(spec, builder, split, folder, cache=None)
     # A Hub dataset's builder goes by the commit that its files are taken from.
-    return DatasetSource(spec, dataset, {**_spec_record(spec, split), "commit": builder.hash})
+    return DatasetSource(spec, rows, {**_spec_record(spec, split), "commit": builder.hash})
 
 
 # ---- through the datasets library ----
@@ -212,16 +196,57 @@ def _builder(spec: DatasetSpec, *arguments: Any, **keywords: Any) -> Any:
         raise _unreadable(spec, error) from error
 
 
-def _prepare(spec: DatasetSpec, builder: Any, split: str) -> Dataset:
+def _read(spec: DatasetSpec, builder: Any, split: str, folder: Path, *, cache: Path | None) -> SourceRows:
+    """The rows of a split.
+
+    Args:
+        spec: For messages.
+        builder: Of the library.
+        split: May be slices of several.
+        folder: For what is written while they are read; it stays as long as they do.
+        cache: Where the library keeps its copy; None for its own place.
+    """
     try:
-        with texts_as_written(builder):
+        if isinstance(builder, JsonFiles) and builder.config.field is None:
+            rows: SourceRows = _json_rows(builder, split, folder, cache)
+        else:
             builder.download_and_prepare()
-        dataset: Dataset = builder.as_dataset(split=split)
+            rows = TableRows(builder.as_dataset(split=split))
     except Exception as error:
         raise _unreadable(spec, error) from error
-    if dataset.num_rows == 0:
+    if rows.num_rows == 0:
         raise _empty(spec)
-    return dataset
+    return rows
+
+
+def _json_rows(builder: JsonFiles, split: str, folder: Path, cache: Path | None) -> JsonRows:
+    lines = _lines(builder.config.data_files, cache, hash=builder.hash, base_path=builder.base_path)
+    try:
+        if "[" in split:  # lines of an array can be cut as well, and would be something else
+            for name in _base_splits(split):
+                JsonRows(lines.as_dataset(split=name))
+        return JsonRows(lines.as_dataset(split=split))
+    except NoJsonRowsError:
+        return JsonRows(_with_one_object_a_line(lines, split, folder))
+
+
+def _with_one_object_a_line(lines: TextFiles, split: str, folder: Path) -> Dataset:
+    """A copy of the lines in which each is a row."""
+    files: dict[str, list[str]] = {}
+    for name in _base_splits(split):
+        path = folder / f"{name}.lines"
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(f"{row}\n" for row in one_object_a_line(lines.as_dataset(split=name)))
+        if path.stat().st_size == 0:  # which the library cannot read
+            return Dataset.from_dict({LINE: []})
+        files[name] = [str(path)]
+    return _lines(files, folder).as_dataset(split=split)
+
+
+def _lines(data_files: Any, cache: Path | None, **keywords: Any) -> TextFiles:
+    lines = TextFiles(data_files=data_files, cache_dir=cache and str(cache), **keywords)
+    lines.download_and_prepare()
+    return lines
 
 
 def _empty(spec: DatasetSpec) -> DpoCacheError:
@@ -231,21 +256,20 @@ def _empty(spec: DatasetSpec) -> DpoCacheError:
 def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
     """What `datasets` raises is of many classes; the innermost cause says most."""
     cause: BaseException = error
-    while cause.__cause__ is not None:
+    while cause.__cause__ is not None and not isinstance(cause, NoJsonRowsError):
         cause = cause.__cause__
     if isinstance(cause, StopIteration):  # what an empty file leaves of its first line
         return _empty(spec)
     is_local = named_path(spec.path).exists()
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return _no_room(spec, cause, is_local=is_local)
-    is_later_type = isinstance(cause, LaterTypesError)
-    # Types are read off the first ten megabytes of the first file.
-    if is_later_type or str(cause).startswith("Couldn't cast"):
+    if isinstance(cause, UnicodeDecodeError):
+        return _not_utf8(spec, cause)
+    if str(cause).startswith("Couldn't cast"):
         return DpoCacheError(
-            f"--dataset {spec} cannot be read: later rows have other columns, keys or types than the first ones"
-            + (f", in {cause}" if is_later_type else ""),
-            expected="columns, keys and types that the first rows show already",
-            next_step="move a row that has all of them to the top of the first file",
+            f"--dataset {spec} cannot be read: its files have different columns, keys or types",
+            expected="the same in all Parquet files of a folder",
+            next_step="name its files one by one, each with a --dataset of its own",
         )
     return DpoCacheError(
         f"--dataset {spec} cannot be read: {first_line(cause)}",
@@ -253,6 +277,13 @@ def _unreadable(spec: DatasetSpec, error: Exception) -> DpoCacheError:
         next_step=None
         if is_local
         else "check the spelling and the network; for a gated dataset run `hf auth login` first",
+    )
+
+
+def _not_utf8(spec: DatasetSpec, error: UnicodeDecodeError) -> DpoCacheError:
+    return DpoCacheError(
+        f"--dataset {spec} holds text that is not UTF-8: {error}",
+        next_step="find its encoding and convert it: iconv -f latin1 -t utf8 FILE > NEW_FILE",
     )
 
 

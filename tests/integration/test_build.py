@@ -420,7 +420,7 @@ def test_a_damaged_file_is_told_once_without_what_its_library_logs(reference: Pa
     damaged.write_text('{"chosen": [{"role": "user"\n', encoding="utf-8")
     done = ended(build(reference, damaged, tmp_path / "cache"))
     assert done.returncode == 1
-    assert done.stderr.count("JSON parse error") == 1, done.stderr
+    assert done.stderr.count("is not JSON") == 1, done.stderr
 
 
 def test_a_mistyped_dataset_leaves_no_cache_behind(reference: Path, tmp_path: Path) -> None:

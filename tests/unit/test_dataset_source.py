@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from datasets import Dataset
+from datasets import Dataset, load_dataset_builder
 from dpo_cache.errors import DpoCacheError
-from dpo_cache.pipeline.data import dataset_source
+from dpo_cache.pipeline.data import dataset_source, source_rows
 from dpo_cache.pipeline.data.dataset_source import DatasetSource, open_dataset
 from dpo_cache.pipeline.data.dataset_spec import DatasetSpec
 
@@ -90,11 +90,12 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path, name: str) -> No
     assert all_rows(source) == ROWS
 
 
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
 def test_rows_come_in_the_order_asked_for_with_the_columns_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(dataset_source, "READ_ROWS", 2)
-    source = opened(write(tmp_path / "data.jsonl"))
+    monkeypatch.setattr(source_rows, "READ_ROWS", 2)
+    source = opened(write(tmp_path / name))
     rows = list(source.rows(np.array([5, 0, 5, 3, 6]), columns=["score", "tools"]))
     assert rows == [{"score": number} for number in (5, 0, 5, 3, 6)]
 
@@ -259,80 +260,98 @@ def test_a_full_disk_is_told_with_the_folder_that_needs_room(
     assert told.value.next_step == "free some there, or set TMPDIR to a folder on another disk"
 
 
-def test_keys_that_only_later_rows_have_are_an_error_until_a_row_at_the_top_has_them(tmp_path: Path) -> None:
-    plain = {"chosen": [{"role": "assistant", "content": "yes"}], "rejected": []}
-    thought = {"chosen": [{"role": "assistant", "content": "yes", "reasoning": "hm"}], "rejected": []}
-    write(tmp_path / "folder" / "a.jsonl", [plain] * 2)
-    write(tmp_path / "folder" / "b.jsonl", [plain, thought])
-    with pytest.raises(DpoCacheError, match="later rows have other columns, keys or types than the first ones"):
-        opened(tmp_path / "folder")
-    write(tmp_path / "folder" / "a.jsonl", [thought, plain])
-    assert all_rows(opened(tmp_path / "folder")) == [thought, plain, plain, thought]
+# ---- JSON as it was written ----
+
+MIXED: list[dict[str, Any]] = [
+    {"chosen": text, "meta": {"score": 2.53, str(number): 1e-12}}
+    for number, text in enumerate(
+        ["plain", "42", " 007", "null", '"Yes"', '{"a": 1}', 'a/b "c"\n\u00e9\u2028', "2021-01-02", "2021-01-02"]
+    )
+]
+"""What a reader that guesses a type for each column changes: texts, small numbers, keys."""
+ANYTHING: list[dict[str, Any]] = [
+    *MIXED,
+    {"chosen": [{"type": "text", "text": "Yes"}], "more": 7},
+    {"chosen": 7},
+    {"chosen": {"role": "r"}},
+]
 
 
-def said(content: Any) -> dict[str, Any]:
-    return {"chosen": [{"role": "assistant", "content": content}], "rejected": []}
-
-
-TEXTS = ["plain", "42", " 007", "null", '"Yes"', '{"a": 1}', 'a/b "c"\n\u00e9']
-PARTS = [{"type": "text", "text": "Yes"}]
-
-
-@pytest.mark.parametrize("other", [7, PARTS])
-@pytest.mark.parametrize("row", [lambda value: {"chosen": value}, said])
-def test_texts_that_are_json_come_back_as_written_from_a_field_of_several_types(
-    tmp_path: Path, row: Callable[[Any], dict[str, Any]], other: Any
-) -> None:
-    rows = [row(value) for value in (*TEXTS, other, *TEXTS)]
-    assert all_rows(opened(write(tmp_path / "data.jsonl", rows))) == rows
-
-
-@pytest.mark.parametrize("chosen", [["yes", "no"], ["yes", 7]])
-@pytest.mark.parametrize("keys", ["xx", "xy"])
-def test_numbers_keep_their_digits_where_a_field_has_several_types_or_keys(
-    tmp_path: Path, chosen: list[Any], keys: str
-) -> None:
-    numbers = [[2.53, 176.5518], [3.14159265358979, 1e-12]]  # as careless parsers add a digit to, and writers round
-    rows = [
-        {"chosen": text, "tools": [{"arguments": {key: list_}}]}
-        for text, key, list_ in zip(chosen, keys, numbers, strict=True)
-    ]
-    assert all_rows(opened(write(tmp_path / "data.jsonl", rows))) == rows
+def whole(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in which null stands for what others have."""
+    return [dict.fromkeys(("chosen", "meta", "more")) | row for row in rows]
 
 
 @pytest.mark.parametrize("name", ["jsonl", "json"])
+def test_values_come_back_as_written_whatever_other_rows_and_files_hold(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "folder" / f"a.{name}", MIXED)
+    assert all_rows(opened(tmp_path / "folder")) == MIXED
+    write(tmp_path / "folder" / f"b.{name}", ANYTHING)
+    source = opened(tmp_path / "folder")
+    assert all_rows(source) == whole([*MIXED, *ANYTHING])
+    assert source.column_names == ["chosen", "meta", "more"]
+
+
+def test_rows_that_hold_something_are_counted(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"images": images, "chosen": None} for images in ([], None, ["a.png"])]
+    rows[1]["chosen"] = "yes"
+    for name in ("data.jsonl", "data.json", "data.parquet"):
+        source = opened(write(tmp_path / name, rows))
+        assert (source.rows_with("images"), source.rows_with("chosen")) == (1, 1)
+
+
 @pytest.mark.parametrize(
-    ("first", "later", "field"),
+    "content",
     [
-        (said("yes"), [said("yes"), said(PARTS)], "chosen[].content"),
-        (said("yes"), [said("yes"), said(7)], "chosen[].content"),
-        ({"chosen": "yes"}, [{"chosen": "yes"}, {"chosen": 7}], "chosen"),
-        ({"tools": "[]"}, [{"tools": "[]"}, {"tools": []}], "tools"),
+        json.dumps(ROWS, indent=2),
+        json.dumps(ROWS[:3]) + "\n" + json.dumps(ROWS[3:]),
+        "\n\n".join(json.dumps(row) for row in ROWS) + "\n \n",
+        "\n" + json_lines(ROWS).decode(),
+        "\n".join(json.dumps(row, indent=2) for row in ROWS),
+        json_lines(ROWS[:3]).decode() + json.dumps(ROWS[3:], indent=1),
+        json_lines(ROWS).decode().replace("\n", "\r\n"),
+        "\ufeff" + json_lines(ROWS).decode(),
+        "\ufeff" + json.dumps(ROWS),
+        "\n[\n" + ",\n".join(json.dumps(row) for row in ROWS) + "\n]\n",
     ],
 )
-def test_a_type_that_only_later_rows_have_is_an_error_until_a_row_at_the_top_has_it(
-    tmp_path: Path, first: dict[str, Any], later: list[dict[str, Any]], field: str, name: str
-) -> None:
-    write(tmp_path / "folder" / f"a.{name}", [first])
-    write(tmp_path / "folder" / f"b.{name}", later)
-    with pytest.raises(DpoCacheError) as error:
+def test_objects_may_lie_in_arrays_or_over_lines_and_slices_are_of_rows(tmp_path: Path, content: str) -> None:
+    (tmp_path / "data.json").write_text(content, encoding="utf-8", newline="")
+    assert all_rows(opened(tmp_path / "data.json")) == ROWS
+    assert all_rows(opened(tmp_path / "data.json", split="train[1:3]")) == ROWS[1:3]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (json_lines(ROWS).decode() + '{"chosen": "a" "b"}\n', "line 8 is not JSON: Expecting ',' delimiter"),
+        (json_lines(ROWS).decode() + '{"chosen": \n', "line 8 is not JSON: Expecting value"),
+        (json_lines(ROWS).decode() + '"text"\n', "line 8 holds a str, not an object"),
+        ("\n" + json_lines(ROWS).decode() + "null\n", "line 9 holds a NoneType, not an object"),
+        ('["yes", "no"]', "an array holds something else than objects"),
+        ('[{"a": 1}, {"b": 2}', "line 1 is not JSON"),
+        ("[" * 100_000, "line 1 is not JSON: maximum recursion depth"),
+        ('{"a": ' + "9" * 5000 + "}", "line 1 is not JSON: Exceeds the limit"),
+    ],
+)
+def test_what_is_no_row_is_named_by_its_line(tmp_path: Path, content: str, found: str) -> None:
+    (tmp_path / "data.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(DpoCacheError, match=f"cannot be read: {found}"):
+        opened(tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize("content", ["\n", " \n\n", "\ufeff"])
+def test_blank_lines_are_no_rows(tmp_path: Path, content: str) -> None:
+    (tmp_path / "data.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(DpoCacheError, match="has no rows"):
+        opened(tmp_path / "data.jsonl")
+
+
+def test_parquet_files_that_differ_are_to_be_named_one_by_one(tmp_path: Path) -> None:
+    write(tmp_path / "folder" / "a.parquet", [{"chosen": "yes"}])
+    write(tmp_path / "folder" / "b.parquet", [{"chosen": ["yes"]}])
+    with pytest.raises(DpoCacheError, match="its files have different columns, keys or types"):
         opened(tmp_path / "folder")
-    assert error.value.found.endswith(f"later rows have other columns, keys or types than the first ones, in {field}")
-    write(tmp_path / "folder" / f"a.{name}", [later[1], first])
-    assert all_rows(opened(tmp_path / "folder")) == [later[1], first, *later]
-
-
-def test_objects_in_later_rows_do_not_become_text(tmp_path: Path) -> None:
-    write(tmp_path / "folder" / "a.jsonl", [{"chosen": "yes"}])
-    write(tmp_path / "folder" / "b.jsonl", [{"chosen": {"role": "assistant", "content": "yes"}}])
-    with pytest.raises(DpoCacheError, match="than the first ones, in chosen\n"):
-        opened(tmp_path / "folder")
-
-
-def test_what_a_column_that_is_not_read_holds_in_later_rows_does_not_matter(tmp_path: Path) -> None:
-    write(tmp_path / "folder" / "a.jsonl", [{"chosen": "yes", "id": "a"}])
-    write(tmp_path / "folder" / "b.jsonl", [{"chosen": "no", "id": "b"}, {"chosen": "yes", "id": 7}])
-    assert [row["chosen"] for row in all_rows(opened(tmp_path / "folder"))] == ["yes", "no", "yes"]
 
 
 @pytest.mark.parametrize(
@@ -402,6 +421,14 @@ def test_a_hub_dataset_is_recorded_by_its_commit(monkeypatch: pytest.MonkeyPatch
     assert all_rows(source) == ROWS
     with pytest.raises(DpoCacheError, match="has no split `train`"):
         open_dataset(DatasetSpec(path="org/name"))
+
+
+def test_json_files_on_the_hub_come_back_as_written_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "folder" / "train.json", MIXED)
+    on_hub = load_dataset_builder(str(tmp_path / "folder"), cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(dataset_source, "load_dataset_builder", lambda *_, **__: on_hub)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    assert all_rows(opened("org/name", split="train[:3]")) == MIXED[:3]
 
 
 def test_a_dataset_that_is_neither_here_nor_on_the_hub_is_named() -> None:
