@@ -25,6 +25,7 @@ from ...pipeline.training.disk_space import PlannedFiles, check_free_space, plan
 from ...pipeline.training.host_group import wait_for_all
 from ...pipeline.training.policy_engine import PolicyEngine
 from ...pipeline.training.same_run import changed_values, check_same_run
+from ..console.counted_noun import counted
 from ..console.terminal import say
 from ..processes.process_group import all_or_none, decided_by_first, say_once
 from ..processes.ranks import Ranks
@@ -90,7 +91,9 @@ class RunCheckpoints:
         if not self.is_converted(checkpoint):
             load_checkpoint(engine, checkpoint)
             return
-        say_once(f"converting a checkpoint of {checkpoint.state.num_ranks} ranks for {self._ranks.num_ranks}")
+        say_once(
+            f"converting a checkpoint of {counted(checkpoint.state.num_ranks, 'rank')} for {self._ranks.num_ranks}"
+        )
         converted = self._folder / CONVERTED
         all_or_none(lambda: convert_checkpoint(checkpoint, converted), on=self._ranks.rank == 0)
         load_checkpoint(engine, checkpoint, converted=converted)
