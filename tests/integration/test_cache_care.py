@@ -311,6 +311,17 @@ def test_repair_retires_the_mixture_before_it_removes_a_shard_and_the_next_build
     assert_same_logps(logps_by_key(cache), logps_by_key(shared_cache), relative=1e-5)
 
 
+def test_a_build_leads_the_mixture_round_a_damaged_shard_that_nobody_has_removed(
+    cache: Path, reference: Path, pairs_file: Path
+) -> None:
+    flip_in_shard(cache)
+    built = run(dpo_cache("build", "--model", reference, "--dataset", pairs_file, "--cache", cache))
+    assert (built["pairs_scored"], built["pairs_reused"]) == (ROWS_A_SHARD, NUM_PAIRS - ROWS_A_SHARD)
+    found = report("verify", cache, exit_code=1)
+    assert [finding["kind"] for finding in found["findings"]] == ["damaged-shard"]
+    assert found["mixtures"] == {"train": NUM_PAIRS}
+
+
 def test_a_damaged_cache_json_is_written_again_by_the_next_build_and_costs_no_row(
     cache: Path, reference: Path, pairs_file: Path
 ) -> None:
@@ -790,11 +801,7 @@ def test_a_key_is_shown_whatever_the_mixtures_are_called(cache: Path) -> None:
     """As of the pairs that bad_batch.json names, whose run may have trained on any mixture."""
     opened = ReferenceCache.open(cache)
     mixture = opened.read_mixture("train")
-    described: dict[str, Any] = {
-        "tokenization": mixture.tokenization,
-        "sources": mixture.sources,
-        "dropped": mixture.dropped,
-    }
+    described: Any = {"tokenization": mixture.tokenization, "sources": mixture.sources, "dropped": mixture.dropped}
     for name in ("helpful", "held-out"):
         opened.write_mixture(name, mixture.rows(), key_index=opened.shards.key_index(), **described)
     opened.retire_mixture("train")
