@@ -26,6 +26,7 @@ class PlannedFiles:
         checkpoints_to_save: Checkpoints that the run will save.
         checkpoints_held: Those that an earlier part of it left. They count among those kept.
         keep_last: Checkpoints kept; one more exists while a new one is written. None keeps all.
+        models_to_save: Models that the run will save before its end, all of which stay.
         keeps_best: Whether the best model is kept.
         has_best: Whether an earlier part of the run left one. It stays until a better one is whole.
         saves_model: Whether the run comes to its end, where it saves the model.
@@ -36,6 +37,7 @@ class PlannedFiles:
     checkpoints_to_save: int
     checkpoints_held: int = 0
     keep_last: int | None
+    models_to_save: int = 0
     keeps_best: bool = False
     has_best: bool = False
     saves_model: bool = True
@@ -46,9 +48,9 @@ class PlannedFiles:
         That is when a checkpoint is saved before another one goes, or when the last model is written. A better best
         model takes as much room as that one, and comes while as many checkpoints are there.
         """
-        best = 1 if self.keeps_best and not self.has_best else 0
+        models = self.models_to_save + (1 if self.keeps_best and not self.has_best else 0)
         more = 1 if self.saves_model or self.keeps_best else 0
-        moments = [(self._most_checkpoints(), best), (self._kept_checkpoints(), best + more)]
+        moments = [(self._most_checkpoints(), models), (self._kept_checkpoints(), models + more)]
         return max(moments, key=lambda moment: self.size(*moment))
 
     def size(self, checkpoints: int, models: int) -> int:
@@ -116,6 +118,6 @@ def check_free_space(folder: Path, planned: PlannedFiles, *, freed_bytes: int = 
         raise DpoCacheError(
             f"{folder} has {free / 2**30:.1f} GiB free",
             expected=f"{needed / 2**30:.1f} GiB for {' and '.join(files)}",
-            next_step="free some space, choose another --output, or keep fewer checkpoints with "
-            "--keep-last-n-checkpoints",
+            next_step="free some space, choose another --output, keep fewer checkpoints with "
+            "--keep-last-n-checkpoints, or save fewer models with --model-saving-steps",
         )

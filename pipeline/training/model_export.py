@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...errors import DpoCacheError
-from ..cache.durable_file import settle_folder, settle_tree
+from ..cache.durable_file import make_folder_durably, settle_folder, settle_tree
 from ..scoring.attention_choice import resolve_attention
 from ..scoring.model_loading import find_causal_lm, is_noise_name, load_causal_lm
 from ..scoring.quantization import quantized_layers
@@ -142,6 +142,7 @@ def _write_on_main(
     if engine.rank == 0:
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
+        make_folder_durably(folder.parent)
         try:
             write(temporary)
             (temporary / "README.md").write_text(card, encoding="utf-8")

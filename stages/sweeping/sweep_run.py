@@ -19,7 +19,7 @@ from .sweep_grid import SweepPoint
 
 FIXED_BESIDE_THE_NUMBERS = {
     *("model", "model_revision", "eval_mixture"),
-    *("merge", "keep_best", "push_to_hub", "hub_model_id", "hub_revision"),
+    *("merge", "keep_best", "model_saving_steps", "push_to_hub", "hub_model_id", "hub_revision"),
 }
 """Settings that the numbers of a run do not show, and that would be ignored for a finished point: where its policy
 starts, what it is judged by, and what is kept of it."""

@@ -123,6 +123,7 @@ class RunCheckpoints:
 
         def check() -> None:
             config = self._config
+            to_do = range(first_step + 1, self.last_step + 1)
             planned = PlannedFiles(
                 **planned_sizes(
                     engine.parameters(),
@@ -131,7 +132,8 @@ class RunCheckpoints:
                     saved_bytes=saved_dtype.itemsize,
                     only_adapter=config.saves_adapter,
                 ),
-                checkpoints_to_save=sum(self.is_due(done) for done in range(first_step + 1, self.last_step + 1)),
+                checkpoints_to_save=sum(map(self.is_due, to_do)),
+                models_to_save=sum(map(self.is_model_due, to_do)),
                 checkpoints_held=num_complete(self._folder, up_to=first_step),
                 keep_last=self._keep_last,
                 keeps_best=config.keep_best is not None,
@@ -151,6 +153,11 @@ class RunCheckpoints:
         """Whether a checkpoint is saved after so many updates; one is after the last, whatever it is."""
         every = self._config.checkpointing_steps
         return updates_done == self.last_step or (every is not None and updates_done % every == 0)
+
+    def is_model_due(self, updates_done: int) -> bool:
+        """Whether a model is saved after so many updates beside that of the finished run."""
+        every = self._config.model_saving_steps
+        return every is not None and updates_done % every == 0 and updates_done != self._recipe.total_steps
 
     def save(
         self, engine: PolicyEngine, *, updates_done: int, unlogged: Mapping[str, float], tracking_run_id: str | None

@@ -228,6 +228,12 @@ class TrainConfig:
     keep_last_n_checkpoints: int = for_checkpoints(
         3, help="Number of newest checkpoints to keep; -1 keeps all.", minimum=-1
     )
+    model_saving_steps: int | None = for_checkpoints(
+        None,
+        help="Also save the model every N updates, in OUTPUT/models/step_N. All are kept.",
+        default_text="only at the end",
+        minimum=1,
+    )
     resume: str | None = for_checkpoints(
         None,
         help="Continue from the newest complete checkpoint, or from the one named.",

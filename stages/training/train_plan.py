@@ -134,7 +134,9 @@ def _checkpoints(config: TrainConfig) -> str:
     keep = config.keep_last_n_checkpoints
     between = "" if config.checkpointing_steps is None else f"{_every(config.checkpointing_steps)} and "
     kept = "all are kept" if keep == -1 else "the last one is kept" if keep == 1 else f"the last {keep} are kept"
-    return f"{between}at the end; {kept}"
+    every = config.model_saving_steps
+    models = "" if every is None else f"; a model is saved {_every(every)}"
+    return f"{between}at the end; {kept}{models}"
 
 
 def _every(updates: int) -> str:

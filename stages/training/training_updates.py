@@ -1,4 +1,4 @@
-"""The updates of one run and what comes between them: log lines, evaluations, the best model, checkpoints."""
+"""The updates of one run and what comes between them: log lines, evaluations, models, checkpoints."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from ..processes.process_group import any_rank, decided_by_first, say_once
 from .best_model import BestModel
 from .prepared_run import PreparedRun
 from .started_run import StartedRun
+
+MODELS = "models"
+"""Folder of the models between the first update and the last, in a run's folder."""
 
 
 class TrainingUpdates:
@@ -61,6 +64,9 @@ class TrainingUpdates:
                 if is_last or done % self._config.logging_steps == 0:
                     line = self._loop.line(done, grad_norm)
                     self._log.write(line)
+                # The model first: what resumes from the checkpoint does not come by here again.
+                if self._run.checkpoints.is_model_due(done):
+                    self._started.models.write(self._config.output / MODELS / f"step_{done}", line, None)
                 if self._run.checkpoints.is_due(done):
                     self._save_checkpoint(done)
                 if any_rank(stop_requested(), self._run.device) and not is_last:

@@ -398,6 +398,21 @@ def with_tracker(folder: Path, module: str) -> dict[str, str]:
     return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
 
 
+def test_models_saved_between_are_those_of_shorter_runs(shared_cache: Path, tmp_path: Path) -> None:
+    steady = ("--lr-scheduler-type", "constant", "--warmup-ratio", 0)
+    saving = ("--max-steps", 4, "--model-saving-steps", 2, *steady)
+    shorter, longer = tmp_path / "shorter", tmp_path / "longer"
+    run(train(shared_cache, shorter, "--max-steps", 2, *steady))
+    run(train(shared_cache, longer, *saving, "--stop-after-steps", 2))
+    assert not (longer / "model").exists()
+    between, ended = longer / "models/step_2", shorter / "model"
+    for file in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (between / file).read_bytes() == (ended / file).read_bytes()
+    run(train(shared_cache, longer, *saving, "--resume"))
+    assert [path.name for path in (longer / "models").iterdir()] == ["step_2"]  # the last one is the model itself
+    assert (longer / "model/model.safetensors").read_bytes() != (between / "model.safetensors").read_bytes()
+
+
 def test_going_on_from_an_earlier_checkpoint_removes_the_later_ones_and_continues_the_trackers_curve(
     shared_cache: Path, tmp_path: Path
 ) -> None:

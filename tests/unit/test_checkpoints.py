@@ -213,6 +213,8 @@ PLANNED = PlannedFiles(checkpoint_bytes=100, model_bytes=40, checkpoints_to_save
         ({"model_bytes": 400}, 3, 1),
         ({"saves_model": False, "checkpoints_to_save": 2}, 2, 0),
         ({"keeps_best": True}, 4, 1),
+        ({"models_to_save": 5}, 4, 5),
+        ({"models_to_save": 5, "keeps_best": True, "checkpoints_to_save": 1}, 1, 7),
         ({"keeps_best": True, "model_bytes": 400}, 3, 2),
         ({"keeps_best": True, "has_best": True, "model_bytes": 400}, 3, 1),
         # A resumed run.

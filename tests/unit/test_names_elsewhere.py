@@ -58,7 +58,10 @@ def refusal(command: click.Command, *arguments: str) -> str:
     [
         (["--loss-type", "sigmoid"], "No such option '--loss-type': use dpo-train --loss."),
         (["--loss_type=sigmoid"], "No such option '--loss_type': use dpo-train --loss."),
-        (["--save-steps", "5"], "use dpo-train --checkpointing-steps."),
+        (
+            ["--save-steps", "5"],
+            "use dpo-train --checkpointing-steps for what a run resumes from, --model-saving-steps for models.",
+        ),
         (["--tensor-parallel-size", "2"], "tensor, context and sequence parallelism are not supported;"),
         (["--sync-ref-model"], "the reference does not change during training (no TR-DPO)"),
         (["--max-length", "512"], "use dpo-cache build --max-seq-length."),
