@@ -11,7 +11,8 @@ import multiprocessing.forkserver
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -46,6 +47,13 @@ def start_forked(
     process = _prepared().Process(target=_call, args=(function, args, dict(environment), stdout, stderr))
     process.start()
     return process
+
+
+@contextmanager
+def forked_children() -> Iterator[None]:
+    """Meanwhile the processes that a command starts in this one are forked too."""
+    with mock.patch.object(child_processes, "_start", _start_child):
+        yield
 
 
 class ForkedChild:
@@ -124,5 +132,5 @@ def _call(
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
-    with mock.patch.object(child_processes, "_start", _start_child):
+    with forked_children():
         function(*args)

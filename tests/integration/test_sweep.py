@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from dpo_cache.stages.sweep import sweep
 from dpo_cache.stages.sweeping import sweep_processes
 from dpo_cache.stages.sweeping.sweep_config import SweepConfig
 from dpo_cache.stages.sweeping.sweep_report import SweepReport
+from forked_process import forked_children
 from safetensors.torch import load_file
 from tiny_model import message_pairs, write_rows, write_tiny_model
 
@@ -40,6 +43,12 @@ def write_grid(folder: Path, output: str, **file: Any) -> Path:
     path = folder / f"{output}.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_children() -> Iterator[None]:
+    with nullcontext() if torch.cuda.is_available() else forked_children():
+        yield
 
 
 @pytest.fixture(scope="module")
