@@ -19,7 +19,7 @@ from dpo_cache.pipeline.training.deepspeed_config import EngineSettings, deepspe
 from dpo_cache.pipeline.training.expert_blocks import gather_expert_blocks_whole
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from dpo_cache.pipeline.training.micro_batch import collate
-from dpo_cache.pipeline.training.model_export import export_model
+from dpo_cache.pipeline.training.model_export import export_adapter, export_model
 from dpo_cache.pipeline.training.model_tokenizer import ModelTokenizer
 from dpo_cache.pipeline.training.objective import Objective, resolve_objective
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
@@ -159,6 +159,12 @@ def export_plainly(engine: PolicyEngine, folder: Path, *, base: Path, tokenizer:
         trust_remote_code=False,
         card="",
     )
+
+
+def export_adapter_plainly(engine: PolicyEngine, folder: Path, *, base: Path) -> None:
+    """Save the adapter that was trained on this checkpoint, with the checkpoint's own tokenizer."""
+    tokenizer = ModelTokenizer(base_folder=base)
+    export_adapter(engine, folder, base=str(base), revision=None, tokenizer=tokenizer, card="")
 
 
 def plain_side_logps(model: nn.Module, prompt_ids: Any, answer_ids: Any) -> Tensor:

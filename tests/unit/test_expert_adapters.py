@@ -11,12 +11,18 @@ import torch.distributed as dist
 from distributed_run import run_ranks
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora, merge_adapter, refuse_unmergeable
-from dpo_cache.pipeline.training.model_export import export_adapter
-from dpo_cache.pipeline.training.model_tokenizer import ModelTokenizer
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_model_factory import tiny_model
-from training_factory import LORA, export_plainly, make_engine, policy_logits, random_pairs, train_steps
+from training_factory import (
+    LORA,
+    export_adapter_plainly,
+    export_plainly,
+    make_engine,
+    policy_logits,
+    random_pairs,
+    train_steps,
+)
 from transformers import AutoModelForCausalLM
 
 BATCHES = [random_pairs(4, seed=step) for step in range(2)]
@@ -65,8 +71,7 @@ def train_and_save(folder: str, cases: list[tuple[str, int, str]]) -> list[Any]:
             Path(folder), zero_stage=stage, num_ranks=dist.get_world_size(), load_from=base, lora=LORA, dtype=dtype
         )
         train_steps(engine, BATCHES, learning_rate=2e-2, micro_steps=1)
-        tokenizer = ModelTokenizer(base_folder=base)
-        export_adapter(engine, output / "adapter", base=str(base), revision=None, tokenizer=tokenizer, card="")
+        export_adapter_plainly(engine, output / "adapter", base=base)
         export_plainly(engine, output / "merged", base=base)
         logits.append(policy_logits(engine, IDS))
     return logits

@@ -17,8 +17,6 @@ from dpo_cache.pipeline.training.checkpoint_folder import TrainerState, open_che
 from dpo_cache.pipeline.training.checkpoints import convert_checkpoint, load_checkpoint, save_checkpoint
 from dpo_cache.pipeline.training.lora_adapter import LoraSettings, add_lora
 from dpo_cache.pipeline.training.micro_batch import collate
-from dpo_cache.pipeline.training.model_export import export_adapter
-from dpo_cache.pipeline.training.model_tokenizer import ModelTokenizer
 from dpo_cache.pipeline.training.policy_engine import PolicyEngine
 from dpo_cache.pipeline.training.tensor_headers import read_headers
 from peft import PeftModel
@@ -29,6 +27,7 @@ from training_factory import (
     LORA,
     RATE,
     assert_no_frozen_weight_in,
+    export_adapter_plainly,
     export_plainly,
     make_engine,
     plain_training,
@@ -70,14 +69,7 @@ def train_adapters(folder: str, cases: list[tuple[int, bool]]) -> list[Any]:
         resumed = engine()
         load_checkpoint(resumed, checkpoint)
         again = _train(resumed, 3, 5)
-        export_adapter(
-            straight,
-            output / "adapter",
-            base=str(base),
-            revision=None,
-            tokenizer=ModelTokenizer(base_folder=base),
-            card="",
-        )
+        export_adapter_plainly(straight, output / "adapter", base=base)
         export_plainly(straight, output / "merged", base=base)
         results.append(
             {
