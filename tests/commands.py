@@ -37,8 +37,8 @@ def ended(command: list[str], *, environment: dict[str, str] | None = None) -> s
 
     Args:
         command: From :func:`dpo_cache` or :func:`dpo_train`, which begins with its imports made; or any other.
-        environment: Variables to set beside those of this process. A library may read them while it is imported, so
-            that the process begins with nothing then, as it does on a machine with a GPU.
+        environment: Variables to set beside those of this process. A library may read them while it is imported: with
+            others than those of ``ON_A_CPU`` the process begins with nothing, as it does on a machine with a GPU.
     """
     environment = environment or {}
     variables = {**os.environ, **environment}
