@@ -119,5 +119,5 @@ def check_free_space(folder: Path, planned: PlannedFiles, *, freed_bytes: int = 
             f"{folder} has {free / 2**30:.1f} GiB free",
             expected=f"{needed / 2**30:.1f} GiB for {' and '.join(files)}",
             next_step="free some space, choose another --output, keep fewer checkpoints with "
-            "--keep-last-n-checkpoints, or save fewer models with --model-saving-steps",
+            "--keep-last-n-checkpoints" + (", or save fewer models" if planned.models_to_save else ""),
         )

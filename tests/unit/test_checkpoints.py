@@ -263,6 +263,8 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest
     disk_usage.free -= 1
     with pytest.raises(DpoCacheError, match=r"13\.0 GiB free\n.*13\.0 GiB for 3 more checkpoints and 1 more model\n"):
         check_free_space(tmp_path, planned)
+    with pytest.raises(DpoCacheError, match=r"for 3 more checkpoints and 3 more models\n.*, or save fewer models"):
+        check_free_space(tmp_path, replace(planned, models_to_save=2))
     check_free_space(tmp_path, planned, freed_bytes=1)
     disk_usage.total = disk_usage.free = 0  # a file system of FUSE that gives no numbers
     check_free_space(tmp_path, planned)
