@@ -167,6 +167,7 @@ def test_a_third_start_has_only_the_failed_point_to_run(
     [
         ({"learning-rate": 2e-3}, "learning_rate was 0.001 and is 0.002"),
         ({"eval-mixture": None}, "eval_mixture was 'train' and is None"),
+        ({"model-saving-steps": 2}, "model_saving_steps was None and is 2"),
         ({"loss": "dpo_norm=0.5"}, "loss.losses.0.weight was 1.0 and is 0.5"),
     ],
 )

@@ -249,7 +249,7 @@ def test_what_cannot_be_read_is_an_error_of_ours(
 def test_a_full_disk_is_told_with_the_folder_that_needs_room(
     tmp_path: Path, temporary_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfileobj", full)
@@ -258,6 +258,10 @@ def test_a_full_disk_is_told_with_the_folder_that_needs_room(
         opened(write(tmp_path / name))
     assert told.value.expected == f"room in {temporary_folder} for its rows, which are read through a copy"
     assert told.value.next_step == "free some there, or set TMPDIR to a folder on another disk"
+    monkeypatch.setattr(dataset_source, "load_dataset_builder", full)
+    with pytest.raises(DpoCacheError, match="No space left on device") as told:
+        opened("org/name")
+    assert str(told.value.next_step).startswith("free some there, or set HF_DATASETS_CACHE to")
 
 
 # ---- JSON as it was written ----
@@ -340,6 +344,23 @@ def test_what_is_no_row_is_named_by_its_line(tmp_path: Path, content: str, found
         opened(tmp_path / "data.jsonl")
 
 
+def test_a_row_that_is_wrong_in_its_middle_is_refused_before_all_that_follow_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_rows, "_rows_of_values", None)
+    (tmp_path / "data.jsonl").write_text('{"chosen": "a" "b"}\n' + json_lines(ROWS).decode())
+    with pytest.raises(DpoCacheError, match="line 1 is not JSON: Expecting ',' delimiter"):
+        opened(tmp_path / "data.jsonl")
+
+
+def test_rows_that_a_folder_says_are_a_field_of_its_files_are_read_from_there(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/data.json").write_text(json.dumps({"version": 1, "rows": ROWS}))
+    configs = "configs:\n- config_name: default\n  data_files: data.json\n  field: rows\n"
+    (tmp_path / "folder/README.md").write_text(f"---\n{configs}---\n")
+    assert all_rows(opened(tmp_path / "folder")) == ROWS
+
+
 @pytest.mark.parametrize("content", ["\n", " \n\n", "\ufeff"])
 def test_blank_lines_are_no_rows(tmp_path: Path, content: str) -> None:
     (tmp_path / "data.jsonl").write_text(content, encoding="utf-8")
@@ -368,9 +389,12 @@ def test_options_that_a_file_does_not_have_are_refused(tmp_path: Path, options: 
 
 
 def test_text_that_is_not_utf8_is_an_error_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_bytes('{"chosen": "caf\u00e9"}'.encode("latin-1"))
-    with pytest.raises(DpoCacheError, match="holds text that is not UTF-8"):
-        all_rows(opened(tmp_path / "data.jsonl"))
+    latin = "caf\u00e9".encode("latin-1")
+    (tmp_path / "data.jsonl").write_bytes(b'{"chosen": "' + latin + b'"}')
+    pq.write_table(pa.table({"chosen": pa.array([latin]).view(pa.string())}), tmp_path / "data.parquet")
+    for name in ("data.jsonl", "data.parquet"):
+        with pytest.raises(DpoCacheError, match="holds text that is not UTF-8"):
+            all_rows(opened(tmp_path / name))
 
 
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ def test_a_plan_names_policy_evaluation_memory_and_checkpoints(tmp_path: Path) -
     assert "4 pairs of mixture held-out, before the first update, every 2 updates and after the last; the best" in said
     assert "ZeRO stage 1; micro-batches of at most" in said
     assert "activations are kept" in said
-    assert "every 500 updates and at the end; the last one is kept" in said
+    assert "every 500 updates and at the end; the last one is kept\n" in f"{said}\n"
+    said = planned(tmp_path, **options, model_saving_steps=100).summary()
+    assert "the last 3 are kept; a model is saved every 100 updates" in said
     assert "warning" not in said
 
 
